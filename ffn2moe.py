@@ -1,0 +1,457 @@
+"""Turn the FFNs of a pretrained Llama-style model into mixtures of experts, analytically, without training.
+
+Analytical FFN-to-MoE Restructuring via Activation Pattern Analysis (Pei et al., ACL 2026, arXiv 2502.04416), in the
+order of the paper:
+
+1. Activation pattern   which neurons fire for which token: `normalized_scores`, `atopk_markers`, `activation_rates`
+2. Shared expert        the neurons that fire most often: `split_shared`
+3. Routed experts       the others, in groups of equal size that fire together: `balanced_assignment`, `group_routed`
+4. Analytical router    one representative neuron speaks for its expert: `representative_neurons`, `build_moe`
+5. The whole model      layer by layer, each profiled on what the converted layers below it put out: `convert`
+
+Then the command line: `python ffn2moe.py --help`. The MoE layer itself, with the equations of the router, is `model.MoE`.
+
+Shapes in comments: T tokens, D hidden_size, q intermediate_size (neurons), E slices of m = q / E neurons, S of them shared,
+R = E - S routed, A routed experts active per token. S3A3E8 is a split with S = 3, A = 3, E = 8.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import model as lm
+from model import FFN, Experts, InputError, MoE, expert_size
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Activation pattern: which neurons fire for which token
+
+
+def normalized_scores(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """h_i(x) = silu(x^ . g^_i) * (x^ . u^_i), where ^ scales to unit length: x [T, D]; gate, up [q, D] -> [T, q].
+
+    Without the scaling, long inputs and neurons with long weights would fire always.
+    """
+    x, gate, up = (F.normalize(t.float(), dim=-1) for t in (x, gate, up))
+    return F.silu(x @ gate.T) * (x @ up.T)
+
+
+def atopk_markers(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """ATopK: M[t, i] = 1 if |h_i(x_t)| is among the k largest of token t. scores [T, q] -> bool [T, q]."""
+    top = scores.abs().topk(k, dim=-1).indices
+    return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(1, top, True)
+
+
+def activation_rates(markers: torch.Tensor) -> torch.Tensor:
+    """mu_i = mean_t M[t, i]: the share of tokens for which neuron i fires. markers [T, q] -> [q]."""
+    return markers.sum(dim=0) / len(markers)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Shared expert: the neurons that fire most often
+
+
+def split_shared(rates: torch.Tensor, num_shared_neurons: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The neurons of highest rate, which always run, and the others; both in falling order of rate."""
+    order = rates.argsort(descending=True, stable=True)
+    return order[:num_shared_neurons], order[num_shared_neurons:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Routed experts: balanced k-means on the columns of M
+
+
+def balanced_assignment(cost, capacity) -> np.ndarray:
+    """Put n items into k bins at the least total cost, exactly capacity[b] of them into bin b. Exact; O(n k) memory.
+
+    Every item starts in its cheapest bin. That is the cheapest assignment of all, but for its loads. Then, while a bin is
+    overfull, one item too many is handed on along the cheapest chain of moves that ends in a bin with room: bin a gives
+    one of its items to b, b one of its own to c, and so on. A move from a to b costs
+
+        move[a, b] = min over items i in a of cost[i, b] - cost[i, a],
+
+    and the chain is a shortest path on a graph whose nodes are the k bins. Each chain keeps the assignment the cheapest
+    one for its loads (successive shortest paths for minimum-cost flow), so the last one is optimal.
+
+    cost [n, k], finite; capacity [k], whole numbers that sum to n -> bin of each item, int64 [n].
+    """
+    cost, capacity = np.asarray(cost, dtype=np.float64), np.asarray(capacity)
+    n, k = cost.shape
+    if not np.isfinite(cost).all():
+        raise ValueError("costs must be finite")
+    if capacity.shape != (k,) or (capacity < 0).any() or capacity.sum() != n:
+        raise ValueError(f"{k} capacities must sum to the {n} items")
+    if n == 0:
+        return np.zeros(0, dtype=np.int64)
+
+    bin_of = cost.argmin(axis=1)
+    load = np.bincount(bin_of, minlength=k)
+    move = np.full((k, k), np.inf)  # the cheapest move from each bin to each other,
+    mover = np.zeros((k, k), dtype=np.int64)  # and the item that makes it
+
+    def update_moves(a):
+        items = np.flatnonzero(bin_of == a)
+        if len(items):
+            price = cost[items] - cost[items, a, None]  # [items, k]
+            best = price.argmin(axis=0)
+            move[a], mover[a] = price[best, np.arange(k)], items[best]
+        else:
+            move[a] = np.inf
+        move[a, a] = np.inf
+
+    for a in range(k):
+        update_moves(a)
+    tolerance = 1e-12 * np.abs(cost).max()  # below it a gain is rounding, and could go round in circles
+    while (load > capacity).any():
+        # Bellman-Ford from all overfull bins at once: the cheapest way to take on one more item, and from which bin.
+        distance, origin = np.where(load > capacity, 0.0, np.inf), np.full(k, -1)
+        for _ in range(k):
+            via = distance[:, None] + move
+            a = via.argmin(axis=0)
+            better = via[a, np.arange(k)] < distance - tolerance
+            if not better.any():
+                break
+            distance[better], origin[better] = via[a, np.arange(k)][better], a[better]
+        b = np.where(load < capacity, distance, np.inf).argmin()  # the cheapest bin with room
+        chain = [b]
+        while origin[b] >= 0:  # walk back, moving one item per step
+            bin_of[mover[origin[b], b]] = b
+            b = origin[b]
+            chain.append(b)
+        load[chain[0]] += 1
+        load[chain[-1]] -= 1
+        for a in chain:
+            update_moves(a)
+    return bin_of
+
+
+def l1_distances(markers: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """L1 distance of each binary column M_i to each centroid c_e in [0, 1]: [T, n], [T, R] -> float64 [n, R].
+
+    |1 - c| = 1 - c and |0 - c| = c, so |M_i - c_e|_1 = sum_t M_i + sum_t c_e - 2 M_i . c_e: one matrix product.
+    """
+    total = markers.sum(dim=0)[:, None] + centroids.sum(dim=0, dtype=torch.float64)[None, :]
+    blocks = zip(markers.split(4096), centroids.split(4096))  # a float64 copy of all of M would be large
+    return total - 2 * sum(m.double().T @ c.double() for m, c in blocks)
+
+
+def group_routed(markers: torch.Tensor, num_routed: int, rounds: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Balanced k-means: markers [T, n], columns in falling order of rate -> expert of each column [n], centroids [T, R].
+
+    The R neurons that fire most are the seeds. In each round, neurons are assigned to the experts at the least total L1
+    distance to the centroids, exactly n / R to each; then each centroid becomes the mean of its members. The official
+    code does one round.
+    """
+    n = markers.shape[1]
+    centroids = markers[:, :num_routed].float()
+    for _ in range(rounds):
+        cost = l1_distances(markers, centroids)
+        expert = torch.from_numpy(balanced_assignment(cost.cpu(), [n // num_routed] * num_routed)).to(markers.device)
+        centroids = torch.stack([markers[:, expert == e].float().mean(dim=1) for e in range(num_routed)], dim=1)
+    return expert, centroids
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Analytical router: a representative neuron speaks for its expert
+
+
+class Partition(NamedTuple):
+    """Which neuron goes where; indices into the intermediate_size neurons of the FFN."""
+
+    shared: torch.Tensor  # [S * m]
+    routed: torch.Tensor  # [R, m]
+    representatives: torch.Tensor  # [R], the neuron whose weights score each routed expert
+
+
+def representative_neurons(markers: torch.Tensor, expert: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """The member of each expert that is closest (L1) to its centroid: indices into the columns of markers, [R]."""
+    distance = l1_distances(markers, centroids)  # [n, R]
+    outside = expert[:, None] != torch.arange(centroids.shape[1], device=expert.device)
+    return distance.masked_fill(outside, torch.inf).argmin(dim=0)
+
+
+def partition_neurons(markers: torch.Tensor, experts: Experts, rounds: int = 1) -> Partition:
+    """Steps 2 to 4 on the markers [T, q] of one layer."""
+    m = expert_size(markers.shape[1], experts)
+    shared, rest = split_shared(activation_rates(markers), experts.shared * m)
+    markers = markers[:, rest]
+    expert, centroids = group_routed(markers, experts.routed, rounds)
+    routed = rest[expert.argsort(stable=True)].view(experts.routed, m)
+    return Partition(shared, routed, rest[representative_neurons(markers, expert, centroids)])
+
+
+@torch.no_grad()
+def build_moe(ffn: FFN, partition: Partition, experts: Experts) -> MoE:
+    """Slice an FFN into the experts of a partition. The router scores expert e with its representative neuron r,
+
+        s_e(x) = | silu(g^_r . x) * (u^_r . x) |,
+
+    an estimate of |h_e(x)|_1: by how much leaving out expert e would change the output of the FFN.
+    """
+    gate, up, down = ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight  # [q, D], [q, D], [D, q]
+    shared, routed, representatives = partition
+    weights = {
+        "shared_expert.gate_proj.weight": gate[shared],
+        "shared_expert.up_proj.weight": up[shared],
+        "shared_expert.down_proj.weight": down[:, shared],
+        "gate_proj": gate[routed],  # [R, m, D]
+        "up_proj": up[routed],
+        "down_proj": down[:, routed].transpose(0, 1),  # [R, D, m]
+        "router_gate": F.normalize(gate[representatives].float(), dim=-1).to(gate),  # [R, D]
+        "router_up": F.normalize(up[representatives].float(), dim=-1).to(up),
+        "router_scale": gate.new_zeros(experts.routed),
+        "router_bias": gate.new_zeros(experts.routed),
+    }
+    with torch.device("meta"):
+        moe = MoE(gate.shape[1], gate.shape[0], experts)
+    moe.load_state_dict({name: weight.contiguous() for name, weight in weights.items()}, assign=True)
+    return moe.requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. The whole model
+
+
+class LayerReport(NamedTuple):
+    rates: torch.Tensor  # [q], activation rates
+    partition: Partition
+    load: torch.Tensor  # [R], the share of calibration tokens that each routed expert gets; A / R on average
+
+
+@torch.no_grad()
+def convert(
+    model: lm.Decoder,
+    calib_ids,
+    experts: Experts | str = "S3A3E8",
+    method: str = "paper",
+    k_act: int = 10,
+    window: int = 2048,
+    progress: Callable = lambda layers: layers,
+    report: Callable[[LayerReport], None] = lambda layer: None,
+) -> lm.Decoder:
+    """Convert every FFN of a dense model, in place, and return the model.
+
+    calib_ids: token ids, [B, T], or [T] to be cut into windows. k_act: the k of ATopK. `progress` wraps the layers (tqdm
+    does), `report` is called after each. Raises InputError before anything is changed.
+    """
+    experts = Experts.parse(str(experts))
+    q = model.config.intermediate_size
+    expert_size(q, experts)
+    if method != "paper":
+        raise InputError(f"unknown method {method!r}; there is 'paper'")
+    if model.config.experts:
+        raise InputError(f"the model is an MoE already ({model.config.experts}); only dense FFNs can be converted")
+    if not 1 <= k_act <= q:
+        raise InputError(f"k_act = {k_act} is not between 1 and intermediate_size = {q}")
+    calib_ids = lm.as_ids(model, calib_ids)
+    if calib_ids.dim() == 1:
+        calib_ids = cut_windows(calib_ids, min(window, model.config.max_position_embeddings))
+
+    rope = model.rope(0, calib_ids.shape[1])
+    x = model.embed_tokens(calib_ids)  # [B, T, D], what flows into the next layer
+    for layer in progress(model.layers):
+        for sequence in x.split(1):
+            sequence += layer.self_attn(layer.input_layernorm(sequence), rope)
+        ffn_input = layer.post_attention_layernorm(x)
+        tokens = ffn_input.flatten(0, 1)
+        gate, up = layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight
+        markers = torch.cat([atopk_markers(normalized_scores(t, gate, up), k_act) for t in tokens.split(4096)])
+        partition = partition_neurons(markers, experts)
+        layer.mlp = build_moe(layer.mlp, partition, experts)
+        for sequence, normed in zip(x.split(1), ffn_input.split(1)):
+            sequence += layer.mlp(normed)
+        chosen, _ = layer.mlp.route(tokens)
+        load = chosen.flatten().bincount(minlength=experts.routed) / len(tokens)
+        report(LayerReport(activation_rates(markers).cpu(), partition, load.cpu()))
+    model.config.experts = experts
+    raw = model.config.raw
+    model.config.raw = {**raw, "model_type": "ffn2moe", "base_model_type": raw["model_type"], "experts": str(experts)}
+    return model
+
+
+def cut_windows(ids: torch.Tensor, window: int) -> torch.Tensor:
+    """Token ids [T] in windows that do not overlap, [T // window, window]; the rest is dropped."""
+    if len(ids) < window:
+        raise InputError(f"the calibration text has {len(ids)} tokens, less than one window of {window}")
+    return ids[: len(ids) // window * window].view(-1, window)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def plot_rates(reports: list[LayerReport], experts: Experts, path: Path):
+    """Histogram of activation rates, one panel per layer: most neurons hardly ever fire, a few nearly always."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(6, len(reports))
+    rows = -(-len(reports) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.1 * columns + 0.6, 1.5 * rows + 0.8), sharex=True, sharey=True, squeeze=False
+    )
+    for ax in axes.flat[len(reports) :]:
+        ax.axis("off")
+    for i, (ax, report) in enumerate(zip(axes.flat, reports)):
+        in_shared = torch.zeros(len(report.rates), dtype=torch.bool)
+        in_shared[report.partition.shared.cpu()] = True
+        parts = [report.rates[~in_shared].numpy(), report.rates[in_shared].numpy()]
+        ax.hist(parts, bins=np.linspace(0, 1, 26), stacked=True, color=["#4878a8", "#e08a3c"], label=["routed", "shared"])
+        ax.set(yscale="log", xlim=(0, 1))
+        ax.set_title(f"layer {i}", fontsize=8, pad=2)
+        ax.tick_params(labelsize=7)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper right", ncols=2, fontsize=8, frameon=False)
+    figure.suptitle("How often each neuron fires", fontsize=10, x=0.01, ha="left")
+    figure.supxlabel("activation rate (share of tokens)", fontsize=9)
+    figure.supylabel("neurons (log)", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_load(reports: list[LayerReport], experts: Experts, path: Path):
+    """The share of tokens that each routed expert gets, layers by experts (in falling order, so that columns compare)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    load = torch.stack([r.load.sort(descending=True).values for r in reports]).numpy()  # [layers, R]
+    even = experts.active / experts.routed
+    figure, ax = plt.subplots(figsize=(min(3 + 0.5 * load.shape[1], 10), 1.6 + 0.16 * len(load)))
+    image = ax.imshow(load, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2 * even if even < 0.5 else 1, origin="lower")
+    ax.set(xlabel="routed expert, the busiest first", ylabel="layer", xticks=range(load.shape[1]))
+    ax.set_xticklabels(range(1, load.shape[1] + 1), fontsize=8)
+    ax.set_title(f"Expert load, {experts} (even: {even:.2f})", fontsize=10)
+    figure.colorbar(image, label="share of tokens")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        description="Convert the FFNs of a Llama-style model into mixtures of experts, without training, and compare "
+        "perplexity before and after. Without arguments: SmolLM2-135M-Instruct, on text that every Python carries.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    text = "a text file, 'wikitext2' (from the hub), or 'manual' (the Python manual's topics)"
+    add("--model", metavar="SOURCE", help="checkpoint directory, .gguf file or hub id; SmolLM2-135M-Instruct if not given")
+    add("--calib", metavar="TEXT", default="manual", help=f"calibration text: {text}")
+    add("--eval", metavar="TEXT", default="manual", help=f"evaluation text: {text}")
+    add("--method", choices=["paper"], default="paper", help="how to partition and route")
+    add("--experts", default="S3A3E8", help="of E slices of each FFN, S are shared and A of the others active per token")
+    add("--k-act", type=int, default=10, metavar="K", help="neurons that count as firing per token (ATopK)")
+    add("--calib-tokens", type=int, default=8 * 2048, metavar="N", help="calibration tokens, in windows picked at random")
+    add("--eval-tokens", type=int, default=10 * 2048, metavar="N", help="first N evaluation tokens; 0: all")
+    add("--window", type=int, default=2048, metavar="N", help="tokens per sequence, at most the model's context")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights and products")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    add("--seed", type=int, default=0, help="picks the calibration windows")
+    add("--prompt", default="The capital of France is", help="text to continue, before and after")
+    add("--out", metavar="DIR", help="write the converted checkpoint; --model DIR loads it back")
+    add("--force", action="store_true", help="replace the checkpoint in an --out that is not empty")
+    add("--json", metavar="FILE", help="write the final table and the settings")
+    add("--plot", metavar="DIR", help="write activation_rates.png and expert_load.png")
+    return parser.parse_args(argv)
+
+
+def run(args):
+    experts = Experts.parse(args.experts)
+    if args.window < 2 or args.eval_tokens < 0 or args.calib_tokens < 1:
+        raise InputError("--window must be at least 2, --calib-tokens at least 1, --eval-tokens at least 0")
+    if args.out:
+        lm.check_output(args.out, args.force)
+    for target in filter(None, (args.plot, args.json and Path(args.json).parent)):
+        Path(target).mkdir(parents=True, exist_ok=True)
+    if args.calib == args.eval and Path(args.calib).exists():
+        print("warning: calibrating and evaluating on the same file", file=sys.stderr)
+
+    model, tokenizer = lm.load_model(args.model, dtype=args.dtype, device=args.device)
+    converted = model.config.experts  # given an MoE, there is nothing to convert: it is evaluated as it is
+    window = min(args.window, model.config.max_position_embeddings)
+    eval_ids = torch.tensor(tokenizer.encode(lm.load_text(args.eval, "test")).ids)
+    eval_ids = eval_ids[: args.eval_tokens or None]
+    prompt = tokenizer.encode(args.prompt).ids
+
+    def measure(name):
+        ppl = lm.perplexity(model, eval_ids, window, lambda w: tqdm(w, f"{name} perplexity", unit="window"))
+        return ppl, lm.active_parameters(model), tokenizer.decode(lm.generate(model, prompt, 24))
+
+    moe_name = f"MoE {converted or experts}"
+    result = {"model": args.model or lm.WHEEL_MEMBER.split("/")[1], "experts": str(converted or experts)}
+    if converted:
+        print(f"the model is an MoE already ({converted}): it is evaluated, not converted", file=sys.stderr)
+        dense, seconds = (None, (None, None), None), None
+    else:
+        calib_ids = torch.tensor(tokenizer.encode(lm.load_text(args.calib, "train")).ids)
+        windows = cut_windows(calib_ids, window)
+        random = torch.Generator().manual_seed(args.seed)
+        picked = windows[torch.randperm(len(windows), generator=random)[: max(1, args.calib_tokens // window)]]
+        dense = measure("dense")
+        reports, start = [], time.perf_counter()
+        bar = lambda layers: tqdm(layers, "converting", unit="layer")  # noqa: E731
+        convert(model, picked, experts, args.method, args.k_act, progress=bar, report=reports.append)
+        seconds = time.perf_counter() - start
+        result |= {"method": args.method, "k_act": args.k_act, "seed": args.seed}
+        result |= {"calib": args.calib, "calib_tokens": picked.numel()}
+        if args.plot:
+            plot_rates(reports, experts, Path(args.plot) / "activation_rates.png")
+            plot_load(reports, experts, Path(args.plot) / "expert_load.png")
+    if args.out:
+        lm.save_model(model, tokenizer, args.out, args.force)
+    moe = measure("MoE")
+
+    split = converted or experts
+    result |= {"eval": args.eval, "eval_tokens": len(eval_ids) // window * window, "window": window}
+    result |= {"dtype": args.dtype, "device": args.device, "torch": torch.__version__}
+    result |= {"dense_perplexity": dense[0], "moe_perplexity": moe[0]}
+    result |= {"active_ffn_fraction": (split.shared + split.active) / split.total}
+    result |= {"dense_ffn_parameters": dense[1][0], "active_ffn_parameters": moe[1][0]}
+    result |= {"dense_parameters": dense[1][1], "active_parameters": moe[1][1], "conversion_seconds": seconds}
+
+    def row(name, before, after, form):
+        print(f"{name:<26}" + "".join(f"{'-' if v is None else form(v):>16}" for v in (before, after)))
+
+    million = lambda v: f"{v / 1e6:.2f} M"  # noqa: E731
+    print(f"\n{'':<26}{'dense':>16}{moe_name:>16}")
+    row("perplexity", dense[0], moe[0], lambda v: f"{v:.2f}")
+    row("active FFN parameters", dense[1][0], moe[1][0], million)
+    row("active parameters", dense[1][1], moe[1][1], million)
+    row("conversion", None, seconds, lambda v: f"{v:.1f} s")
+    for name, text in (("dense", dense[2]), (moe_name, moe[2])):
+        if text is not None:
+            print(f"\n{name}: {args.prompt}{text}")
+    if args.out:
+        print(f"\nwrote {args.out}")
+    if args.json:
+        scratch = Path(f"{args.json}.{os.getpid()}.tmp")
+        scratch.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        os.replace(scratch, args.json)
+
+
+def main(argv=None) -> int:
+    try:
+        run(parse_args(argv))
+    except (InputError, OSError) as error:
+        print(f"ffn2moe: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

