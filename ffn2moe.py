@@ -20,8 +20,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ def atopk_markers(scores: torch.Tensor, k: int) -> torch.Tensor:
 
 def activation_rates(markers: torch.Tensor) -> torch.Tensor:
     """mu_i = mean_t M[t, i]: the share of tokens for which neuron i fires. markers [T, q] -> [q]."""
-    return markers.sum(dim=0) / len(markers)
+    return markers.sum(dim=0, dtype=torch.int32) / len(markers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -138,7 +139,7 @@ def l1_distances(markers: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor
 
     |1 - c| = 1 - c and |0 - c| = c, so |M_i - c_e|_1 = sum_t M_i + sum_t c_e - 2 M_i . c_e: one matrix product.
     """
-    total = markers.sum(dim=0)[:, None] + centroids.sum(dim=0, dtype=torch.float64)[None, :]
+    total = markers.sum(dim=0, dtype=torch.int32)[:, None] + centroids.sum(dim=0, dtype=torch.float64)[None, :]
     blocks = zip(markers.split(4096), centroids.split(4096))  # a float64 copy of all of M would be large
     return total - 2 * sum(m.double().T @ c.double() for m, c in blocks)
 
@@ -226,6 +227,18 @@ class LayerReport(NamedTuple):
     load: torch.Tensor  # [R], the share of calibration tokens that each routed expert gets; A / R on average
 
 
+def check_convertible(model: lm.Decoder, experts: Experts, method: str, k_act: int):
+    """Raise InputError where `convert` could not do it."""
+    q = model.config.intermediate_size
+    expert_size(q, experts)
+    if method != "paper":
+        raise InputError(f"unknown method {method!r}; there is 'paper'")
+    if model.config.experts:
+        raise InputError(f"the model is an MoE already ({model.config.experts}); only dense FFNs can be converted")
+    if not 1 <= k_act <= q:
+        raise InputError(f"k_act = {k_act} is not between 1 and intermediate_size = {q}")
+
+
 @torch.no_grad()
 def convert(
     model: lm.Decoder,
@@ -243,17 +256,10 @@ def convert(
     does), `report` is called after each. Raises InputError before anything is changed.
     """
     experts = Experts.parse(str(experts))
-    q = model.config.intermediate_size
-    expert_size(q, experts)
-    if method != "paper":
-        raise InputError(f"unknown method {method!r}; there is 'paper'")
-    if model.config.experts:
-        raise InputError(f"the model is an MoE already ({model.config.experts}); only dense FFNs can be converted")
-    if not 1 <= k_act <= q:
-        raise InputError(f"k_act = {k_act} is not between 1 and intermediate_size = {q}")
+    check_convertible(model, experts, method, k_act)
     calib_ids = lm.as_ids(model, calib_ids)
     if calib_ids.dim() == 1:
-        calib_ids = cut_windows(calib_ids, min(window, model.config.max_position_embeddings))
+        calib_ids = lm.cut_windows(calib_ids, min(window, model.config.max_position_embeddings))
 
     rope = model.rope(0, calib_ids.shape[1])
     x = model.embed_tokens(calib_ids)  # [B, T, D], what flows into the next layer
@@ -277,19 +283,13 @@ def convert(
     return model
 
 
-def cut_windows(ids: torch.Tensor, window: int) -> torch.Tensor:
-    """Token ids [T] in windows that do not overlap, [T // window, window]; the rest is dropped."""
-    if len(ids) < window:
-        raise InputError(f"the calibration text has {len(ids)} tokens, less than one window of {window}")
-    return ids[: len(ids) // window * window].view(-1, window)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
-def plot_rates(reports: list[LayerReport], experts: Experts, path: Path):
-    """Histogram of activation rates, one panel per layer: most neurons hardly ever fire, a few nearly always."""
+def plot_reports(reports: list[LayerReport], experts: Experts, folder: Path):
+    """activation_rates.png: how often neurons fire, a panel per layer; expert_load.png: who gets the tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
     import matplotlib
 
     matplotlib.use("Agg")
@@ -297,46 +297,37 @@ def plot_rates(reports: list[LayerReport], experts: Experts, path: Path):
 
     columns = min(6, len(reports))
     rows = -(-len(reports) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(2.1 * columns + 0.6, 1.5 * rows + 0.8), sharex=True, sharey=True, squeeze=False
-    )
-    for ax in axes.flat[len(reports) :]:
-        ax.axis("off")
-    for i, (ax, report) in enumerate(zip(axes.flat, reports)):
-        in_shared = torch.zeros(len(report.rates), dtype=torch.bool)
-        in_shared[report.partition.shared.cpu()] = True
-        parts = [report.rates[~in_shared].numpy(), report.rates[in_shared].numpy()]
-        ax.hist(parts, bins=np.linspace(0, 1, 26), stacked=True, color=["#4878a8", "#e08a3c"], label=["routed", "shared"])
-        ax.set(yscale="log", xlim=(0, 1))
+    size = (1.9 * columns + 0.8, 1.3 * rows + 1.1)
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
+    bins = np.logspace(-4, 0, 33)
+    for i, ax in enumerate(axes.flat):
+        if i >= len(reports):
+            ax.axis("off")
+            continue
+        rates = reports[i].rates.clamp(min=bins[0])  # neurons that never fire are in the first bin
+        is_shared = torch.zeros(len(rates), dtype=torch.bool)
+        is_shared[reports[i].partition.shared.cpu()] = True
+        ax.hist(rates[~is_shared].numpy(), bins, color="#4878a8", label="routed")
+        ax.hist(rates[is_shared].numpy(), bins, color="#e08a3c", label="shared")
+        ax.set(xscale="log", xlim=(bins[0], 1), xticks=[1e-4, 1e-2, 1])
         ax.set_title(f"layer {i}", fontsize=8, pad=2)
         ax.tick_params(labelsize=7)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper right", ncols=2, fontsize=8, frameon=False)
-    figure.suptitle("How often each neuron fires", fontsize=10, x=0.01, ha="left")
-    figure.supxlabel("activation rate (share of tokens)", fontsize=9)
-    figure.supylabel("neurons (log)", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8, frameon=False)
+    figure.supxlabel("activation rate: share of tokens for which a neuron fires", fontsize=9)
+    figure.supylabel("neurons", fontsize=9)
+    figure.savefig(folder / "activation_rates.png", dpi=120)
     plt.close(figure)
 
-
-def plot_load(reports: list[LayerReport], experts: Experts, path: Path):
-    """The share of tokens that each routed expert gets, layers by experts (in falling order, so that columns compare)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    load = torch.stack([r.load.sort(descending=True).values for r in reports]).numpy()  # [layers, R]
     even = experts.active / experts.routed
-    figure, ax = plt.subplots(figsize=(min(3 + 0.5 * load.shape[1], 10), 1.6 + 0.16 * len(load)))
-    image = ax.imshow(load, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2 * even if even < 0.5 else 1, origin="lower")
-    ax.set(xlabel="routed expert, the busiest first", ylabel="layer", xticks=range(load.shape[1]))
-    ax.set_xticklabels(range(1, load.shape[1] + 1), fontsize=8)
-    ax.set_title(f"Expert load, {experts} (even: {even:.2f})", fontsize=10)
-    figure.colorbar(image, label="share of tokens")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    load = torch.stack([r.load.sort(descending=True).values for r in reports]).numpy().T / even  # [R, layers]
+    spread = max(0.25, abs(load - 1).max())
+    figure, ax = plt.subplots(figsize=(2.2 + 0.22 * len(reports), 1.4 + 0.25 * len(load)), layout="constrained")
+    image = ax.imshow(load, aspect="auto", cmap="RdBu_r", vmin=1 - spread, vmax=1 + spread)
+    ax.set(xlabel="layer", ylabel="routed expert, busiest first", yticks=range(len(load)))
+    ax.set_yticklabels(range(1, len(load) + 1))
+    ax.set_title(f"Load of the routed experts, {experts}: 1 is an even share, {even:.0%} of the tokens", fontsize=9)
+    figure.colorbar(image, label="load / even share")
+    figure.savefig(folder / "expert_load.png", dpi=120)
     plt.close(figure)
 
 
@@ -374,69 +365,80 @@ def run(args):
         raise InputError("--window must be at least 2, --calib-tokens at least 1, --eval-tokens at least 0")
     if args.out:
         lm.check_output(args.out, args.force)
-    for target in filter(None, (args.plot, args.json and Path(args.json).parent)):
-        Path(target).mkdir(parents=True, exist_ok=True)
+    for target in filter(None, (args.plot, args.json)):
+        lm.check_writable(target)
     if args.calib == args.eval and Path(args.calib).exists():
         print("warning: calibrating and evaluating on the same file", file=sys.stderr)
 
-    model, tokenizer = lm.load_model(args.model, dtype=args.dtype, device=args.device)
-    converted = model.config.experts  # given an MoE, there is nothing to convert: it is evaluated as it is
+    # Everything is read and checked before the long work starts.
+    model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
+    split = model.config.experts or experts  # given an MoE, there is nothing to convert: it is evaluated as it is
     window = min(args.window, model.config.max_position_embeddings)
-    eval_ids = torch.tensor(tokenizer.encode(lm.load_text(args.eval, "test")).ids)
-    eval_ids = eval_ids[: args.eval_tokens or None]
-    prompt = tokenizer.encode(args.prompt).ids
+    prompt = lm.as_ids(model, tokenizer.encode(args.prompt).ids)
+    eval_ids = lm.as_ids(model, tokenizer.encode(lm.load_text(args.eval, "test")).ids)[: args.eval_tokens or None]
+    eval_ids = lm.cut_windows(eval_ids, window).flatten()
 
     def measure(name):
-        ppl = lm.perplexity(model, eval_ids, window, lambda w: tqdm(w, f"{name} perplexity", unit="window"))
-        return ppl, lm.active_parameters(model), tokenizer.decode(lm.generate(model, prompt, 24))
+        bar = lambda windows: tqdm(windows, f"{name} perplexity", unit="window")
+        text = tokenizer.decode([*prompt.tolist(), *lm.generate(model, prompt, 24)])
+        return lm.perplexity(model, eval_ids, window, bar), *lm.active_parameters(model), text
 
-    moe_name = f"MoE {converted or experts}"
-    result = {"model": args.model or lm.WHEEL_MEMBER.split("/")[1], "experts": str(converted or experts)}
-    if converted:
-        print(f"the model is an MoE already ({converted}): it is evaluated, not converted", file=sys.stderr)
-        dense, seconds = (None, (None, None), None), None
+    settings = {"model": args.model or Path(lm.WHEEL_MEMBER).name, "experts": str(split)}
+    dense_ppl = dense_ffn = dense_all = dense_text = seconds = None
+    if model.config.experts:
+        print(f"the model is an MoE already ({split}): it is evaluated, not converted", file=sys.stderr)
     else:
-        calib_ids = torch.tensor(tokenizer.encode(lm.load_text(args.calib, "train")).ids)
-        windows = cut_windows(calib_ids, window)
-        random = torch.Generator().manual_seed(args.seed)
-        picked = windows[torch.randperm(len(windows), generator=random)[: max(1, args.calib_tokens // window)]]
-        dense = measure("dense")
+        check_convertible(model, experts, args.method, args.k_act)
+        calib_ids = lm.as_ids(model, tokenizer.encode(lm.load_text(args.calib, "train")).ids)
+        windows = lm.cut_windows(calib_ids, window)
+        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(args.seed))
+        windows = windows[order[: max(1, args.calib_tokens // window)]]
+        settings |= {"method": args.method, "k_act": args.k_act, "seed": args.seed}
+        settings |= {"calib": args.calib, "calib_tokens": windows.numel()}
+        dense_ppl, dense_ffn, dense_all, dense_text = measure("dense")
         reports, start = [], time.perf_counter()
-        bar = lambda layers: tqdm(layers, "converting", unit="layer")  # noqa: E731
-        convert(model, picked, experts, args.method, args.k_act, progress=bar, report=reports.append)
+        bar = lambda layers: tqdm(layers, "converting", unit="layer")
+        convert(model, windows, experts, args.method, args.k_act, progress=bar, report=reports.append)
         seconds = time.perf_counter() - start
-        result |= {"method": args.method, "k_act": args.k_act, "seed": args.seed}
-        result |= {"calib": args.calib, "calib_tokens": picked.numel()}
         if args.plot:
-            plot_rates(reports, experts, Path(args.plot) / "activation_rates.png")
-            plot_load(reports, experts, Path(args.plot) / "expert_load.png")
+            plot_reports(reports, experts, Path(args.plot))
     if args.out:
         lm.save_model(model, tokenizer, args.out, args.force)
-    moe = measure("MoE")
+    moe_ppl, moe_ffn, moe_all, moe_text = measure("MoE")
 
-    split = converted or experts
-    result |= {"eval": args.eval, "eval_tokens": len(eval_ids) // window * window, "window": window}
-    result |= {"dtype": args.dtype, "device": args.device, "torch": torch.__version__}
-    result |= {"dense_perplexity": dense[0], "moe_perplexity": moe[0]}
-    result |= {"active_ffn_fraction": (split.shared + split.active) / split.total}
-    result |= {"dense_ffn_parameters": dense[1][0], "active_ffn_parameters": moe[1][0]}
-    result |= {"dense_parameters": dense[1][1], "active_parameters": moe[1][1], "conversion_seconds": seconds}
+    def row(name, before, after, form="{:.2f}"):
+        print(f"{name:<26}" + "".join(f"{'-' if v is None else form.format(v):>16}" for v in (before, after)))
 
-    def row(name, before, after, form):
-        print(f"{name:<26}" + "".join(f"{'-' if v is None else form(v):>16}" for v in (before, after)))
-
-    million = lambda v: f"{v / 1e6:.2f} M"  # noqa: E731
-    print(f"\n{'':<26}{'dense':>16}{moe_name:>16}")
-    row("perplexity", dense[0], moe[0], lambda v: f"{v:.2f}")
-    row("active FFN parameters", dense[1][0], moe[1][0], million)
-    row("active parameters", dense[1][1], moe[1][1], million)
-    row("conversion", None, seconds, lambda v: f"{v:.1f} s")
-    for name, text in (("dense", dense[2]), (moe_name, moe[2])):
+    print()
+    row("", "dense", f"MoE {split}", "{}")
+    row("perplexity", dense_ppl, moe_ppl)
+    row("active FFN parameters", dense_ffn, moe_ffn, "{:,}")
+    row("active parameters", dense_all, moe_all, "{:,}")
+    row("conversion, seconds", None, seconds, "{:.1f}")
+    for name, text in (("dense", dense_text), (f"MoE {split}", moe_text)):
         if text is not None:
-            print(f"\n{name}: {args.prompt}{text}")
+            print(f"\n{name}: {text}")
     if args.out:
         print(f"\nwrote {args.out}")
     if args.json:
+        result = {
+            **settings,
+            "eval": args.eval,
+            "eval_tokens": len(eval_ids),
+            "window": window,
+            "dtype": args.dtype,
+            "device": args.device,
+            "torch": torch.__version__,
+            "dense_perplexity": dense_ppl,
+            "moe_perplexity": moe_ppl,
+            "active_ffn_fraction": (split.shared + split.active) / split.total,
+            "dense_ffn_parameters": dense_ffn,
+            "active_ffn_parameters": moe_ffn,
+            "dense_parameters": dense_all,
+            "active_parameters": moe_all,
+            "conversion_seconds": seconds,
+        }
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(f"{args.json}.{os.getpid()}.tmp")
         scratch.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         os.replace(scratch, args.json)

@@ -23,17 +23,27 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+from torch import nn
 
 
 class InputError(ValueError):
@@ -135,8 +145,6 @@ def parse_config(raw: dict) -> Config:
         raise InputError(f"config.json: rope_scaling = {rope!r} is not an object")
     if "rope_theta" in rope:
         raw = {**raw, "rope_theta": rope["rope_theta"]}
-    rope_inverse_frequencies(8, 1e4, rope)  # refuses unknown kinds and unusable numbers
-
     layer_types = set(raw.get("layer_types") or ["full_attention"])
     if not layer_types <= {"full_attention", "sliding_attention"}:
         refuse(f"layer_types has {sorted(map(str, layer_types))}, and only full attention is implemented")
@@ -167,8 +175,9 @@ def parse_config(raw: dict) -> Config:
         experts=experts,
         raw=raw,
     )
-    if config.num_heads % config.num_kv_heads or config.head_dim % 2:
-        raise InputError("config.json: attention heads must divide evenly, and head_dim must be even")
+    if config.num_heads % config.num_kv_heads or config.head_dim % 2 or not 0 < config.head_dim <= 4096:
+        raise InputError("config.json: the attention heads must divide evenly, and head_dim be even and at most 4096")
+    rope_inverse_frequencies(config.head_dim, config.rope_theta, rope)  # refuses unknown kinds and unusable numbers
     if experts:
         expert_size(config.intermediate_size, experts)
     return config
@@ -195,7 +204,7 @@ def rope_inverse_frequencies(head_dim: int, theta: float, scaling: dict) -> torc
         if kind == "linear":
             return inverse / float(scaling["factor"])
         if kind == "divisors":  # not a Hugging Face kind: the rope_freqs tensor of a GGUF file
-            return inverse / torch.tensor(scaling["divisors"])[: len(inverse)]
+            return inverse / torch.tensor(scaling["divisors"], device="cpu")
         if kind == "llama3":
             # Long wavelengths are stretched by `factor`, short ones kept, with a linear ramp in between.
             context = scaling["original_max_position_embeddings"]
@@ -227,7 +236,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, cache=None, start=0):
         B, T, _ = x.shape
-        heads = lambda y: y.view(B, T, -1, self.head_dim)  # noqa: E731
+        heads = lambda y: y.view(B, T, -1, self.head_dim)
         q = apply_rope(self.q_norm(heads(self.q_proj(x))).transpose(1, 2), *rope)  # [B, H, T, d]
         k = apply_rope(self.k_norm(heads(self.k_proj(x))).transpose(1, 2), *rope)  # [B, K, T, d]
         v = heads(self.v_proj(x)).transpose(1, 2)
@@ -373,6 +382,13 @@ def as_ids(model: Decoder, ids) -> torch.Tensor:
     return ids.to(model.embed_tokens.weight.device)
 
 
+def cut_windows(ids: torch.Tensor, window: int) -> torch.Tensor:
+    """Token ids [T] in windows that do not overlap, [T // window, window]; the rest is dropped."""
+    if len(ids) < window or window < 2:
+        raise InputError(f"the text has {len(ids)} tokens, less than one window of {max(window, 2)}")
+    return ids[: len(ids) // window * window].view(-1, window)
+
+
 @torch.no_grad()
 def generate(model: Decoder, ids, max_new_tokens: int, temperature=0.0, top_k=None, seed=0, use_cache=True):
     """Continue the token ids [T]; returns the new ids as a list. Greedy at temperature 0; stops after an end token."""
@@ -403,16 +419,14 @@ def generate(model: Decoder, ids, max_new_tokens: int, temperature=0.0, top_k=No
 def perplexity(model: Decoder, ids, window: int, progress: Callable = lambda windows: windows) -> float:
     """exp of the mean negative log-likelihood, in the standard protocol: the ids [T] are cut into windows of `window`
     tokens that do not overlap (the rest is dropped), and in each every token but the first is predicted."""
-    ids = as_ids(model, ids)
-    if len(ids) < window or window < 2:
-        raise InputError(f"perplexity needs at least one window of {max(window, 2)} tokens, and the text has {len(ids)}")
+    windows = cut_windows(as_ids(model, ids), window)
     total, count = 0.0, 0
-    for one in progress(ids[: len(ids) // window * window].view(-1, window)):
+    for one in progress(windows):
         logits = model(one[None])[0, :-1]
         for part, target in zip(logits.split(256), one[1:].split(256)):  # the float32 copy stays small
             total += F.cross_entropy(part.float(), target, reduction="sum").item()
         count += window - 1
-    return math.exp(total / count)
+    return float(np.exp(total / count))  # inf rather than an exception, for a model that is broken
 
 
 def active_parameters(model: Decoder) -> tuple[int, int]:
@@ -447,6 +461,10 @@ def load_model(source=None, dtype=torch.float32, device="cpu") -> tuple[Decoder,
     Raises InputError for whatever is missing, malformed, or not runnable faithfully.
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {str(device)!r} is not usable here: {first_line(error)}") from None
     config, tensors, tokenizer = open_checkpoint(source)
     config = parse_config(config)
     if f"layers.{config.num_layers - 1}.input_layernorm.weight" not in tensors:
@@ -692,7 +710,7 @@ def open_gguf(path: Path) -> Checkpoint:
             divisors = read_gguf_tensor(path, kind, shape, data + offset, length)
             config["rope_scaling"] = {"rope_type": "divisors", "divisors": divisors.flatten().tolist()}
         else:
-            read = lambda *at, n=heads.get(part): read_gguf_tensor(path, *at, interleaved_heads=n)  # noqa: E731
+            read = lambda *at, n=heads.get(part): read_gguf_tensor(path, *at, interleaved_heads=n)
             tensors[f"{layer}{GGUF_NAMES.get(part, part)}.{suffix}"] = (
                 lambda read=read, at=(kind, shape, data + offset, length): read(*at)
             )
@@ -832,15 +850,21 @@ def gguf_tokenizer(path: Path, meta: dict) -> Tokenizer:
 # --- Saving
 
 
-def check_output(out, force: bool) -> Path:
-    """The directory that a checkpoint may be written to; refuses one that holds something, unless forced."""
+def check_writable(path):
+    """Refuse a path that could not be created, before any work is done for it."""
+    ancestor = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
+    if not os.access(ancestor, os.W_OK) or (ancestor != Path(path).absolute() and not ancestor.is_dir()):
+        raise InputError(f"cannot write {path}: {ancestor} is not a directory that one can write to")
+
+
+def check_output(out, force: bool):
+    """Refuse a directory to save to that holds something, unless forced."""
     out = Path(out)
     if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} exists and is not a directory")
+        raise InputError(f"{out} exists and is not a directory")
     if out.exists() and any(out.iterdir()) and not force:
-        raise InputError(f"--out {out} exists and is not empty; --force replaces the checkpoint in it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out
+        raise InputError(f"{out} exists and is not empty; --force replaces the checkpoint in it")
+    check_writable(out)
 
 
 def save_model(model: Decoder, tokenizer: Tokenizer, out, force=False):
@@ -849,7 +873,9 @@ def save_model(model: Decoder, tokenizer: Tokenizer, out, force=False):
     All files are written to a scratch directory beside `out` first. A new `out` then appears by one rename. With
     `force` the files are moved into an `out` that exists, config.json first away and last back: without it nothing loads.
     """
-    out = check_output(out, force)
+    check_output(out, force)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         names = {name: name if name.startswith("lm_head.") else "model." + name for name in model.state_dict()}

@@ -1,0 +1,270 @@
+"""The method: each step against brute force, a closed form or the official code's own outputs."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CONFIGS, LLAMA, SHARED, random_model
+
+import ffn2moe
+import model as lm
+from ffn2moe import Partition, balanced_assignment
+from model import FFN, Experts, InputError
+
+
+def random_ffn(hidden_size=16, intermediate_size=48, seed=0, dtype=torch.float64) -> FFN:
+    torch.manual_seed(seed)
+    return FFN(hidden_size, intermediate_size).to(dtype).requires_grad_(False)
+
+
+# --- Balanced assignment
+
+
+def brute_force_cost(cost, capacity) -> float:
+    slots = [b for b, c in enumerate(capacity) for _ in range(c)]
+    return min(sum(cost[i, b] for i, b in enumerate(order)) for order in set(itertools.permutations(slots)))
+
+
+@pytest.mark.parametrize("capacity", [(2, 2, 2), (1, 2, 4), (0, 3, 3), (7,), (3, 1, 1, 2), (1, 0, 5, 1)])
+@pytest.mark.parametrize("kind", ["real", "integer with ties", "one bin is cheapest", "negative"])
+def test_assignment_equals_brute_force(capacity, kind):
+    random = np.random.default_rng(0)
+    for _ in range(10):
+        cost = random.random((sum(capacity), len(capacity)))
+        if kind == "integer with ties":
+            cost = np.floor(3 * cost)
+        if kind == "one bin is cheapest":
+            cost[:, 0] -= 5
+        if kind == "negative":
+            cost = -1000 * cost**3
+        result = balanced_assignment(cost, capacity)
+        assert np.bincount(result, minlength=len(capacity)).tolist() == list(capacity)
+        total = cost[np.arange(len(cost)), result].sum()
+        assert total == pytest.approx(brute_force_cost(cost, capacity), abs=1e-9)
+
+
+@pytest.mark.parametrize("n, k, skew", [(500, 4, 0.0), (3000, 9, 1.0), (10000, 16, 3.0)])
+def test_assignment_at_size_has_an_optimality_certificate(n, k, skew):
+    """An assignment is optimal exactly if no cycle of moves between bins lowers its cost (Klein 1967)."""
+    random = np.random.default_rng(1)
+    cost = random.random((n, k)) + skew * random.random((1, k)) * random.pareto(2, (n, 1))
+    capacity = np.full(k, n // k)
+    capacity[0] += n - capacity.sum() + k
+    capacity[-1] -= k
+    result = balanced_assignment(cost, capacity)
+    assert (np.bincount(result, minlength=k) == capacity).all()
+    distance = np.zeros((k, k))
+    for a in range(k):
+        distance[a] = (cost[result == a] - cost[result == a, a, None]).min(axis=0)
+    for b in range(k):  # Floyd-Warshall
+        distance = np.minimum(distance, distance[:, b, None] + distance[None, b])
+    assert distance.diagonal().min() >= -1e-9
+
+
+def test_assignment_rejects_what_it_cannot_do():
+    for cost, capacity in (
+        (np.zeros((4, 2)), [2, 3]),
+        (np.zeros((4, 2)), [4]),
+        (np.zeros((4, 2)), [5, -1]),
+        (np.array([[np.nan, 1.0]]), [1, 0]),
+    ):
+        with pytest.raises(ValueError):
+            balanced_assignment(cost, capacity)
+    assert len(balanced_assignment(np.zeros((0, 3)), [0, 0, 0])) == 0
+
+
+# --- Profile, partition, router
+
+
+def test_scores_and_markers_by_hand():
+    ffn, x = random_ffn(), torch.randn(20, 16, dtype=torch.float64)
+    scores = ffn2moe.normalized_scores(x, ffn.gate_proj.weight, ffn.up_proj.weight)
+    markers = ffn2moe.atopk_markers(scores, k=5)
+    for t in range(20):
+        h = []
+        for g, u in zip(ffn.gate_proj.weight, ffn.up_proj.weight):
+            a = float(x[t] @ g / (x[t].norm() * g.norm()))
+            h.append(a / (1 + np.exp(-a)) * float(x[t] @ u / (x[t].norm() * u.norm())))
+        assert np.allclose(scores[t], h, atol=1e-6)
+        assert set(np.argsort(np.abs(h))[-5:]) == set(markers[t].nonzero().flatten().tolist())
+    rates = ffn2moe.activation_rates(markers)
+    assert torch.allclose(rates, markers.double().mean(0).float())
+    shared, rest = ffn2moe.split_shared(rates, 12)
+    assert rates[shared].min() >= rates[rest].max() and len(set(shared.tolist()) | set(rest.tolist())) == 48
+
+
+def test_l1_distances_equal_the_definition():
+    torch.manual_seed(0)
+    markers, centroids = torch.rand(5000, 7) < 0.2, torch.rand(5000, 3)
+    expected = (markers.double()[:, :, None] - centroids.double()[:, None, :]).abs().sum(0)
+    assert torch.allclose(ffn2moe.l1_distances(markers, centroids), expected, rtol=1e-12)
+
+
+def test_partition_is_the_cheapest_and_complete():
+    """On 12 neurons all balanced partitions can be tried."""
+    torch.manual_seed(3)
+    markers = torch.rand(200, 12) < torch.linspace(0.9, 0.05, 12)
+    split = Experts.parse("S1A1E4")
+    partition = ffn2moe.partition_neurons(markers, split)
+    assert sorted(torch.cat([partition.shared, partition.routed.flatten()]).tolist()) == list(range(12))
+    order = markers.sum(0).argsort(descending=True, stable=True)
+    assert set(partition.shared.tolist()) == set(order[:3].tolist())
+    distance = lambda i, j: float((markers[:, i] != markers[:, j]).sum())
+    cost = np.array([[distance(i, seed) for seed in order[3:6]] for i in order[3:]])
+    found = sum(distance(i, order[3 + e]) for e in range(3) for i in partition.routed[e])
+    assert found == brute_force_cost(cost, [3, 3, 3])
+    for members, representative in zip(partition.routed, partition.representatives):
+        mean = markers[:, members].double().mean(1)
+        far = [(markers[:, i].double() - mean).abs().sum().item() for i in members]
+        assert representative in members
+        assert far[members.tolist().index(representative)] == pytest.approx(min(far))
+
+
+@pytest.mark.parametrize("name", ["s3a3e8", "s2a2e16"])
+def test_official_fixtures(name):
+    file = SHARED / "reference" / f"official_{name}.npz"
+    if not file.exists():
+        pytest.skip("outputs of the official code are not here")
+    official = {key: torch.from_numpy(value) for key, value in np.load(file).items()}
+    split = Experts(int(official["S"]), int(official["A"]), int(official["E"]))
+    x, gate, up = official["x"], official["gate"], official["up"]
+    markers = ffn2moe.atopk_markers(ffn2moe.normalized_scores(x, gate, up), int(official["K"]))
+    rates = ffn2moe.activation_rates(markers)
+    assert torch.equal(rates, official["rates"])
+    shared, rest = ffn2moe.split_shared(rates, split.shared * len(gate) // split.total)
+    assert set(shared.tolist()) == set(official["shared"].tolist())
+    assert torch.equal(rest[: split.routed], official["seeds"])
+    expert, _ = ffn2moe.group_routed(markers[:, rest], split.routed)
+    cost = ffn2moe.l1_distances(markers[:, rest], markers[:, official["seeds"]].float())
+    assert cost.gather(1, expert[:, None]).sum() == official["assignment_cost"]  # ties: another optimum may be found
+    # From the official groups on, everything must agree.
+    routed = official["routed"]
+    expert = (rest[:, None, None] == routed).any(dim=2).float().argmax(dim=1)
+    centroids = torch.stack([markers[:, members].float().mean(1) for members in routed], dim=1)
+    representatives = rest[ffn2moe.representative_neurons(markers[:, rest], expert, centroids)]
+    assert torch.equal(representatives, official["representatives"])
+    ffn = FFN(x.shape[1], len(gate)).requires_grad_(False)
+    for linear, weight in ((ffn.gate_proj, gate), (ffn.up_proj, up), (ffn.down_proj, official["down"])):
+        linear.weight.copy_(weight)
+    moe = ffn2moe.build_moe(ffn, Partition(official["shared"], routed, representatives), split)
+    assert torch.equal(moe.route(x)[0].sort().values, official["topk_experts"].sort().values)
+    assert torch.allclose(moe(x), official["moe_out"], rtol=1e-5, atol=1e-3)  # values up to 1,700
+    assert torch.allclose(ffn(x), official["dense_out"], rtol=1e-5, atol=1e-3)
+
+
+# --- The layer
+
+
+def converted_layer(split: str, seed=0):
+    ffn, x = random_ffn(seed=seed), torch.randn(50, 16, dtype=torch.float64)
+    scores = ffn2moe.normalized_scores(x, ffn.gate_proj.weight, ffn.up_proj.weight)
+    partition = ffn2moe.partition_neurons(ffn2moe.atopk_markers(scores, 5), Experts.parse(split))
+    return ffn, ffn2moe.build_moe(ffn, partition, Experts.parse(split)), partition, x
+
+
+@pytest.mark.parametrize("split", ["S1A3E4", "S4A4E8", "S2A14E16", "S1A1E2"])
+def test_with_all_experts_active_the_layer_is_the_dense_one(split):
+    ffn, moe, _, x = converted_layer(split)
+    assert torch.allclose(moe(x), ffn(x), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("split", ["S1A1E4", "S3A3E8", "S2A2E16"])
+def test_layer_runs_the_highest_scored_experts(split):
+    """Token by token and neuron by neuron, from the dense weights and the partition alone."""
+    ffn, moe, partition, x = converted_layer(split)
+    gate, up, down = ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight
+    active = Experts.parse(split).active
+    expected = torch.zeros_like(x)
+    for t, token in enumerate(x):
+        score = [
+            abs(F.silu(token @ gate[r] / gate[r].float().norm()) * (token @ up[r] / up[r].float().norm())).item()
+            for r in partition.representatives
+        ]
+        chosen = np.argsort(score)[-active:].tolist()
+        for i in itertools.chain(partition.shared, *(partition.routed[e] for e in chosen)):
+            expected[t] += F.silu(token @ gate[i]) * (token @ up[i]) * down[:, i]
+    assert torch.allclose(moe(x), expected, rtol=0, atol=1e-12)
+
+
+def test_bias_moves_the_choice_and_scale_the_weight():
+    _, moe, _, x = converted_layer("S1A1E4")
+    before, weights = moe.route(x)
+    assert (weights == 1).all()
+    p = (F.silu(x @ moe.router_gate.T) * (x @ moe.router_up.T)).abs().softmax(-1)
+    moe.router_scale += torch.tensor([0.5, -1.0, 2.0])
+    chosen, weights = moe.route(x)
+    assert torch.equal(chosen, before)  # u weighs, it does not select
+    assert torch.allclose(weights[:, 0], 1 + (p * moe.router_scale).gather(1, chosen)[:, 0], atol=1e-6)
+    moe.router_bias += torch.tensor([0.0, 2.0, 0.0])  # p is at most 1: expert 1 must win for every token
+    assert (moe.route(x)[0] == 1).all()
+
+
+# --- The whole model
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_converted_model_with_all_experts_active_is_the_dense_model(name):
+    model, ids = random_model(CONFIGS[name], dtype=torch.float64), torch.arange(250).view(2, 125)
+    dense = model(ids)
+    assert torch.allclose(ffn2moe.convert(model, ids, "S2A6E8")(ids), dense, atol=1e-10)
+
+
+def test_layers_are_profiled_on_what_converted_layers_put_out():
+    dense, model = random_model(LLAMA), random_model(LLAMA)
+    ids = torch.randint(300, (2, 100), generator=torch.Generator().manual_seed(0))
+    reports = []
+    ffn2moe.convert(model, ids, "S1A1E8", k_act=6, report=reports.append)
+    inputs = []
+    for layer in model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, out: inputs.append(args[0].flatten(0, 1)))
+    model(ids)
+    for i, (x, report) in enumerate(zip(inputs, reports, strict=True)):
+        ffn = dense.layers[i].mlp
+        markers = ffn2moe.atopk_markers(ffn2moe.normalized_scores(x, ffn.gate_proj.weight, ffn.up_proj.weight), 6)
+        assert torch.allclose(ffn2moe.activation_rates(markers), report.rates, atol=0.01)
+        chosen = model.layers[i].mlp.route(x)[0].flatten()
+        assert torch.allclose(chosen.bincount(minlength=7) / len(x), report.load, atol=0.01)
+        assert report.load.sum().item() == pytest.approx(1.0)  # A = 1
+    whole = random_model(LLAMA)
+    ffn2moe.convert(whole, ids.flatten(), "S1A1E8", k_act=6, window=100)  # the same windows, cut from a flat text
+    assert torch.equal(whole(ids), model(ids))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"experts": "S3A3E7"}, "not divisible by E = 7"),
+        ({"experts": "S5A4E8"}, "S \\+ A = 9 is more than E = 8"),
+        ({"experts": "S0A4E8"}, "S >= 1"),
+        ({"experts": "S4A0E8"}, "A >= 1"),
+        ({"experts": "8 experts"}, "S3A3E8"),
+        ({"k_act": 65}, "k_act = 65"),
+        ({"k_act": 0}, "k_act = 0"),
+        ({"method": "magic"}, "magic"),
+        ({"calib_ids": torch.full((1, 20), 300)}, "vocabulary of 300"),
+        ({"calib_ids": torch.zeros(20, dtype=torch.long)}, "20 tokens"),
+    ],
+)
+def test_convert_refuses_and_leaves_the_model_alone(change, message):
+    model, ids = random_model(LLAMA), torch.arange(100).view(1, 100)
+    before = model(ids)
+    with pytest.raises(InputError, match=message):
+        ffn2moe.convert(model, **({"calib_ids": ids} | change))
+    assert torch.equal(model(ids), before)
+
+
+def test_an_moe_is_not_converted_again():
+    model, ids = random_model(LLAMA), torch.arange(100).view(1, 100)
+    with pytest.raises(InputError, match="MoE already"):
+        ffn2moe.convert(ffn2moe.convert(model, ids), ids)
+
+
+def test_active_parameters_count_what_a_token_touches():
+    model, ids = random_model(LLAMA), torch.arange(100).view(1, 100)
+    dense_ffn, dense_all = lm.active_parameters(model)
+    assert dense_ffn == 3 * 3 * 32 * 64 and dense_all == sum(p.numel() for p in model.parameters())
+    ffn, total = lm.active_parameters(ffn2moe.convert(model, ids, "S3A3E8"))
+    router = 5 * (32 + 32 + 1 + 1)  # gate and up rows, scale, bias
+    assert ffn == 3 * (3 * 32 * 64 * 6 // 8 + router) and dense_all - total == dense_ffn - ffn
