@@ -21,9 +21,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,14 +34,18 @@ from tqdm import tqdm
 import model as lm
 from model import FFN, Experts, InputError, MoE, expert_size
 
+matplotlib.use("Agg")  # figures go to files, on machines without a screen too
+import matplotlib.pyplot as plt
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Activation pattern: which neurons fire for which token
 
 
 def normalized_scores(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """h_i(x) = silu(x^ . g^_i) * (x^ . u^_i), where ^ scales to unit length: x [T, D]; gate, up [q, D] -> [T, q].
+    """h_i(x) = silu(x^ . g^_i) * (x^ . u^_i): x [T, D]; gate, up [q, D] -> float32 [T, q].
 
-    Without the scaling, long inputs and neurons with long weights would fire always.
+    g_i and u_i are neuron i's rows of gate and up, and ^ scales to unit length: without it, neurons with long weights
+    would fire always. What a neuron's output is worth further on (W_down) plays no part.
     """
     x, gate, up = (F.normalize(t.float(), dim=-1) for t in (x, gate, up))
     return F.silu(x @ gate.T) * (x @ up.T)
@@ -82,6 +88,9 @@ def balanced_assignment(cost, capacity) -> np.ndarray:
     and the chain is a shortest path on a graph whose nodes are the k bins. Each chain keeps the assignment the cheapest
     one for its loads (successive shortest paths for minimum-cost flow), so the last one is optimal.
 
+    The same cost as scipy's linear_sum_assignment(np.repeat(cost, capacity, axis=1)), which needs an n x n matrix; exact
+    up to the rounding of the largest cost in float64.
+
     cost [n, k], finite; capacity [k], whole numbers that sum to n -> bin of each item, int64 [n].
     """
     cost, capacity = np.asarray(cost, dtype=np.float64), np.asarray(capacity)
@@ -110,7 +119,7 @@ def balanced_assignment(cost, capacity) -> np.ndarray:
 
     for a in range(k):
         update_moves(a)
-    tolerance = 1e-12 * np.abs(cost).max()  # below it a gain is rounding, and could go round in circles
+    tolerance = 4 * k * np.finfo(np.float64).eps * np.abs(cost).max()  # a gain below it may be rounding
     while (load > capacity).any():
         # Bellman-Ford from all overfull bins at once: the cheapest way to take on one more item, and from which bin.
         distance, origin = np.where(load > capacity, 0.0, np.inf), np.full(k, -1)
@@ -121,14 +130,16 @@ def balanced_assignment(cost, capacity) -> np.ndarray:
             if not better.any():
                 break
             distance[better], origin[better] = via[a, np.arange(k)][better], a[better]
-        b = np.where(load < capacity, distance, np.inf).argmin()  # the cheapest bin with room
-        chain = [b]
-        while origin[b] >= 0:  # walk back, moving one item per step
-            bin_of[mover[origin[b], b]] = b
-            b = origin[b]
-            chain.append(b)
-        load[chain[0]] += 1
+        chain = [np.where(load < capacity, distance, np.inf).argmin()]  # the cheapest bin with room, and back from there
+        while origin[chain[-1]] >= 0 and len(chain) <= k:
+            chain.append(origin[chain[-1]])
+        if len(chain) > k:  # rounding sent us in a circle
+            tolerance *= 10
+            continue
+        for giver, taker in zip(chain[1:], chain):
+            bin_of[mover[giver, taker]] = taker
         load[chain[-1]] -= 1
+        load[chain[0]] += 1
         for a in chain:
             update_moves(a)
     return bin_of
@@ -155,7 +166,7 @@ def group_routed(markers: torch.Tensor, num_routed: int, rounds: int = 1) -> tup
     centroids = markers[:, :num_routed].float()
     for _ in range(rounds):
         cost = l1_distances(markers, centroids)
-        expert = torch.from_numpy(balanced_assignment(cost.cpu(), [n // num_routed] * num_routed)).to(markers.device)
+        expert = torch.from_numpy(balanced_assignment(cost, [n // num_routed] * num_routed))
         centroids = torch.stack([markers[:, expert == e].float().mean(dim=1) for e in range(num_routed)], dim=1)
     return expert, centroids
 
@@ -175,7 +186,7 @@ class Partition(NamedTuple):
 def representative_neurons(markers: torch.Tensor, expert: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """The member of each expert that is closest (L1) to its centroid: indices into the columns of markers, [R]."""
     distance = l1_distances(markers, centroids)  # [n, R]
-    outside = expert[:, None] != torch.arange(centroids.shape[1], device=expert.device)
+    outside = expert[:, None] != torch.arange(centroids.shape[1])
     return distance.masked_fill(outside, torch.inf).argmin(dim=0)
 
 
@@ -193,9 +204,11 @@ def partition_neurons(markers: torch.Tensor, experts: Experts, rounds: int = 1) 
 def build_moe(ffn: FFN, partition: Partition, experts: Experts) -> MoE:
     """Slice an FFN into the experts of a partition. The router scores expert e with its representative neuron r,
 
-        s_e(x) = | silu(g^_r . x) * (u^_r . x) |,
+        s_e(x) = | silu(g^_r . x) * (u^_r . x) |.
 
-    an estimate of |h_e(x)|_1: by how much leaving out expert e would change the output of the FFN.
+    The paper's argument: the output changes least where the experts that are left out contribute least; the L1 norm of
+    an expert's hidden state stands for its contribution, and its most typical neuron for that norm. Scaling the rows to
+    unit length makes experts comparable; x is the same for all of them and stays as it is.
     """
     gate, up, down = ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight  # [q, D], [q, D], [D, q]
     shared, routed, representatives = partition
@@ -211,7 +224,7 @@ def build_moe(ffn: FFN, partition: Partition, experts: Experts) -> MoE:
         "router_scale": gate.new_zeros(experts.routed),
         "router_bias": gate.new_zeros(experts.routed),
     }
-    with torch.device("meta"):
+    with torch.device("meta"):  # allocates nothing: the slices above become the parameters
         moe = MoE(gate.shape[1], gate.shape[0], experts)
     moe.load_state_dict({name: weight.contiguous() for name, weight in weights.items()}, assign=True)
     return moe.requires_grad_(False)
@@ -233,7 +246,7 @@ def check_convertible(model: lm.Decoder, experts: Experts, method: str, k_act: i
     expert_size(q, experts)
     if method != "paper":
         raise InputError(f"unknown method {method!r}; there is 'paper'")
-    if model.config.experts:
+    if any(isinstance(layer.mlp, MoE) for layer in model.layers):
         raise InputError(f"the model is an MoE already ({model.config.experts}); only dense FFNs can be converted")
     if not 1 <= k_act <= q:
         raise InputError(f"k_act = {k_act} is not between 1 and intermediate_size = {q}")
@@ -269,14 +282,14 @@ def convert(
         ffn_input = layer.post_attention_layernorm(x)
         tokens = ffn_input.flatten(0, 1)
         gate, up = layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight
-        markers = torch.cat([atopk_markers(normalized_scores(t, gate, up), k_act) for t in tokens.split(4096)])
+        markers = torch.cat([atopk_markers(normalized_scores(t, gate, up), k_act).cpu() for t in tokens.split(4096)])
         partition = partition_neurons(markers, experts)
         layer.mlp = build_moe(layer.mlp, partition, experts)
         for sequence, normed in zip(x.split(1), ffn_input.split(1)):
             sequence += layer.mlp(normed)
         chosen, _ = layer.mlp.route(tokens)
         load = chosen.flatten().bincount(minlength=experts.routed) / len(tokens)
-        report(LayerReport(activation_rates(markers).cpu(), partition, load.cpu()))
+        report(LayerReport(activation_rates(markers), partition, load.cpu()))
     model.config.experts = experts
     raw = model.config.raw
     model.config.raw = {**raw, "model_type": "ffn2moe", "base_model_type": raw["model_type"], "experts": str(experts)}
@@ -290,11 +303,6 @@ def convert(
 def plot_reports(reports: list[LayerReport], experts: Experts, folder: Path):
     """activation_rates.png: how often neurons fire, a panel per layer; expert_load.png: who gets the tokens."""
     folder.mkdir(parents=True, exist_ok=True)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     columns = min(6, len(reports))
     rows = -(-len(reports) // columns)
     size = (1.9 * columns + 0.8, 1.3 * rows + 1.1)
@@ -306,7 +314,7 @@ def plot_reports(reports: list[LayerReport], experts: Experts, folder: Path):
             continue
         rates = reports[i].rates.double().numpy().clip(bins[0], None)  # neurons that never fire: the first bin
         is_shared = np.zeros(len(rates), dtype=bool)
-        is_shared[reports[i].partition.shared.cpu()] = True
+        is_shared[reports[i].partition.shared] = True
         ax.hist(rates[~is_shared], bins, color="#4878a8", label="routed")
         ax.hist(rates[is_shared], bins, color="#e08a3c", label="shared", rwidth=0.8)
         ax.set(xscale="log", yscale="log", xlim=(bins[0], 1), xticks=[1e-4, 1e-2, 1])
@@ -359,96 +367,106 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
-def run(args):
-    experts = Experts.parse(args.experts)
-    if args.window < 2 or args.eval_tokens < 0 or args.calib_tokens < 1:
-        raise InputError("--window must be at least 2, --calib-tokens at least 1, --eval-tokens at least 0")
+def check_args(args):
+    """Refuse what is known to be impossible before anything is loaded."""
+    if args.window < 2 or args.eval_tokens < 0 or args.calib_tokens < args.window or not 0 <= args.seed < 2**63:
+        raise InputError("--window must be at least 2, --calib-tokens at least --window, --eval-tokens and --seed at least 0")
     if args.out:
         lm.check_output(args.out, args.force)
-    for target in filter(None, (args.plot, args.json)):
-        lm.check_writable(target)
+    for path, kind in ((args.json, Path.is_file), (args.plot, Path.is_dir)):
+        if path:
+            lm.check_writable(path)
+            if Path(path).exists() and not kind(Path(path)):
+                raise InputError(f"cannot write {path}: it exists and is of another kind")
     if args.calib == args.eval and Path(args.calib).exists():
         print("warning: calibrating and evaluating on the same file", file=sys.stderr)
 
+
+def measure(name, model, tokenizer, eval_ids, window, prompt) -> dict:
+    bar = partial(tqdm, desc=f"{name} perplexity", unit="window")
+    text = tokenizer.decode([*prompt.tolist(), *lm.generate(model, prompt, 24)])
+    ffn_parameters, parameters = lm.active_parameters(model)
+    ppl = lm.perplexity(model, eval_ids, window, bar)
+    return {"perplexity": ppl, "ffn_parameters": ffn_parameters, "parameters": parameters, "text": text}
+
+
+def run(args):
+    experts = Experts.parse(args.experts)
+    check_args(args)
     # Everything is read and checked before the long work starts.
     model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
     split = model.config.experts or experts  # given an MoE, there is nothing to convert: it is evaluated as it is
     window = min(args.window, model.config.max_position_embeddings)
-    prompt = lm.as_ids(model, tokenizer.encode(args.prompt).ids)
-    eval_ids = lm.as_ids(model, tokenizer.encode(lm.load_text(args.eval, "test")).ids)[: args.eval_tokens or None]
+    eval_ids = lm.as_ids(model, lm.encode(tokenizer, lm.load_text(args.eval, "test")))[: args.eval_tokens or None]
     eval_ids = lm.cut_windows(eval_ids, window).flatten()
-
-    def measure(name):
-        bar = lambda windows: tqdm(windows, f"{name} perplexity", unit="window")
-        text = tokenizer.decode([*prompt.tolist(), *lm.generate(model, prompt, 24)])
-        return lm.perplexity(model, eval_ids, window, bar), *lm.active_parameters(model), text
-
-    settings = {"model": args.model or Path(lm.WHEEL_MEMBER).name, "experts": str(split)}
-    dense_ppl = dense_ffn = dense_all = dense_text = seconds = None
+    prompt = lm.as_ids(model, lm.encode(tokenizer, args.prompt))
+    measured = partial(measure, tokenizer=tokenizer, eval_ids=eval_ids, window=window, prompt=prompt)
+    result = {"model": args.model or Path(lm.WHEEL_MEMBER).name, "experts": str(split)}
+    dense, reports, seconds = {}, [], None
     if model.config.experts:
         print(f"the model is an MoE already ({split}): it is evaluated, not converted", file=sys.stderr)
     else:
         check_convertible(model, experts, args.method, args.k_act)
-        calib_ids = lm.as_ids(model, tokenizer.encode(lm.load_text(args.calib, "train")).ids)
+        calib_ids = lm.as_ids(model, lm.encode(tokenizer, lm.load_text(args.calib, "train")))
         windows = lm.cut_windows(calib_ids, window)
         order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(args.seed))
-        windows = windows[order[: max(1, args.calib_tokens // window)]]
-        settings |= {"method": args.method, "k_act": args.k_act, "seed": args.seed}
-        settings |= {"calib": args.calib, "calib_tokens": windows.numel()}
-        dense_ppl, dense_ffn, dense_all, dense_text = measure("dense")
-        reports, start = [], time.perf_counter()
-        bar = lambda layers: tqdm(layers, "converting", unit="layer")
+        windows = windows[order[: args.calib_tokens // window]]
+        result |= {"method": args.method, "k_act": args.k_act, "seed": args.seed}
+        result |= {"calib": args.calib, "calib_tokens": windows.numel()}
+        dense = measured("dense", model)
+        start, bar = time.perf_counter(), partial(tqdm, desc="converting", unit="layer")
         convert(model, windows, experts, args.method, args.k_act, progress=bar, report=reports.append)
         seconds = time.perf_counter() - start
-        if args.plot:
-            plot_reports(reports, experts, Path(args.plot))
     if args.out:
         lm.save_model(model, tokenizer, args.out, args.force)
-    moe_ppl, moe_ffn, moe_all, moe_text = measure("MoE")
+    moe = measured("MoE", model)
 
-    def row(name, before, after, form="{:.2f}"):
+    result |= {
+        "eval": args.eval,
+        "eval_tokens": len(eval_ids),
+        "window": window,
+        "dtype": args.dtype,
+        "device": args.device,
+        "torch": torch.__version__,
+        "dense_perplexity": dense.get("perplexity"),
+        "moe_perplexity": moe["perplexity"],
+        "active_ffn_fraction": (split.shared + split.active) / split.total,
+        "dense_ffn_parameters": dense.get("ffn_parameters"),
+        "active_ffn_parameters": moe["ffn_parameters"],
+        "dense_parameters": dense.get("parameters"),
+        "active_parameters": moe["parameters"],
+        "conversion_seconds": seconds,
+    }
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(f"{args.json}.{os.getpid()}.tmp")
+        finite = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in result.items()}
+        scratch.write_text(json.dumps(finite, indent=2) + "\n", encoding="utf-8")
+        os.replace(scratch, args.json)
+    if args.plot and reports:
+        plot_reports(reports, experts, Path(args.plot))
+
+    def row(name, before, after, form):
         print(f"{name:<26}" + "".join(f"{'-' if v is None else form.format(v):>16}" for v in (before, after)))
 
     print()
     row("", "dense", f"MoE {split}", "{}")
-    row("perplexity", dense_ppl, moe_ppl)
-    row("active FFN parameters", dense_ffn, moe_ffn, "{:,}")
-    row("active parameters", dense_all, moe_all, "{:,}")
+    row("perplexity", dense.get("perplexity"), moe["perplexity"], "{:.2f}")
+    row("active FFN parameters", dense.get("ffn_parameters"), moe["ffn_parameters"], "{:,}")
+    row("active parameters", dense.get("parameters"), moe["parameters"], "{:,}")
     row("conversion, seconds", None, seconds, "{:.1f}")
-    for name, text in (("dense", dense_text), (f"MoE {split}", moe_text)):
-        if text is not None:
-            print(f"\n{name}: {text}")
+    for name, side in (("dense", dense), (f"MoE {split}", moe)):
+        if side:
+            print(f"\n{name}: {side['text']}")
     if args.out:
         print(f"\nwrote {args.out}")
-    if args.json:
-        result = {
-            **settings,
-            "eval": args.eval,
-            "eval_tokens": len(eval_ids),
-            "window": window,
-            "dtype": args.dtype,
-            "device": args.device,
-            "torch": torch.__version__,
-            "dense_perplexity": dense_ppl,
-            "moe_perplexity": moe_ppl,
-            "active_ffn_fraction": (split.shared + split.active) / split.total,
-            "dense_ffn_parameters": dense_ffn,
-            "active_ffn_parameters": moe_ffn,
-            "dense_parameters": dense_all,
-            "active_parameters": moe_all,
-            "conversion_seconds": seconds,
-        }
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(f"{args.json}.{os.getpid()}.tmp")
-        scratch.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        os.replace(scratch, args.json)
 
 
 def main(argv=None) -> int:
     try:
         run(parse_args(argv))
-    except (InputError, OSError) as error:
-        print(f"ffn2moe: {error}", file=sys.stderr)
+    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"ffn2moe: {error or type(error).__name__}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -73,8 +73,6 @@ class Experts(NamedTuple):
             raise InputError(f"experts {text}: the method needs a shared expert (S >= 1) and an active one (A >= 1)")
         if self.shared + self.active > self.total:
             raise InputError(f"experts {text}: S + A = {self.shared + self.active} is more than E = {self.total}")
-        if self.shared == self.total:
-            raise InputError(f"experts {text}: no routed expert is left")
         return self
 
     def __str__(self):
@@ -116,10 +114,11 @@ def parse_config(raw: dict) -> Config:
             return default[0]
         if value is None:
             raise InputError(f"config.json has no {key!r}")
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and value < 2**53:
             value = float(value)
-        if type(value) is not kind or (kind in (int, float) and not 0 < value < math.inf):
-            raise InputError(f"config.json: {key} = {value!r} is not a usable value")
+        limit = {int: 2**28, float: math.inf}.get(kind)  # larger sizes would overflow before a tensor is looked at
+        if type(value) is not kind or (limit and not 0 < value < limit):
+            raise InputError(f"config.json: {key} = {str(value)[:80]!r} is not a usable value")
         return value
 
     def refuse(what):
@@ -156,6 +155,10 @@ def parse_config(raw: dict) -> Config:
         # Up to one window a sliding model and a full one are the same; beyond it forward() refuses to run.
         max_positions = min(max_positions, get("sliding_window", int))
 
+    eos = raw.get("eos_token_id")
+    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(i) is int for i in eos_ids):
+        raise InputError(f"config.json: eos_token_id = {eos!r} is not a usable value")
     hidden_size, num_heads = get("hidden_size", int), get("num_attention_heads", int)
     config = Config(
         vocab_size=get("vocab_size", int),
@@ -173,7 +176,7 @@ def parse_config(raw: dict) -> Config:
         qkv_bias=kind == "qwen2" or get("attention_bias", bool, False),
         o_bias=kind != "qwen2" and get("attention_bias", bool, False),
         qk_norm=kind == "qwen3",
-        eos_ids=np.atleast_1d(raw["eos_token_id"]).tolist() if raw.get("eos_token_id") is not None else [],
+        eos_ids=eos_ids,
         experts=experts,
         raw=raw,
     )
@@ -214,7 +217,7 @@ def rope_inverse_frequencies(head_dim: int, theta: float, scaling: dict) -> torc
             turns = context * inverse / (2 * math.pi)  # full rotations within the original context
             keep = ((turns - low) / (high - low)).clamp(0, 1)
             inverse = keep * inverse + (1 - keep) * inverse / float(scaling["factor"])
-    except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise InputError(f"config.json: rope_scaling of type {kind!r} is incomplete or malformed ({error})") from None
     if inverse.shape != (head_dim // 2,) or not (inverse.isfinite() & (inverse > 0)).all():
         raise InputError(f"config.json: the numbers of rope_scaling of type {kind!r} are not usable")
@@ -271,11 +274,11 @@ class FFN(nn.Module):
 class MoE(nn.Module):
     """An FFN in slices of m neurons: S of them in one shared expert, R = E - S routed, of which A run per token.
 
-        F_MoE(x) = F_shared(x) + sum_{e in top-A} g_e(x) F_e(x)
-        s_e(x)   = | silu(w_gate_e . x) * (w_up_e . x) |        router: the score of expert e
-        p(x)     = softmax(s(x))                                over the R routed experts
-        top-A    = the A largest of p_e(x) + b_e                b: selection bias, 0 unless trained
-        g_e(x)   = 1 + p_e(x) * u_e                             u: gate scale, 0 unless trained, so that g = 1
+        F_MoE(x)  = F_shared(x) + sum over the top A experts e of weight_e(x) * F_e(x)
+        s_e(x)    = | silu(router_gate_e . x) * (router_up_e . x) |   the score of expert e
+        p(x)      = softmax(s(x))                                     over the R routed experts
+        top A     = the A largest of p_e(x) + router_bias_e           the bias is 0 unless trained
+        weight(x) = 1 + p(x) * router_scale                           the scale is 0 unless trained, so that the weight is 1
 
     With A = R every slice runs with weight 1, and F_MoE is the dense FFN that was sliced.
     """
@@ -290,11 +293,11 @@ class MoE(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(R, hidden_size, m))
         self.router_gate = nn.Parameter(torch.empty(R, hidden_size))
         self.router_up = nn.Parameter(torch.empty(R, hidden_size))
-        self.router_scale = nn.Parameter(torch.zeros(R))  # u
-        self.router_bias = nn.Parameter(torch.zeros(R))  # b
+        self.router_scale = nn.Parameter(torch.zeros(R))
+        self.router_bias = nn.Parameter(torch.zeros(R))
 
     def route(self, x):
-        """x [T, D] -> the chosen experts [T, A] and their weights g [T, A]."""
+        """x [T, D] -> the chosen experts [T, A] and their weights [T, A]."""
         scores = (F.silu(F.linear(x, self.router_gate)) * F.linear(x, self.router_up)).abs()  # [T, R]
         p = scores.softmax(dim=-1, dtype=torch.float32)
         chosen = (p + self.router_bias).topk(self.experts.active, dim=-1).indices  # [T, A]
@@ -386,10 +389,17 @@ def as_ids(model: Decoder, ids) -> torch.Tensor:
     return ids.to(model.embed_tokens.weight.device)
 
 
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    try:
+        return tokenizer.encode(text).ids
+    except Exception as error:  # noqa: BLE001 (the tokenizers package raises plain Exception)
+        raise InputError(f"the tokenizer cannot encode this text: {first_line(error)}") from None
+
+
 def cut_windows(ids: torch.Tensor, window: int) -> torch.Tensor:
     """Token ids [T] in windows that do not overlap, [T // window, window]; the rest is dropped."""
     if len(ids) < window or window < 2:
-        raise InputError(f"the text has {len(ids)} tokens, less than one window of {max(window, 2)}")
+        raise InputError(f"{len(ids)} tokens of text are less than one window of {max(window, 2)}")
     return ids[: len(ids) // window * window].view(-1, window)
 
 
@@ -466,8 +476,8 @@ def load_model(source=None, dtype=torch.float32, device="cpu") -> tuple[Decoder,
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {str(device)!r} is not usable here: {first_line(error)}") from None
     config, tensors, tokenizer = open_checkpoint(source)
     config = parse_config(config)
@@ -503,7 +513,7 @@ def open_checkpoint(source) -> Checkpoint:
         if path.suffix != ".gguf":
             raise InputError(f"{path} is neither a checkpoint directory nor a .gguf file")
         return open_gguf(path)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.gguf)", str(source)) and not path.parent.exists():
         return open_directory(fetch_from_hub(str(source)))
     raise InputError(f"{source}: no such file or directory")
 
@@ -522,7 +532,9 @@ def read_json(path: Path):
 
 def open_directory(path: Path) -> Checkpoint:
     config = read_json(path / "config.json")
-    if (path / "model.safetensors.index.json").exists():
+    if (path / "model.safetensors").exists():
+        files = {path / "model.safetensors"}
+    elif (path / "model.safetensors.index.json").exists():
         index = read_json(path / "model.safetensors.index.json")
         try:
             files = {path / Path(name).name for name in index["weight_map"].values()}
@@ -560,14 +572,17 @@ def open_safetensors(file: Path):
 def read_tensor(file: Path, name: str) -> torch.Tensor:
     # The file is mapped anew for each tensor: pages that were read for the last one are given back.
     with open_safetensors(file) as shard:
-        return shard.get_tensor(name)
+        try:
+            return shard.get_tensor(name)
+        except Exception as error:  # noqa: BLE001 (a dtype that torch lacks, for one)
+            raise InputError(f"{file}: tensor {name!r} cannot be read: {first_line(error)}") from None
 
 
 def fetch_from_hub(repo: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "model*.safetensors"]))
     except Exception as error:  # noqa: BLE001 (no network, no such repository, no permission, no disk)
         raise InputError(f"could not fetch {repo!r} from the Hugging Face hub: {first_line(error)}") from None
 
@@ -703,7 +718,7 @@ def open_gguf(path: Path) -> Checkpoint:
             raise InputError(f"{path}: tensor {name!r} has GGUF type {kind}; supported are {supported}")
         _, block, block_bytes = GGUF_TENSORS[kind]
         length = math.prod(shape) // block * block_bytes
-        if not shape or shape[-1] % block or data + offset + length > size:
+        if 0 in (shape or [0]) or shape[-1] % block or data + offset + length > size:
             raise InputError(f"{path} is truncated or corrupt: tensor {name!r} does not fit into the file")
         part, layer = name, ""
         if match := re.fullmatch(r"blk\.(\d+)\.(.+)", name):
@@ -754,8 +769,9 @@ def gguf_config(path: Path, meta: dict, shapes: dict) -> dict:
             config[key] = meta[f"tokenizer.ggml.{key}"]
     if "llama.attention.key_length" in meta:
         config["head_dim"] = get("attention.key_length")
-    if get("rope.scaling.type", "none") != "none":
-        config["rope_scaling"] = {"rope_type": get("rope.scaling.type"), "factor": get("rope.scaling.factor")}
+    factor = get("rope.scaling.factor", get("rope.scale_linear", 0.0))
+    if get("rope.scaling.type", "linear" if factor else "none") != "none":
+        config["rope_scaling"] = {"rope_type": get("rope.scaling.type", "linear"), "factor": factor}
     head_dim = parse_config(config).head_dim
     if get("rope.dimension_count", head_dim) != head_dim:
         raise InputError(f"{path}: rotary embeddings on a part of the head are not implemented")
@@ -837,7 +853,7 @@ def gguf_tokenizer(path: Path, meta: dict) -> Tokenizer:
         special = [AddedToken(t, special=k == 3, normalized=False) for t, k in zip(tokens, types) if k in (3, 4)]
         tokenizer.add_tokens(special)
         bos = meta.get("tokenizer.ggml.bos_token_id", -1)
-        if meta.get("tokenizer.ggml.add_bos_token", kind == "llama") and 0 <= bos < len(tokens):
+        if meta.get("tokenizer.ggml.add_bos_token", kind == "llama" or split == "llama-bpe") and 0 <= bos < len(tokens):
             tokenizer.post_processor = processors.TemplateProcessing(
                 single=f"{tokens[bos]}:0 $A:0", special_tokens=[(tokens[bos], bos)]
             )
@@ -852,10 +868,10 @@ def gguf_tokenizer(path: Path, meta: dict) -> Tokenizer:
 
 
 def check_writable(path):
-    """Refuse a path that could not be created, before any work is done for it."""
-    ancestor = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
-    if not os.access(ancestor, os.W_OK) or (ancestor != Path(path).absolute() and not ancestor.is_dir()):
-        raise InputError(f"cannot write {path}: {ancestor} is not a directory that one can write to")
+    """Refuse a file or directory that could not be created, before any work is done for it."""
+    above = next(p for p in Path(path).absolute().parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"cannot write {path}: {above} is not a directory that can be written to")
 
 
 def check_output(out, force: bool):
@@ -865,22 +881,24 @@ def check_output(out, force: bool):
         raise InputError(f"{out} exists and is not a directory")
     if out.exists() and any(out.iterdir()) and not force:
         raise InputError(f"{out} exists and is not empty; --force replaces the checkpoint in it")
-    check_writable(out)
+    check_writable(out / "config.json")
 
 
 def save_model(model: Decoder, tokenizer: Tokenizer, out, force=False):
-    """Write model.safetensors, config.json and tokenizer.json to `out`, or nothing.
+    """Write model.safetensors, config.json and tokenizer.json to the directory `out`, or nothing.
 
-    All files are written to a scratch directory beside `out` first. A new `out` then appears by one rename. With
-    `force` the files are moved into an `out` that exists, config.json first away and last back: without it nothing loads.
+    The files are written to a scratch directory first. An `out` that is new then appears by one rename. Into one that
+    exists they are moved one by one, after its old config.json is gone and their own last: without it nothing loads.
     """
     check_output(out, force)
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    new = not out.exists()
+    home = out.parent if new else out
+    home.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=home))
     try:
-        names = {name: name if name.startswith("lm_head.") else "model." + name for name in model.state_dict()}
-        tensors = {names[name]: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        state = model.state_dict()
+        tensors = {name if name.startswith("lm_head.") else f"model.{name}": t.contiguous() for name, t in state.items()}
         save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
         dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
         config = json.dumps({**model.config.raw, "torch_dtype": dtype}, indent=2)
@@ -890,19 +908,21 @@ def save_model(model: Decoder, tokenizer: Tokenizer, out, force=False):
             with open(file, "rb+") as f:
                 os.fsync(f.fileno())
         scratch.chmod(0o755)
-        if out.exists() and any(out.iterdir()):
-            for old in [out / "config.json", *out.glob("*.safetensors"), *out.glob("*.safetensors.index.json")]:
-                old.unlink(missing_ok=True)
-            for name in ("model.safetensors", "tokenizer.json", "config.json"):
-                os.replace(scratch / name, out / name)
-            scratch.rmdir()
-        else:
-            os.replace(scratch, out)
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
         if isinstance(error, Exception):
             raise InputError(f"could not write {out}: {first_line(error)}") from error
         raise
+    try:
+        if new:
+            os.replace(scratch, out)
+        else:
+            (out / "config.json").unlink(missing_ok=True)
+            for name in ("model.safetensors", "tokenizer.json", "config.json"):
+                os.replace(scratch / name, out / name)
+            scratch.rmdir()
+    except OSError as error:
+        raise InputError(f"could not move the checkpoint from {scratch} to {out}: {error.strerror}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------

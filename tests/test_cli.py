@@ -23,7 +23,7 @@ def argv(checkpoint, text):
 
 
 def test_the_main_job(argv, checkpoint, tmp_path, capsys):
-    out, table, plots = tmp_path / "out", tmp_path / "new/table.json", tmp_path / "plots"
+    out, table, plots = tmp_path / "out", tmp_path / "new/table.json", tmp_path / "out/plots"
     assert ffn2moe.main([*argv, "--out", str(out), "--json", str(table), "--plot", str(plots), "--k-act", "6"]) == 0
     printed = capsys.readouterr()
     result = json.loads(table.read_text())
@@ -94,6 +94,11 @@ def cut(name):
         (None, ["--eval", "{short}"], "less than one window of 128"),
         (None, ["--eval", "{none}"], "no.txt: No such file"),
         (None, ["--prompt", ""], "prompt is empty"),
+        (None, ["--prompt", "\udcff"], "cannot encode"),
+        (None, ["--calib-tokens", "100"], "--calib-tokens at least --window"),
+        (None, ["--seed", str(2**64)], "--seed"),
+        (None, ["--plot", "{short}"], "of another kind"),
+        (None, ["--json", "{checkpoint}"], "of another kind"),
         (None, ["--out", "{checkpoint}"], "not empty; --force"),
         (None, ["--out", "{checkpoint}/config.json"], "not a directory"),
         (None, ["--model", "{none}"], "no such file"),
@@ -133,5 +138,5 @@ def test_as_a_process(argv):
     done = run(*argv, "--k-act", "1000")
     assert done.returncode == 2 and "Traceback" not in done.stderr and "k_act = 1000" in done.stderr
     help_text = run("--help").stdout
-    options = "model calib eval method experts k-act calib-tokens eval-tokens window dtype device seed prompt out force json"
+    options = "model calib eval method experts k-act calib-tokens eval-tokens window dtype device seed prompt out force json plot"
     assert all(f"--{option} " in help_text for option in options.split())
