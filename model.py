@@ -907,6 +907,7 @@ def save_model(model: Decoder, tokenizer: Tokenizer, out, force=False):
         for file in scratch.iterdir():
             with open(file, "rb+") as f:
                 os.fsync(f.fileno())
+            file.chmod(0o644)
         scratch.chmod(0o755)
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
