@@ -6,7 +6,7 @@ order of the paper:
 1. Activation pattern   which neurons fire for which token: `normalized_scores`, `atopk_markers`, `activation_rates`
 2. Shared expert        the neurons that fire most often: `split_shared`
 3. Routed experts       the others, in groups of equal size that fire together: `balanced_assignment`, `group_routed`
-4. Analytical router    one representative neuron speaks for its expert: `representative_neurons`, `build_moe`
+4. Analytical router    one neuron of each expert speaks for it: `representative_neurons`, `analytical_router`, `build_moe`
 5. The whole model      layer by layer, each profiled on what the converted layers below it put out: `convert`
 
 Then the command line: `python ffn2moe.py --help`. The MoE layer itself, with the equations of the router, is `model.MoE`.
@@ -180,7 +180,6 @@ class Partition(NamedTuple):
 
     shared: torch.Tensor  # [S * m]
     routed: torch.Tensor  # [R, m]
-    representatives: torch.Tensor  # [R], the neuron whose weights score each routed expert
 
 
 def representative_neurons(markers: torch.Tensor, expert: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
@@ -190,19 +189,18 @@ def representative_neurons(markers: torch.Tensor, expert: torch.Tensor, centroid
     return distance.masked_fill(outside, torch.inf).argmin(dim=0)
 
 
-def partition_neurons(markers: torch.Tensor, experts: Experts, rounds: int = 1) -> Partition:
-    """Steps 2 to 4 on the markers [T, q] of one layer."""
+def partition_neurons(markers: torch.Tensor, experts: Experts, rounds: int = 1) -> tuple[Partition, torch.Tensor]:
+    """Steps 2 and 3 on the markers [T, q] of one layer, and the representative neuron of each routed expert [R]."""
     m = expert_size(markers.shape[1], experts)
     shared, rest = split_shared(activation_rates(markers), experts.shared * m)
     markers = markers[:, rest]
     expert, centroids = group_routed(markers, experts.routed, rounds)
     routed = rest[expert.argsort(stable=True)].view(experts.routed, m)
-    return Partition(shared, routed, rest[representative_neurons(markers, expert, centroids)])
+    return Partition(shared, routed), rest[representative_neurons(markers, expert, centroids)]
 
 
-@torch.no_grad()
-def build_moe(ffn: FFN, partition: Partition, experts: Experts) -> MoE:
-    """Slice an FFN into the experts of a partition. The router scores expert e with its representative neuron r,
+def analytical_router(ffn: FFN, representatives: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The router scores expert e with the gate and up rows of its representative neuron r, each of unit length:
 
         s_e(x) = | silu(g^_r . x) * (u^_r . x) |.
 
@@ -210,8 +208,16 @@ def build_moe(ffn: FFN, partition: Partition, experts: Experts) -> MoE:
     an expert's hidden state stands for its contribution, and its most typical neuron for that norm. Scaling the rows to
     unit length makes experts comparable; x is the same for all of them and stays as it is.
     """
+    gate, up = ffn.gate_proj.weight[representatives], ffn.up_proj.weight[representatives]  # [R, D]
+    unit = lambda rows: F.normalize(rows.float(), dim=-1).to(rows)
+    return {"router_gate": unit(gate), "router_up": unit(up)}
+
+
+@torch.no_grad()
+def build_moe(ffn: FFN, partition: Partition, experts: Experts, router: dict[str, torch.Tensor]) -> MoE:
+    """Slice an FFN into the experts of a partition, under a router (its tensors, by the names they have in model.MoE)."""
     gate, up, down = ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight  # [q, D], [q, D], [D, q]
-    shared, routed, representatives = partition
+    shared, routed = partition
     weights = {
         "shared_expert.gate_proj.weight": gate[shared],
         "shared_expert.up_proj.weight": up[shared],
@@ -219,15 +225,23 @@ def build_moe(ffn: FFN, partition: Partition, experts: Experts) -> MoE:
         "gate_proj": gate[routed],  # [R, m, D]
         "up_proj": up[routed],
         "down_proj": down[:, routed].transpose(0, 1),  # [R, D, m]
-        "router_gate": F.normalize(gate[representatives].float(), dim=-1).to(gate),  # [R, D]
-        "router_up": F.normalize(up[representatives].float(), dim=-1).to(up),
         "router_scale": gate.new_zeros(experts.routed),
         "router_bias": gate.new_zeros(experts.routed),
+        **router,
     }
     with torch.device("meta"):  # allocates nothing: the slices above become the parameters
         moe = MoE(gate.shape[1], gate.shape[0], experts)
     moe.load_state_dict({name: weight.contiguous() for name, weight in weights.items()}, assign=True)
     return moe.requires_grad_(False)
+
+
+def convert_ffn(ffn: FFN, x: torch.Tensor, experts: Experts, k_act: int) -> tuple[MoE, Partition, torch.Tensor]:
+    """Steps 1 to 4 on one FFN: x [T, D], its inputs -> its MoE, the partition, the activation rates [q]."""
+    gate, up = ffn.gate_proj.weight, ffn.up_proj.weight
+    markers = torch.cat([atopk_markers(normalized_scores(block, gate, up), k_act).cpu() for block in x.split(4096)])
+    partition, representatives = partition_neurons(markers, experts)
+    moe = build_moe(ffn, partition, experts, analytical_router(ffn, representatives))
+    return moe, partition, activation_rates(markers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -281,15 +295,12 @@ def convert(
             sequence += layer.self_attn(layer.input_layernorm(sequence), rope)
         ffn_input = layer.post_attention_layernorm(x)
         tokens = ffn_input.flatten(0, 1)
-        gate, up = layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight
-        markers = torch.cat([atopk_markers(normalized_scores(t, gate, up), k_act).cpu() for t in tokens.split(4096)])
-        partition = partition_neurons(markers, experts)
-        layer.mlp = build_moe(layer.mlp, partition, experts)
+        layer.mlp, partition, rates = convert_ffn(layer.mlp, tokens, experts, k_act)
         for sequence, normed in zip(x.split(1), ffn_input.split(1)):
             sequence += layer.mlp(normed)
         chosen, _ = layer.mlp.route(tokens)
         load = chosen.flatten().bincount(minlength=experts.routed) / len(tokens)
-        report(LayerReport(activation_rates(markers), partition, load.cpu()))
+        report(LayerReport(rates, partition, load.cpu()))
     model.config.experts = experts
     raw = model.config.raw
     model.config.raw = {**raw, "model_type": "ffn2moe", "base_model_type": raw["model_type"], "experts": str(experts)}

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model as lm
 
+torch.set_num_threads(1)  # the tensors are tiny
 SHARED = Path(__file__).parent.parent.parent / "shared"  # outputs of the official code and WikiText-2, where present
 
 TEXT = "".join(f"The {a} {b} of {n} is a {c}, and it's {n * n}.\n" for n, (a, b, c) in enumerate(

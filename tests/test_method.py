@@ -112,7 +112,7 @@ def test_partition_is_the_cheapest_and_complete():
     torch.manual_seed(3)
     markers = torch.rand(200, 12) < torch.linspace(0.9, 0.05, 12)
     split = Experts.parse("S1A1E4")
-    partition = ffn2moe.partition_neurons(markers, split)
+    partition, representatives = ffn2moe.partition_neurons(markers, split)
     assert sorted(torch.cat([partition.shared, partition.routed.flatten()]).tolist()) == list(range(12))
     order = markers.sum(0).argsort(descending=True, stable=True)
     assert set(partition.shared.tolist()) == set(order[:3].tolist())
@@ -120,7 +120,7 @@ def test_partition_is_the_cheapest_and_complete():
     cost = np.array([[distance(i, seed) for seed in order[3:6]] for i in order[3:]])
     found = sum(distance(i, order[3 + e]) for e in range(3) for i in partition.routed[e])
     assert found == brute_force_cost(cost, [3, 3, 3])
-    for members, representative in zip(partition.routed, partition.representatives):
+    for members, representative in zip(partition.routed, representatives):
         mean = markers[:, members].double().mean(1)
         far = [(markers[:, i].double() - mean).abs().sum().item() for i in members]
         assert representative in members
@@ -153,7 +153,8 @@ def test_official_fixtures(name):
     ffn = FFN(x.shape[1], len(gate)).requires_grad_(False)
     for linear, weight in ((ffn.gate_proj, gate), (ffn.up_proj, up), (ffn.down_proj, official["down"])):
         linear.weight.copy_(weight)
-    moe = ffn2moe.build_moe(ffn, Partition(official["shared"], routed, representatives), split)
+    router = ffn2moe.analytical_router(ffn, representatives)
+    moe = ffn2moe.build_moe(ffn, Partition(official["shared"], routed), split, router)
     assert torch.equal(moe.route(x)[0].sort().values, official["topk_experts"].sort().values)
     assert torch.allclose(moe(x), official["moe_out"], rtol=1e-5, atol=1e-3)  # values up to 1,700
     assert torch.allclose(ffn(x), official["dense_out"], rtol=1e-5, atol=1e-3)
@@ -164,28 +165,30 @@ def test_official_fixtures(name):
 
 def converted_layer(split: str, seed=0):
     ffn, x = random_ffn(seed=seed), torch.randn(50, 16, dtype=torch.float64)
+    split = Experts.parse(split)
     scores = ffn2moe.normalized_scores(x, ffn.gate_proj.weight, ffn.up_proj.weight)
-    partition = ffn2moe.partition_neurons(ffn2moe.atopk_markers(scores, 5), Experts.parse(split))
-    return ffn, ffn2moe.build_moe(ffn, partition, Experts.parse(split)), partition, x
+    partition, representatives = ffn2moe.partition_neurons(ffn2moe.atopk_markers(scores, 5), split)
+    moe = ffn2moe.build_moe(ffn, partition, split, ffn2moe.analytical_router(ffn, representatives))
+    return ffn, moe, partition, representatives, x
 
 
 @pytest.mark.parametrize("split", ["S1A3E4", "S4A4E8", "S2A14E16", "S1A1E2"])
 def test_with_all_experts_active_the_layer_is_the_dense_one(split):
-    ffn, moe, _, x = converted_layer(split)
+    ffn, moe, _, _, x = converted_layer(split)
     assert torch.allclose(moe(x), ffn(x), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("split", ["S1A1E4", "S3A3E8", "S2A2E16"])
 def test_layer_runs_the_highest_scored_experts(split):
     """Token by token and neuron by neuron, from the dense weights and the partition alone."""
-    ffn, moe, partition, x = converted_layer(split)
+    ffn, moe, partition, representatives, x = converted_layer(split)
     gate, up, down = ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight
     active = Experts.parse(split).active
     expected = torch.zeros_like(x)
     for t, token in enumerate(x):
         score = [
             abs(F.silu(token @ gate[r] / gate[r].float().norm()) * (token @ up[r] / up[r].float().norm())).item()
-            for r in partition.representatives
+            for r in representatives
         ]
         chosen = np.argsort(score)[-active:].tolist()
         for i in itertools.chain(partition.shared, *(partition.routed[e] for e in chosen)):
@@ -194,7 +197,7 @@ def test_layer_runs_the_highest_scored_experts(split):
 
 
 def test_bias_moves_the_choice_and_scale_the_weight():
-    _, moe, _, x = converted_layer("S1A1E4")
+    _, moe, _, _, x = converted_layer("S1A1E4")
     before, weights = moe.route(x)
     assert (weights == 1).all()
     p = (F.silu(x @ moe.router_gate.T) * (x @ moe.router_up.T)).abs().softmax(-1)
