@@ -354,23 +354,22 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(
         description="Convert the FFNs of a Llama-style model into mixtures of experts, without training, and compare "
         "perplexity before and after. Without arguments: SmolLM2-135M-Instruct, on text that every Python carries.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    text = "a text file, 'wikitext2' (from the hub), or 'manual' (the Python manual's topics)"
+    text = "a text file, 'wikitext2' (from the hub), or 'manual' (the Python manual's topics; the default)"
     add("--model", metavar="SOURCE", help="checkpoint directory, .gguf file or hub id; SmolLM2-135M-Instruct if not given")
     add("--calib", metavar="TEXT", default="manual", help=f"calibration text: {text}")
     add("--eval", metavar="TEXT", default="manual", help=f"evaluation text: {text}")
-    add("--method", choices=["paper"], default="paper", help="how to partition and route")
-    add("--experts", default="S3A3E8", help="of E slices of each FFN, S are shared and A of the others active per token")
-    add("--k-act", type=int, default=10, metavar="K", help="neurons that count as firing per token (ATopK)")
-    add("--calib-tokens", type=int, default=8 * 2048, metavar="N", help="calibration tokens, in windows picked at random")
-    add("--eval-tokens", type=int, default=10 * 2048, metavar="N", help="first N evaluation tokens; 0: all")
-    add("--window", type=int, default=2048, metavar="N", help="tokens per sequence, at most the model's context")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights and products")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    add("--seed", type=int, default=0, help="picks the calibration windows")
-    add("--prompt", default="The capital of France is", help="text to continue, before and after")
+    add("--method", choices=["paper"], default="paper", help="how to partition and route: as in the paper")
+    add("--experts", default="S3A3E8", metavar="SnAnEn", help="E slices per FFN, S shared, A of the rest active per token (%(default)s)")
+    add("--k-act", type=int, default=10, metavar="K", help="neurons that count as firing per token (ATopK; %(default)s)")
+    add("--calib-tokens", type=int, default=8 * 2048, metavar="N", help="calibration tokens, random windows (%(default)s)")
+    add("--eval-tokens", type=int, default=10 * 2048, metavar="N", help="first N evaluation tokens; 0: all (%(default)s)")
+    add("--window", type=int, default=2048, metavar="N", help="tokens per sequence, at most the context (%(default)s)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of weights and products (%(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run (here: %(default)s)")
+    add("--seed", type=int, default=0, help="picks the calibration windows (%(default)s)")
+    add("--prompt", default="The capital of France is", help="text to continue, before and after (%(default)s)")
     add("--out", metavar="DIR", help="write the converted checkpoint; --model DIR loads it back")
     add("--force", action="store_true", help="replace the checkpoint in an --out that is not empty")
     add("--json", metavar="FILE", help="write the final table and the settings")
