@@ -151,9 +151,9 @@ def parse_config(raw: dict) -> Config:
         refuse(f"layer_types has {sorted(layer_types)}, and only full attention is implemented")
     max_positions = get("max_position_embeddings", int, 2048)
     slides = "sliding_attention" in layer_types or raw.get("use_sliding_window", kind == "mistral")
-    if slides and raw.get("sliding_window") is not None:
+    if slides and raw.get("sliding_window", 4096) is not None:  # 4096 where it is not mentioned, null for no window
         # Up to one window a sliding model and a full one are the same; beyond it forward() refuses to run.
-        max_positions = min(max_positions, get("sliding_window", int))
+        max_positions = min(max_positions, get("sliding_window", int, 4096))
 
     eos = raw.get("eos_token_id")
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
@@ -166,7 +166,7 @@ def parse_config(raw: dict) -> Config:
         intermediate_size=get("intermediate_size", int),
         num_layers=get("num_hidden_layers", int),
         num_heads=num_heads,
-        num_kv_heads=get("num_key_value_heads", int, num_heads),
+        num_kv_heads=get("num_key_value_heads", int, *([num_heads] if kind == "llama" else [])),
         head_dim=get("head_dim", int, hidden_size // num_heads),
         max_position_embeddings=max_positions,
         rms_norm_eps=get("rms_norm_eps", float, 1e-6),

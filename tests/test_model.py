@@ -181,6 +181,7 @@ def test_what_the_model_cannot_run_is_refused():
         ({"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
         ({"hidden_size": None}, "no 'hidden_size'"),
         ({"num_attention_heads": None}, "no 'num_attention_heads'"),
+        ({"model_type": "qwen2", "num_key_value_heads": None}, "no 'num_key_value_heads'"),
         ({"intermediate_size": 0}, "intermediate_size = '0'"),
         ({"vocab_size": 10**18}, "vocab_size"),
         ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
@@ -206,6 +207,8 @@ def test_configs_that_are_refused(checkpoint, change, message):
 def test_a_sliding_window_limits_the_context(checkpoint):
     for extra, limit in (
         ({"model_type": "mistral", "sliding_window": 50}, 50),
+        ({"model_type": "mistral", "max_position_embeddings": 9999}, 4096),
+        ({"model_type": "mistral", "max_position_embeddings": 9999, "sliding_window": None}, 9999),
         ({"model_type": "qwen2", "sliding_window": 50}, 128),  # there but not used
         ({"model_type": "qwen2", "sliding_window": 50, "use_sliding_window": True}, 50),
         ({"model_type": "qwen3", "sliding_window": 50, "layer_types": ["full_attention", "sliding_attention"]}, 50),
