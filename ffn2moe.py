@@ -28,9 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import (
-    Figure,  # not pyplot: importing this file leaves the caller's plotting backend alone
-)
+from matplotlib.figure import Figure  # not pyplot: it would set the caller's backend
 from tqdm import tqdm
 
 import model as lm
