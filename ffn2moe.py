@@ -34,6 +34,12 @@ from tqdm import tqdm
 import model as lm
 from model import FFN, Experts, InputError, MoE, expert_size
 
+# Settings of the joint method, chosen by perplexity on windows of training text that were held back from calibration
+PARTITION_TOKENS = 16384  # the partition is found on these; router and refit see all calibration tokens
+ROUTER_RIDGE = 1e-3
+HIDDEN_RIDGE = 1e-3
+BLOCK = 4096  # tokens at a time
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Activation pattern: which neurons fire for which token
 
@@ -227,80 +233,292 @@ def build_moe(ffn: FFN, partition: Partition, experts: Experts, router: dict[str
         **router,
     }
     with torch.device("meta"):  # allocates nothing: the slices above become the parameters
-        moe = MoE(gate.shape[1], gate.shape[0], experts)
+        moe = MoE(gate.shape[1], gate.shape[0], experts, "linear" if "router_weight" in router else "neurons")
     moe.load_state_dict({name: weight.contiguous() for name, weight in weights.items()}, assign=True)
     return moe.requires_grad_(False)
 
 
-def convert_ffn(ffn: FFN, x: torch.Tensor, experts: Experts, k_act: int) -> tuple[MoE, Partition, torch.Tensor]:
+def paper_layer(ffn: FFN, x: torch.Tensor, experts: Experts, k_act=10, rounds=1) -> tuple[MoE, Partition, torch.Tensor]:
     """Steps 1 to 4 on one FFN: x [T, D], its inputs -> its MoE, the partition, the activation rates [q]."""
     gate, up = ffn.gate_proj.weight, ffn.up_proj.weight
-    markers = torch.cat([atopk_markers(normalized_scores(block, gate, up), k_act).cpu() for block in x.split(4096)])
-    partition, representatives = partition_neurons(markers, experts)
+    markers = torch.cat([atopk_markers(normalized_scores(block, gate, up), k_act).cpu() for block in x.split(BLOCK)])
+    partition, representatives = partition_neurons(markers, experts, rounds)
     moe = build_moe(ffn, partition, experts, analytical_router(ffn, representatives))
     return moe, partition, activation_rates(markers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. The whole model
+# 5. Beyond the paper: partition and router found together, and a refitted output
+#
+# The paper groups neurons by when they fire. What counts is by how much the output misses the neurons that do not run,
+# and whether a router can tell beforehand. Neuron i adds h_i(x_t) W_down[:, i] to the output, which has the length
+#
+#     c[t, i] = |h_i(x_t)| |W_down[:, i]|    and the energy    c[t, i]^2.
+#
+# Neurons live in bins: bin 0 is the shared expert, bin 1 + e is routed expert e. bin_of [n] says which.
+
+
+def hidden(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
+    """h(x) = silu(W_gate x) * (W_up x): x [T, D] -> float32 [T, q]."""
+    return (F.silu(ffn.gate_proj(x)) * ffn.up_proj(x)).float()
+
+
+def with_ones(x: torch.Tensor) -> torch.Tensor:
+    """[x, 1], on which a linear function has an intercept: [T, D] -> float32 [T, D + 1]."""
+    return F.pad(x.float(), (0, 1), value=1.0)
+
+
+def ridge_solver(xx: torch.Tensor, strength: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Ridge regression from its normal equations: xx = X^T X [n, n] -> a function of X^T Y [n, k] that returns
+
+        W = argmin |X W - Y|^2 + penalty |W|^2,   penalty = strength * mean(diag(X^T X)).   [n, k]
+    """
+    penalty = strength * xx.diagonal().double().mean().clamp_min(1e-30)
+    factor = torch.linalg.cholesky(xx.double() + penalty * torch.eye(len(xx), dtype=torch.float64, device=xx.device))
+    return lambda xy: torch.cholesky_solve(xy.double(), factor).float()
+
+
+def expert_norms(energy: torch.Tensor, bin_of: torch.Tensor, num_routed: int) -> torch.Tensor:
+    """sqrt(sum_{i in e} c[t, i]^2), the target of the router: energy [T, n] -> [T, R]."""
+    members = F.one_hot(bin_of, 1 + num_routed)[:, 1:].to(energy)  # [n, R]
+    return (energy @ members).sqrt()
+
+
+def active_bins(chosen: torch.Tensor, num_routed: int) -> torch.Tensor:
+    """1 for each bin that runs, the shared one always: chosen [T, A] -> float32 [T, 1 + R]."""
+    active = torch.zeros(len(chosen), 1 + num_routed, device=chosen.device)
+    return active.scatter_(1, chosen + 1, 1.0).index_fill_(1, chosen.new_zeros(1), 1.0)
+
+
+def captured_energy(energy: torch.Tensor, active: torch.Tensor, bin_of: torch.Tensor) -> float:
+    """sum_t sum_i c[t, i]^2 active[t, bin_of[i]], the energy of what runs: energy [T, n], active [T, 1 + R]."""
+    return (energy.T @ active).gather(1, bin_of[:, None]).sum().item()
+
+
+def best_bins(gain: torch.Tensor, capacity) -> torch.Tensor:
+    """Assign neuron i to a bin so that sum_i gain[i, bin_of[i]] is largest, capacity[b] to bin b: [n, k] -> [n].
+
+    A price on a bin changes the cost of all balanced assignments alike. With prices at which about the right number of
+    neurons prefers each bin, the exact assignment has few chains left to find.
+    """
+    cost = -(gain / gain.max().clamp_min(1e-30)).double().cpu().numpy()
+    for _ in range(5):
+        for b, c in enumerate(capacity):
+            others = np.delete(cost, b, axis=1).min(axis=1)
+            excess = np.sort(others - cost[:, b])[::-1]  # what each neuron would pay more for bin b, falling
+            excess = np.concatenate(([excess[0] + 1], excess, [excess[-1] - 1]))
+            cost[:, b] += (excess[c] + excess[c + 1]) / 2  # c neurons would pay that
+    return torch.from_numpy(balanced_assignment(cost, capacity)).to(gain.device)
+
+
+def alternate(energy: torch.Tensor, x: torch.Tensor, bin_of: torch.Tensor, capacity, active: int, rounds: int):
+    """Improve an assignment of neurons to bins, by two steps in turn, each solved exactly:
+
+        router, given the experts    ridge regression from [x, 1] to the norm of each expert; the top `active` run
+        experts, given the router    the assignment that captures the most energy under the router's choices
+
+    The shared expert is just the bin that always runs, so that one assignment decides shared and routed at once.
+    energy [T, n], x [T, D], bin_of [n] -> bin_of [n].
+    """
+    x = with_ones(x)
+    solve, num_routed = ridge_solver(x.T @ x, ROUTER_RIDGE), len(capacity) - 1
+    for _ in range(rounds):
+        scores = x @ solve(x.T @ expert_norms(energy, bin_of, num_routed))  # [T, R]
+        chosen = scores.topk(active, dim=-1).indices
+        bin_of = best_bins(energy.T @ active_bins(chosen, num_routed), capacity)
+    return bin_of
+
+
+def unpredicted_energy(ffn: FFN, sample: torch.Tensor, bin_of: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The refit below lets the shared neurons, which always run, stand in for what they predict of the others. A routed
+    neuron is worth only the rest: a function of x [T, D] that returns float32 [T, q],
+
+        (h_i(x) - B_i . h_shared(x))^2 |W_down[:, i]|^2 for routed neurons, 0 for shared ones,
+
+    with B the ridge regression from shared to routed neurons on sample [T', D].
+    """
+    norm, shared = ffn.down_proj.weight.float().norm(dim=0), bin_of == 0
+    h = hidden(ffn, sample)
+    B = ridge_solver(h[:, shared].T @ h[:, shared], HIDDEN_RIDGE)(h[:, shared].T @ h)  # [shared, q]
+
+    def energy(x):
+        h = hidden(ffn, x)
+        return ((h - h[:, shared] @ B) * norm * ~shared) ** 2
+
+    return energy
+
+
+def joint_partition(ffn: FFN, x: torch.Tensor, experts: Experts, rounds: int = 8) -> torch.Tensor:
+    """Which bin each neuron goes into: x [T, D], inputs of the FFN -> bin_of [q]."""
+    R, m = experts.routed, expert_size(ffn.gate_proj.out_features, experts)
+    energy = (hidden(ffn, x) * ffn.down_proj.weight.float().norm(dim=0)) ** 2  # [T, q]
+    # To start with, the neurons of most energy are shared, and the others are dealt out to the experts in turn.
+    order = energy.sum(dim=0).argsort(descending=True)
+    bin_of = torch.zeros_like(order)
+    bin_of[order[experts.shared * m :]] = torch.arange(R * m, device=x.device) % R + 1
+    bin_of = alternate(energy, x, bin_of, [experts.shared * m] + [m] * R, experts.active, rounds)
+    # Then the routed experts once more, among themselves, by what the shared expert cannot make up for.
+    routed = (bin_of > 0).nonzero().flatten()
+    energy = unpredicted_energy(ffn, x, bin_of)(x)[:, routed]
+    bin_of[routed] = alternate(energy, x, bin_of[routed], [0] + [m] * R, experts.active, rounds)
+    return bin_of
+
+
+def ridge_router(x: torch.Tensor, energy: Callable, bin_of: torch.Tensor, num_routed: int) -> dict[str, torch.Tensor]:
+    """The router of the alternation, on all tokens x [T, D] in blocks: ridge regression to the experts' norms.
+
+    What all experts have in common moves no choice, nor does the scale: scores have mean 0 over the experts and mean
+    square 1, so that a softmax, or bfloat16, keeps them apart.
+    """
+    xx, xy = 0.0, 0.0
+    for block in x.split(BLOCK):
+        ones = with_ones(block)
+        xx, xy = xx + ones.T @ ones, xy + ones.T @ expert_norms(energy(block), bin_of, num_routed)
+    weight = ridge_solver(xx, ROUTER_RIDGE)(xy)  # [D + 1, R]
+    weight -= weight.mean(dim=1, keepdim=True)
+    mean_square = (weight * (xx @ weight)).sum() / (len(x) * num_routed)
+    weight /= mean_square.sqrt().clamp_min(1e-30)
+    return {"router_weight": weight[:-1].T.to(x), "router_intercept": weight[-1].to(x)}
+
+
+def refit_down(ffn: FFN, x: torch.Tensor, active: Callable, bin_of: torch.Tensor) -> torch.Tensor:
+    """The W_down' that makes the most of the neurons that run, h~ = h * active[bin_of]. Costs nothing at inference.
+
+        min over W'   sum_t |W' h~(x_t) - F(x_t)|^2 + penalty |W' - W_down|^2
+
+    is a ridge regression of what is missing, W_down (h - h~), on h~. x [T, D], in blocks; active: [t, D] -> [t, 1 + R].
+    -> float32 [D, q]
+    """
+    down = ffn.down_proj.weight.float()
+    hh, hy = 0.0, 0.0
+    for block in x.split(BLOCK):
+        h, runs = hidden(ffn, block), active(block)[:, bin_of]  # [t, q]
+        running = h * runs
+        hh, hy = hh + running.T @ running, hy + running.T @ ((h - running) @ down.T)
+    return down + ridge_solver(hh, HIDDEN_RIDGE)(hy).T
+
+
+def joint_moe(ffn: FFN, x: torch.Tensor, experts: Experts, bin_of: torch.Tensor, refit: bool = True) -> tuple[MoE, Partition]:
+    """Router and refit for a given partition: x [T, D], the inputs of the FFN; bin_of [q]."""
+    shared = experts.shared * expert_size(len(bin_of), experts)
+    order = bin_of.argsort(stable=True)
+    partition = Partition(order[:shared], order[shared:].view(experts.routed, -1))
+    energy = unpredicted_energy(ffn, sample(x), bin_of)
+    moe = build_moe(ffn, partition, experts, ridge_router(x, energy, bin_of, experts.routed))
+    if refit:
+        down = refit_down(ffn, x, lambda block: active_bins(moe.route(block)[0], experts.routed), bin_of).to(x)
+        moe.shared_expert.down_proj.weight.copy_(down[:, partition.shared])
+        moe.down_proj.copy_(down[:, partition.routed].transpose(0, 1))
+    return moe, partition
+
+
+def joint_layer(ffn: FFN, x: torch.Tensor, experts: Experts, rounds: int = 8) -> tuple[MoE, Partition, None]:
+    """The joint method on one FFN: x [T, D], its inputs -> its MoE, the partition (and no activation rates)."""
+    return *joint_moe(ffn, x, experts, joint_partition(ffn, sample(x), experts, rounds)), None
+
+
+def sample(x: torch.Tensor) -> torch.Tensor:
+    """Every n-th token, PARTITION_TOKENS at most: what is held T x q at once."""
+    return x[:: -(-len(x) // PARTITION_TOKENS)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. The whole model
 
 
 class LayerReport(NamedTuple):
-    rates: torch.Tensor  # [q], activation rates
+    layer: int
     partition: Partition
+    rates: torch.Tensor | None  # [q], activation rates; the joint method has no use for them
     load: torch.Tensor  # [R], the share of calibration tokens that each routed expert gets; A / R on average
 
 
-def check_convertible(model: lm.Decoder, experts: Experts, method: str, k_act: int):
+class Method(NamedTuple):
+    """How to convert a layer, the kind of router that makes, and the defaults of convert and the command line."""
+
+    convert_layer: Callable
+    router: str
+    experts: str
+    first_dense: int
+    calib_tokens: int
+
+
+METHODS = {
+    "joint": Method(joint_layer, "linear", "S10A10E32", 9, 32 * 2048),
+    "paper": Method(paper_layer, "neurons", "S3A3E8", 0, 8 * 2048),
+}
+
+
+def check_convertible(model: lm.Decoder, experts: Experts, k_act: int, first_dense: int):
     """Raise InputError where `convert` could not do it."""
     q = model.config.intermediate_size
     expert_size(q, experts)
-    if method != "paper":
-        raise InputError(f"unknown method {method!r}; there is 'paper'")
-    if any(isinstance(layer.mlp, MoE) for layer in model.layers):
-        raise InputError(f"the model is an MoE already ({model.config.experts}); only dense FFNs can be converted")
+    if any(model.config.experts):
+        raise InputError("the model is an MoE already; only dense FFNs can be converted")
     if not 1 <= k_act <= q:
         raise InputError(f"k_act = {k_act} is not between 1 and intermediate_size = {q}")
+    if not 0 <= first_dense < model.config.num_layers:
+        raise InputError(f"first_dense = {first_dense} leaves none of the {model.config.num_layers} layers to convert")
+
+
+@torch.no_grad()
+def replace_ffns(model: lm.Decoder, calib_ids: torch.Tensor, replace: Callable, progress: Callable = lambda layers: layers):
+    """Walk calib_ids [B, T] through the model, in place. replace(i, ffn, x [B * T, D]) returns what stands for the FFN
+    of layer i, given its inputs; the layers above see what that puts out."""
+    rope = model.rope(0, calib_ids.shape[1])
+    x = model.embed_tokens(calib_ids)  # [B, T, D], what flows into the next layer
+    for i, layer in enumerate(progress(model.layers)):
+        for sequence in x.split(1):
+            sequence += layer.self_attn(layer.input_layernorm(sequence), rope)
+        ffn_input = layer.post_attention_layernorm(x)
+        if not ffn_input.isfinite().all():
+            raise InputError(f"the inputs of the FFN of layer {i} are not finite: the model or its dtype overflows")
+        layer.mlp = replace(i, layer.mlp, ffn_input.flatten(0, 1))
+        for sequence, normed in zip(x.split(1), ffn_input.split(1)):
+            sequence += layer.mlp(normed)
 
 
 @torch.no_grad()
 def convert(
     model: lm.Decoder,
     calib_ids,
-    experts: Experts | str = "S3A3E8",
-    method: str = "paper",
+    experts: Experts | str | None = None,
+    method: str = "joint",
+    first_dense: int | None = None,
     k_act: int = 10,
     window: int = 2048,
     progress: Callable = lambda layers: layers,
     report: Callable[[LayerReport], None] = lambda layer: None,
 ) -> lm.Decoder:
-    """Convert every FFN of a dense model, in place, and return the model.
+    """Convert the FFNs of a dense model, in place, all but those of the first `first_dense` layers; return the model.
 
-    calib_ids: token ids, [B, T], or [T] to be cut into windows. k_act: the k of ATopK. `progress` wraps the layers (tqdm
-    does), `report` is called after each. Raises InputError before anything is changed.
+    calib_ids: token ids, [B, T], or [T] to be cut into windows. experts and first_dense: None for the method's default.
+    k_act: the k of ATopK (paper). `progress` wraps the layers (tqdm does), `report` is called after each. Raises
+    InputError, for bad arguments before anything is changed.
     """
-    experts = Experts.parse(str(experts))
-    check_convertible(model, experts, method, k_act)
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
+    config, (convert_layer, router, default, default_dense, _) = model.config, METHODS[method]
+    experts = Experts.parse(str(experts or default))
+    first_dense = default_dense if first_dense is None else first_dense
+    check_convertible(model, experts, k_act, first_dense)
     calib_ids = lm.as_ids(model, calib_ids)
     if calib_ids.dim() == 1:
-        calib_ids = lm.cut_windows(calib_ids, min(window, model.config.max_position_embeddings))
+        calib_ids = lm.cut_windows(calib_ids, min(window, config.max_position_embeddings))
+    settings = {"k_act": k_act} if method == "paper" else {}
 
-    rope = model.rope(0, calib_ids.shape[1])
-    x = model.embed_tokens(calib_ids)  # [B, T, D], what flows into the next layer
-    for layer in progress(model.layers):
-        for sequence in x.split(1):
-            sequence += layer.self_attn(layer.input_layernorm(sequence), rope)
-        ffn_input = layer.post_attention_layernorm(x)
-        tokens = ffn_input.flatten(0, 1)
-        layer.mlp, partition, rates = convert_ffn(layer.mlp, tokens, experts, k_act)
-        for sequence, normed in zip(x.split(1), ffn_input.split(1)):
-            sequence += layer.mlp(normed)
-        chosen, _ = layer.mlp.route(tokens)
-        load = chosen.flatten().bincount(minlength=experts.routed) / len(tokens)
-        report(LayerReport(rates, partition, load.cpu()))
-    model.config.experts = experts
-    raw = model.config.raw
-    model.config.raw = {**raw, "model_type": "ffn2moe", "base_model_type": raw["model_type"], "experts": str(experts)}
+    def replace(i, ffn, x):
+        if i < first_dense:
+            return ffn
+        moe, partition, rates = convert_layer(ffn, x, experts, **settings)
+        load = moe.route(x)[0].flatten().bincount(minlength=experts.routed) / len(x)
+        report(LayerReport(i, partition, rates, load.cpu()))
+        return moe
+
+    replace_ffns(model, calib_ids, replace, progress)
+    config.experts, config.router = [None if i < first_dense else experts for i in range(config.num_layers)], router
+    config.raw = {**config.raw, "model_type": "ffn2moe", "base_model_type": config.raw["model_type"]}
+    config.raw |= {"experts": [split and str(split) for split in config.experts], "router": router}
     return model
 
 
@@ -308,13 +526,11 @@ def convert(
 # The command line
 
 
-def plot_reports(reports: list[LayerReport], experts: Experts, folder: Path):
-    """activation_rates.png: how often neurons fire, a panel per layer; expert_load.png: who gets the tokens."""
-    folder.mkdir(parents=True, exist_ok=True)
+def plot_rates(reports: list[LayerReport], file: Path):
+    """How often neurons fire, a panel per layer."""
     columns = min(6, len(reports))
     rows = -(-len(reports) // columns)
-    size = (1.9 * columns + 0.8, 1.3 * rows + 1.1)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(1.9 * columns + 0.8, 1.3 * rows + 1.1), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     bins = np.logspace(-4, 0, 25)
     for i, ax in enumerate(axes.flat):
@@ -327,24 +543,27 @@ def plot_reports(reports: list[LayerReport], experts: Experts, folder: Path):
         ax.hist(rates[~is_shared], bins, color="#4878a8", label="routed")
         ax.hist(rates[is_shared], bins, color="#e08a3c", label="shared", rwidth=0.8)
         ax.set(xscale="log", yscale="log", xlim=(bins[0], 1), xticks=[1e-4, 1e-2, 1])
-        ax.set_title(f"layer {i}", fontsize=8, pad=2)
+        ax.set_title(f"layer {reports[i].layer}", fontsize=8, pad=2)
         ax.tick_params(labelsize=7)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8, frameon=False)
     figure.supxlabel("activation rate: share of tokens for which a neuron fires", fontsize=9)
     figure.supylabel("neurons", fontsize=9)
-    figure.savefig(folder / "activation_rates.png", dpi=120)
+    figure.savefig(file, dpi=120)
 
+
+def plot_load(reports: list[LayerReport], experts: Experts, file: Path):
+    """Which share of the tokens each routed expert gets."""
     even = experts.active / experts.routed
     load = torch.stack([r.load.sort(descending=True).values for r in reports]).numpy().T / even  # [R, layers]
     spread = max(0.25, abs(load - 1).max())
     figure = Figure(figsize=(2.2 + 0.22 * len(reports), 1.4 + 0.25 * len(load)), layout="constrained")
     ax = figure.subplots()
-    image = ax.imshow(load, aspect="auto", cmap="RdBu_r", vmin=1 - spread, vmax=1 + spread)
-    ax.set(xlabel="layer", ylabel="routed expert, busiest first", yticks=range(len(load)))
-    ax.set_yticklabels(range(1, len(load) + 1))
+    edges = (reports[0].layer - 0.5, reports[-1].layer + 0.5, len(load) + 0.5, 0.5)
+    image = ax.imshow(load, aspect="auto", cmap="RdBu_r", vmin=1 - spread, vmax=1 + spread, extent=edges)
+    ax.set(xlabel="layer", ylabel="routed expert, busiest first")
     ax.set_title(f"Load of the routed experts, {experts}: 1 is an even share, {even:.0%} of the tokens", fontsize=9)
     figure.colorbar(image, label="load / even share")
-    figure.savefig(folder / "expert_load.png", dpi=120)
+    figure.savefig(file, dpi=120)
 
 
 def parse_args(argv):
@@ -357,10 +576,14 @@ def parse_args(argv):
     add("--model", metavar="SOURCE", help="checkpoint directory, .gguf file or hub id; SmolLM2-135M-Instruct if not given")
     add("--calib", metavar="TEXT", default="manual", help=f"calibration text: {text}")
     add("--eval", metavar="TEXT", default="manual", help=f"evaluation text: {text}")
-    add("--method", choices=["paper"], default="paper", help="how to partition and route: as in the paper")
-    add("--experts", default="S3A3E8", metavar="SnAnEn", help="E slices per FFN, S shared, A of the rest active per token (%(default)s)")
-    add("--k-act", type=int, default=10, metavar="K", help="neurons that count as firing per token (ATopK; %(default)s)")
-    add("--calib-tokens", type=int, default=8 * 2048, metavar="N", help="calibration tokens, random windows (%(default)s)")
+    add("--method", choices=METHODS, default="joint", help="how to partition and route: joint (%(default)s), or as in the paper")
+    splits = ", ".join(f"{name}: {method.experts}" for name, method in METHODS.items())
+    add("--experts", metavar="SnAnEn", help=f"E slices per FFN, S shared, A of the rest active per token ({splits})")
+    first = ", ".join(f"{name}: {method.first_dense}" for name, method in METHODS.items())
+    add("--first-dense", type=int, metavar="N", help=f"layers at the bottom that stay dense ({first})")
+    add("--k-act", type=int, default=10, metavar="K", help="paper: neurons that count as firing per token (ATopK; %(default)s)")
+    tokens = ", ".join(f"{name}: {method.calib_tokens}" for name, method in METHODS.items())
+    add("--calib-tokens", type=int, metavar="N", help=f"calibration tokens, random windows ({tokens})")
     add("--eval-tokens", type=int, default=10 * 2048, metavar="N", help="first N evaluation tokens; 0: all (%(default)s)")
     add("--window", type=int, default=2048, metavar="N", help="tokens per sequence, at most the context (%(default)s)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of weights and products (%(default)s)")
@@ -370,8 +593,12 @@ def parse_args(argv):
     add("--out", metavar="DIR", help="write the converted checkpoint; --model DIR loads it back")
     add("--force", action="store_true", help="replace the checkpoint in an --out that is not empty")
     add("--json", metavar="FILE", help="write the final table and the settings")
-    add("--plot", metavar="DIR", help="write activation_rates.png and expert_load.png")
-    return parser.parse_args(argv)
+    add("--plot", metavar="DIR", help="write expert_load.png and, of the paper's method, activation_rates.png")
+    args = parser.parse_args(argv)
+    for name, default in METHODS[args.method]._asdict().items():
+        if getattr(args, name, default) is None:
+            setattr(args, name, default)
+    return args
 
 
 def check_args(args):
@@ -402,33 +629,39 @@ def run(args):
     check_args(args)
     # Everything is read and checked before the long work starts.
     model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
-    split = model.config.experts or experts  # given an MoE, there is nothing to convert: it is evaluated as it is
     window = min(args.window, model.config.max_position_embeddings)
     eval_ids = lm.as_ids(model, lm.encode(tokenizer, lm.load_text(args.eval, "test")))[: args.eval_tokens or None]
     eval_ids = lm.cut_windows(eval_ids, window).flatten()
     prompt = lm.as_ids(model, lm.encode(tokenizer, args.prompt))
     measured = partial(measure, tokenizer=tokenizer, eval_ids=eval_ids, window=window, prompt=prompt)
-    result = {"model": args.model or Path(lm.WHEEL_MEMBER).name, "experts": str(split)}
-    dense, reports, seconds = {}, [], None
-    if model.config.experts:
-        print(f"the model is an MoE already ({split}): it is evaluated, not converted", file=sys.stderr)
+    dense, settings, reports, seconds = {}, {}, [], None
+    if any(model.config.experts):
+        print("the model is an MoE already: it is evaluated, not converted", file=sys.stderr)
     else:
-        check_convertible(model, experts, args.method, args.k_act)
+        check_convertible(model, experts, args.k_act, args.first_dense)
         calib_ids = lm.as_ids(model, lm.encode(tokenizer, lm.load_text(args.calib, "train")))
         windows = lm.cut_windows(calib_ids, window)
         order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(args.seed))
         windows = windows[order[: args.calib_tokens // window]]
-        result |= {"method": args.method, "k_act": args.k_act, "seed": args.seed}
-        result |= {"calib": args.calib, "calib_tokens": windows.numel()}
+        settings = {"method": args.method, "k_act": args.k_act, "seed": args.seed}
+        settings |= {"calib": args.calib, "calib_tokens": windows.numel()}
         dense = measured("dense", model)
         start, bar = time.perf_counter(), partial(tqdm, desc="converting", unit="layer")
-        convert(model, windows, experts, args.method, args.k_act, progress=bar, report=reports.append)
+        chosen = {"experts": experts, "method": args.method, "first_dense": args.first_dense, "k_act": args.k_act}
+        convert(model, windows, **chosen, progress=bar, report=reports.append)
         seconds = time.perf_counter() - start
     if args.out:
         lm.save_model(model, tokenizer, args.out, args.force)
     moe = measured("MoE", model)
 
-    result |= {
+    config = model.config
+    split = next(filter(None, config.experts))
+    dense_ffn = 3 * config.hidden_size * config.intermediate_size * config.num_layers
+    result = {
+        "model": args.model or Path(lm.WHEEL_MEMBER).name,
+        "experts": str(split),
+        "first_dense": config.experts.index(split),
+        **settings,
         "eval": args.eval,
         "eval_tokens": len(eval_ids),
         "window": window,
@@ -437,8 +670,8 @@ def run(args):
         "torch": torch.__version__,
         "dense_perplexity": dense.get("perplexity"),
         "moe_perplexity": moe["perplexity"],
-        "active_ffn_fraction": (split.shared + split.active) / split.total,
-        "dense_ffn_parameters": dense.get("ffn_parameters"),
+        "active_ffn_fraction": moe["ffn_parameters"] / dense_ffn,  # the router included
+        "dense_ffn_parameters": dense_ffn,
         "active_ffn_parameters": moe["ffn_parameters"],
         "dense_parameters": dense.get("parameters"),
         "active_parameters": moe["parameters"],
@@ -451,7 +684,10 @@ def run(args):
         scratch.write_text(json.dumps(finite, indent=2) + "\n", encoding="utf-8")
         os.replace(scratch, args.json)
     if args.plot and reports:
-        plot_reports(reports, experts, Path(args.plot))
+        Path(args.plot).mkdir(parents=True, exist_ok=True)
+        plot_load(reports, experts, Path(args.plot, "expert_load.png"))
+        if reports[0].rates is not None:
+            plot_rates(reports, Path(args.plot, "activation_rates.png"))
 
     def row(name, before, after, form):
         print(f"{name:<26}" + "".join(f"{'-' if v is None else form.format(v):>16}" for v in (before, after)))
@@ -459,7 +695,9 @@ def run(args):
     print()
     row("", "dense", f"MoE {split}", "{}")
     row("perplexity", dense.get("perplexity"), moe["perplexity"], "{:.2f}")
-    row("active FFN parameters", dense.get("ffn_parameters"), moe["ffn_parameters"], "{:,}")
+    row("layers with a dense FFN", config.num_layers, config.num_layers - sum(map(bool, config.experts)), "{}")
+    row("active FFN parameters", dense_ffn, moe["ffn_parameters"], "{:,}")
+    row("", 1, moe["ffn_parameters"] / dense_ffn, "{:.1%}")
     row("active parameters", dense.get("parameters"), moe["parameters"], "{:,}")
     row("conversion, seconds", None, seconds, "{:.1f}")
     for name, side in (("dense", dense), (f"MoE {split}", moe)):

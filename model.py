@@ -101,7 +101,8 @@ class Config:
     o_bias: bool
     qk_norm: bool
     eos_ids: list[int]
-    experts: Experts | None  # None: the FFNs are dense
+    experts: list[Experts | None]  # the split of each layer's FFN; None: it is dense
+    router: str  # of the MoE layers: "neurons" (the paper's) or "linear"
     raw: dict  # the config.json this was read from, written back by save_model
 
 
@@ -127,9 +128,16 @@ def parse_config(raw: dict) -> Config:
     if not isinstance(raw, dict):
         raise InputError("config.json does not hold a JSON object")
     kind = raw.get("model_type")
-    experts = None
-    if kind == "ffn2moe":  # our own format: the config of the dense model, and the split of its FFNs
-        kind, experts = raw.get("base_model_type"), Experts.parse(get("experts", str))
+    num_layers = get("num_hidden_layers", int)
+    if num_layers > 2**16:
+        raise InputError(f"config.json: num_hidden_layers = {num_layers} is not a usable value")
+    experts, router = [None] * num_layers, "neurons"
+    if kind == "ffn2moe":  # our own format: the config of the dense model, the split of its FFNs, and the kind of router
+        kind, router = raw.get("base_model_type"), get("router", str, router)
+        splits = raw["experts"] if isinstance(raw.get("experts"), list) else [get("experts", str)] * num_layers
+        if len(splits) != num_layers or router not in ("neurons", "linear"):
+            raise InputError(f"config.json: experts for {len(splits)} of {num_layers} layers, router {router!r:.80}")
+        experts = [split and Experts.parse(split) for split in splits]
     if kind not in ("llama", "mistral", "qwen2", "qwen3"):
         refuse(f"model_type is {kind!r}, and only llama, mistral, qwen2 and qwen3 are implemented")
     if raw.get("hidden_act", "silu") != "silu":
@@ -164,7 +172,7 @@ def parse_config(raw: dict) -> Config:
         vocab_size=get("vocab_size", int),
         hidden_size=hidden_size,
         intermediate_size=get("intermediate_size", int),
-        num_layers=get("num_hidden_layers", int),
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=get("num_key_value_heads", int, *([num_heads] if kind == "llama" else [])),
         head_dim=get("head_dim", int, hidden_size // num_heads),
@@ -178,13 +186,14 @@ def parse_config(raw: dict) -> Config:
         qk_norm=kind == "qwen3",
         eos_ids=eos_ids,
         experts=experts,
+        router=router,
         raw=raw,
     )
     if config.num_heads % config.num_kv_heads or config.head_dim % 2 or not 0 < config.head_dim <= 4096:
         raise InputError("config.json: the attention heads must divide evenly, and head_dim be even and at most 4096")
     rope_inverse_frequencies(config.head_dim, config.rope_theta, rope)  # refuses unknown kinds and unusable numbers
-    if experts:
-        expert_size(config.intermediate_size, experts)
+    for split in filter(None, experts):
+        expert_size(config.intermediate_size, split)
     return config
 
 
@@ -275,7 +284,8 @@ class MoE(nn.Module):
     """An FFN in slices of m neurons: S of them in one shared expert, R = E - S routed, of which A run per token.
 
         F_MoE(x)  = F_shared(x) + sum over the top A experts e of weight_e(x) * F_e(x)
-        s_e(x)    = | silu(router_gate_e . x) * (router_up_e . x) |   the score of expert e
+        s_e(x)    = | silu(router_gate_e . x) * (router_up_e . x) |   the score of expert e, router "neurons" (the paper's)
+                  = router_weight_e . x + router_intercept_e          router "linear"
         p(x)      = softmax(s(x))                                     over the R routed experts
         top A     = the A largest of p_e(x) + router_bias_e           the bias is 0 unless trained
         weight(x) = 1 + p(x) * router_scale                           the scale is 0 unless trained, so that the weight is 1
@@ -283,23 +293,32 @@ class MoE(nn.Module):
     With A = R every slice runs with weight 1, and F_MoE is the dense FFN that was sliced.
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, experts: Experts):
+    def __init__(self, hidden_size: int, intermediate_size: int, experts: Experts, router: str = "neurons"):
         super().__init__()
-        self.experts = experts
+        self.experts, self.router = experts, router
         R, m = experts.routed, expert_size(intermediate_size, experts)
         self.shared_expert = FFN(hidden_size, experts.shared * m)
         self.gate_proj = nn.Parameter(torch.empty(R, m, hidden_size))
         self.up_proj = nn.Parameter(torch.empty(R, m, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(R, hidden_size, m))
-        self.router_gate = nn.Parameter(torch.empty(R, hidden_size))
-        self.router_up = nn.Parameter(torch.empty(R, hidden_size))
+        if router == "neurons":
+            self.router_gate = nn.Parameter(torch.empty(R, hidden_size))
+            self.router_up = nn.Parameter(torch.empty(R, hidden_size))
+        else:
+            self.router_weight = nn.Parameter(torch.empty(R, hidden_size))
+            self.router_intercept = nn.Parameter(torch.empty(R))
         self.router_scale = nn.Parameter(torch.zeros(R))
         self.router_bias = nn.Parameter(torch.zeros(R))
 
+    def scores(self, x):
+        """x [T, D] -> s [T, R]."""
+        if self.router == "neurons":
+            return (F.silu(F.linear(x, self.router_gate)) * F.linear(x, self.router_up)).abs()
+        return F.linear(x, self.router_weight, self.router_intercept)
+
     def route(self, x):
         """x [T, D] -> the chosen experts [T, A] and their weights [T, A]."""
-        scores = (F.silu(F.linear(x, self.router_gate)) * F.linear(x, self.router_up)).abs()  # [T, R]
-        p = scores.softmax(dim=-1, dtype=torch.float32)
+        p = self.scores(x).softmax(dim=-1, dtype=torch.float32)
         chosen = (p + self.router_bias).topk(self.experts.active, dim=-1).indices  # [T, A]
         weights = 1 + (p * self.router_scale).gather(-1, chosen)
         return chosen, weights.to(x.dtype)
@@ -318,13 +337,13 @@ class MoE(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, c: Config):
+    def __init__(self, c: Config, experts: Experts | None):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c)
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        if c.experts:
-            self.mlp = MoE(c.hidden_size, c.intermediate_size, c.experts)
+        if experts:
+            self.mlp = MoE(c.hidden_size, c.intermediate_size, experts, c.router)
         else:
             self.mlp = FFN(c.hidden_size, c.intermediate_size)
 
@@ -340,7 +359,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config, experts) for experts in config.experts)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

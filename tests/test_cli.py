@@ -19,12 +19,14 @@ ROOT = Path(ffn2moe.__file__).parent
 @pytest.fixture
 def argv(checkpoint, text):
     tokens = ["--calib-tokens", "512", "--eval-tokens", "640", "--window", "128"]
-    return ["--model", str(checkpoint), "--calib", str(text), "--eval", str(text), *tokens]
+    return ["--model", str(checkpoint), "--calib", str(text), "--eval", str(text), *tokens, "--first-dense", "1"]
 
 
-def test_the_main_job(argv, checkpoint, tmp_path, capsys):
+@pytest.mark.parametrize("method, experts, first_dense", [("joint", "S10A10E32", 1), ("paper", "S3A3E8", 0)])
+def test_the_main_job(method, experts, first_dense, argv, checkpoint, tmp_path, capsys):
+    argv[-1] = str(first_dense)
     out, table, plots = tmp_path / "out", tmp_path / "new/table.json", tmp_path / "out/plots"
-    assert ffn2moe.main([*argv, "--out", str(out), "--json", str(table), "--plot", str(plots), "--k-act", "6"]) == 0
+    assert ffn2moe.main([*argv, "--out", str(out), "--json", str(table), "--plot", str(plots), "--k-act", "6", "--method", method]) == 0
     printed = capsys.readouterr()
     result = json.loads(table.read_text())
     dense, tokenizer = lm.load_model(checkpoint)
@@ -33,17 +35,18 @@ def test_the_main_job(argv, checkpoint, tmp_path, capsys):
     loaded, _ = lm.load_model(out)
     assert result["moe_perplexity"] == pytest.approx(lm.perplexity(loaded, ids[:640], 128), rel=1e-6)
     assert result["moe_perplexity"] != result["dense_perplexity"]
-    assert result["active_ffn_fraction"] == 0.75 and result["experts"] == "S3A3E8"
+    assert result["experts"] == experts and result["first_dense"] == first_dense
     assert (result["active_ffn_parameters"], result["active_parameters"]) == lm.active_parameters(loaded)
+    assert result["active_ffn_fraction"] == result["active_ffn_parameters"] / lm.active_parameters(dense)[0]
     assert result["conversion_seconds"] > 0
-    settings = {"method": "paper", "k_act": 6, "seed": 0, "calib_tokens": 512, "eval_tokens": 640, "window": 128, "dtype": "float32"}
+    settings = {"method": method, "k_act": 6, "seed": 0, "calib_tokens": 512, "eval_tokens": 640, "window": 128, "dtype": "float32"}
     assert settings.items() <= result.items()
     prompt = tokenizer.encode("The capital of France is").ids
     continued = tokenizer.decode(prompt + lm.generate(loaded, prompt, 24))
-    for expected in ("dense", "MoE S3A3E8", f"{result['moe_perplexity']:.2f}", continued):
+    for expected in ("dense", f"MoE {experts}", f"{result['moe_perplexity']:.2f}", continued):
         assert expected in printed.out
     assert "converting" in printed.err and "3/3" in printed.err
-    for name in ("activation_rates.png", "expert_load.png"):
+    for name in ("expert_load.png", "activation_rates.png")[: 1 if method == "joint" else 2]:
         image = (plots / name).read_bytes()
         width, height = struct.unpack(">II", image[16:24])
         assert image[:4] == b"\x89PNG" and width > 300 and height > 200
@@ -52,7 +55,7 @@ def test_the_main_job(argv, checkpoint, tmp_path, capsys):
     assert ffn2moe.main([*argv[2:], "--model", str(out), "--json", str(again)]) == 0
     again = json.loads(again.read_text())
     assert again["moe_perplexity"] == result["moe_perplexity"] and again["dense_perplexity"] is None
-    assert again["active_ffn_fraction"] == 0.75
+    assert again["active_ffn_fraction"] == result["active_ffn_fraction"]
 
 
 def test_seed_picks_the_calibration_windows_and_all_text_is_evaluated(argv, tmp_path):
@@ -90,6 +93,7 @@ def cut(name):
         (None, ["--experts", "S3A0E8"], "A >= 1"),
         (None, ["--experts", "three"], "S3A3E8"),
         (None, ["--k-act", "65"], "k_act = 65"),
+        (None, ["--first-dense", "3"], "first_dense = 3"),
         (None, ["--calib", "{short}"], "less than one window of 128"),
         (None, ["--eval", "{short}"], "less than one window of 128"),
         (None, ["--eval", "{none}"], "no.txt: No such file"),
@@ -138,5 +142,5 @@ def test_as_a_process(argv):
     done = run(*argv, "--k-act", "1000")
     assert done.returncode == 2 and "Traceback" not in done.stderr and "k_act = 1000" in done.stderr
     help_text = run("--help").stdout
-    options = "model calib eval method experts k-act calib-tokens eval-tokens window dtype device seed prompt out force json plot"
+    options = "model calib eval method experts first-dense k-act calib-tokens eval-tokens window dtype device seed prompt out force json plot"
     assert all(f"--{option} " in help_text for option in options.split())

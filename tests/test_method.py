@@ -209,6 +209,151 @@ def test_bias_moves_the_choice_and_scale_the_weight():
     assert (moe.route(x)[0] == 1).all()
 
 
+# --- The joint method
+
+
+def test_ridge_solver_is_at_the_minimum():
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 7, dtype=torch.float64), torch.randn(40, 3, dtype=torch.float64)
+    w = ffn2moe.ridge_solver(x.T @ x, 0.1)(x.T @ y).double().requires_grad_()
+    penalty = 0.1 * (x.T @ x).diagonal().mean()
+    (((x @ w - y) ** 2).sum() + penalty * (w**2).sum()).backward()
+    assert w.grad.abs().max() < 1e-5 * (x.T @ y).abs().max()
+
+
+def random_bins(q=48, m=6, shared=2, seed=0):
+    bins = torch.arange(q // m - shared).repeat_interleave(m) + 1
+    return torch.cat([torch.zeros(shared * m, dtype=torch.long), bins])[torch.randperm(q)]
+
+
+def test_norms_and_captured_energy_equal_a_count_by_hand():
+    torch.manual_seed(1)
+    energy, bin_of = torch.rand(30, 48).double(), random_bins()
+    chosen = torch.rand(30, 6).topk(2, dim=1).indices
+    active = ffn2moe.active_bins(chosen, 6)
+    norms = ffn2moe.expert_norms(energy, bin_of, 6)
+    captured = 0.0
+    for t in range(30):
+        runs = {0, *(chosen[t] + 1).tolist()}
+        assert active[t].nonzero().flatten().tolist() == sorted(runs)
+        for e in range(6):
+            members = [i for i in range(48) if bin_of[i] == e + 1]
+            assert norms[t, e].item() == pytest.approx(sum(energy[t, i].item() for i in members) ** 0.5)
+        captured += sum(energy[t, i].item() for i in range(48) if bin_of[i].item() in runs)
+    assert ffn2moe.captured_energy(energy, active.double(), bin_of) == pytest.approx(captured)
+
+
+@pytest.mark.parametrize("capacity", [(4, 2, 2), (0, 3, 4), (1, 3, 1, 2), (7, 0, 1)])
+def test_best_bins_capture_the_most(capacity):
+    random = np.random.default_rng(0)
+    for _ in range(10):
+        gain = random.random((sum(capacity), len(capacity))) ** 3
+        gain[:, 0] = gain.max(axis=1) + 0.1  # the shared bin always runs: every neuron is worth most there
+        bin_of = ffn2moe.best_bins(torch.from_numpy(1e5 * gain), capacity).numpy()
+        assert np.bincount(bin_of, minlength=len(capacity)).tolist() == list(capacity)
+        assert -gain[np.arange(len(gain)), bin_of].sum() == pytest.approx(brute_force_cost(-gain, capacity))
+    assert len(ffn2moe.best_bins(torch.zeros(6, 2), [2, 4])) == 6  # nothing to gain anywhere
+
+
+def test_alternation_finds_groups_that_a_router_can_tell_apart():
+    """Neurons of group e fire for inputs of kind e only, one group always: the alternation has to recover that."""
+    torch.manual_seed(0)
+    kind = torch.randint(4, (2000,))
+    x = F.one_hot(kind, 4).float() + 0.1 * torch.randn(2000, 4)
+    group = torch.arange(20)[torch.randperm(20)] % 5  # group 0 always fires
+    energy = (torch.rand(2000, 20) + 0.5) * ((group == 0) | (group[None] == kind[:, None] + 1))
+    start = torch.arange(20) % 5
+    bin_of = ffn2moe.alternate(energy, x, start, [4] * 5, active=1, rounds=8)
+    assert (bin_of[group == 0] == 0).all()
+    for g in range(1, 5):
+        assert len(bin_of[group == g].unique()) == 1
+
+
+def linear_moe(split="S2A2E8"):
+    ffn, x = random_ffn(dtype=torch.float32), torch.randn(400, 16)
+    split = Experts.parse(split)
+    bin_of = ffn2moe.joint_partition(ffn, x, split, rounds=3)
+    return ffn, x, split, bin_of
+
+
+def test_joint_layer_runs_the_highest_scored_experts():
+    """Token by token, from the definition: the partition, the scores, the refitted columns."""
+    ffn, x, split, bin_of = linear_moe()
+    assert bin_of.bincount().tolist() == [12] + [6] * 6
+    moe, partition = ffn2moe.joint_moe(ffn, x, split, bin_of)
+    assert sorted(torch.cat([partition.shared, partition.routed.flatten()]).tolist()) == list(range(48))
+    scores = x @ moe.router_weight.T + moe.router_intercept
+    assert scores.mean(dim=1).abs().max() < 1e-4 and scores.square().mean().item() == pytest.approx(1, rel=1e-3)
+    down = torch.empty(16, 48)
+    down[:, partition.shared] = moe.shared_expert.down_proj.weight
+    for e in range(6):
+        down[:, partition.routed[e]] = moe.down_proj[e]
+    for t in range(20):
+        runs = [0, *(scores[t].argsort()[-2:] + 1).tolist()]
+        h = ffn2moe.hidden(ffn, x[t : t + 1])[0] * torch.isin(bin_of, torch.tensor(runs))
+        assert torch.allclose(moe(x[t : t + 1])[0], down @ h, atol=1e-5)
+
+
+def test_router_is_the_ridge_optimum_up_to_what_moves_no_choice():
+    ffn, x, split, bin_of = linear_moe()
+    energy = ffn2moe.unpredicted_energy(ffn, x, bin_of)
+    router = ffn2moe.ridge_router(x, energy, bin_of, split.routed)
+    ones, norms = F.pad(x, (0, 1), value=1.0).double(), ffn2moe.expert_norms(energy(x), bin_of, 6).double()
+    penalty = ffn2moe.ROUTER_RIDGE * (ones.T @ ones).diagonal().mean()
+    weight = torch.linalg.solve(ones.T @ ones + penalty * torch.eye(17).double(), ones.T @ norms)
+    scores = ones @ weight
+    scores -= scores.mean(dim=1, keepdim=True)
+    found = x @ router["router_weight"].T + router["router_intercept"]
+    assert torch.allclose(found.double(), scores / scores.square().mean().sqrt(), atol=1e-4)
+
+
+def test_unpredicted_energy_is_what_least_squares_leaves(monkeypatch):
+    monkeypatch.setattr(ffn2moe, "HIDDEN_RIDGE", 0.0)
+    ffn, x, _, bin_of = linear_moe()
+    h, shared = ffn2moe.hidden(ffn, x).double(), bin_of == 0
+    rest = h - h[:, shared] @ torch.linalg.lstsq(h[:, shared], h).solution
+    expected = (rest * ffn.down_proj.weight.double().norm(dim=0)) ** 2
+    expected[:, shared] = 0
+    assert torch.allclose(ffn2moe.unpredicted_energy(ffn, x, bin_of)(x).double(), expected, atol=1e-4)
+
+
+def test_refit_is_the_ridge_optimum(monkeypatch):
+    """The gradient of its objective is zero, whatever the block size."""
+    ffn, x, split, bin_of = linear_moe()
+    moe, _ = ffn2moe.joint_moe(ffn, x, split, bin_of, refit=False)
+    active = lambda block: ffn2moe.active_bins(moe.route(block)[0], 6)
+    down = ffn2moe.refit_down(ffn, x, active, bin_of)
+    h = ffn2moe.hidden(ffn, x).double()
+    running = h * active(x)[:, bin_of]
+    fitted = down.double().requires_grad_()
+    penalty = ffn2moe.HIDDEN_RIDGE * running.square().sum(dim=0).mean()
+    error = lambda weight: ((running @ weight.T - h @ ffn.down_proj.weight.double().T) ** 2).sum()
+    loss = error(fitted) + penalty * ((fitted - ffn.down_proj.weight.double()) ** 2).sum()
+    loss.backward()
+    assert fitted.grad.abs().max() < 1e-4 * h.square().sum()
+    assert error(fitted) < 0.8 * error(ffn.down_proj.weight.double())
+    monkeypatch.setattr(ffn2moe, "BLOCK", 33)
+    assert torch.allclose(ffn2moe.refit_down(ffn, x, active, bin_of), down, atol=1e-5)
+
+
+@pytest.mark.parametrize("split", ["S1A3E4", "S4A4E8"])
+def test_joint_layer_with_all_experts_active_is_the_dense_one(split):
+    ffn, x = random_ffn(dtype=torch.float32), torch.randn(200, 16)
+    moe, _, _ = ffn2moe.joint_layer(ffn, x, Experts.parse(split), rounds=2)
+    assert torch.allclose(moe(x), ffn(x), atol=1e-5)
+
+
+def test_joint_beats_the_paper_where_it_can_be_seen():
+    """Output error of one layer on tokens that neither has seen."""
+    ffn = random_ffn(32, 128, dtype=torch.float32)
+    centres = 2 * torch.randn(6, 32)
+    tokens = lambda n: centres[torch.randint(6, (n,))] + torch.randn(n, 32)
+    x, new, split = tokens(3000), tokens(500), Experts.parse("S2A2E16")
+    error = lambda moe: ((moe(new) - ffn(new)) ** 2).sum() / (ffn(new) ** 2).sum()
+    joint, paper = ffn2moe.joint_layer(ffn, x, split)[0], ffn2moe.paper_layer(ffn, x, split)[0]
+    assert error(joint) < 0.7 * error(paper)
+
+
 # --- The whole model
 
 
@@ -216,14 +361,16 @@ def test_bias_moves_the_choice_and_scale_the_weight():
 def test_converted_model_with_all_experts_active_is_the_dense_model(name):
     model, ids = random_model(CONFIGS[name], dtype=torch.float64), torch.arange(250).view(2, 125)
     dense = model(ids)
-    assert torch.allclose(ffn2moe.convert(model, ids, "S2A6E8")(ids), dense, rtol=0, atol=1e-10)
+    assert torch.allclose(ffn2moe.convert(model, ids, "S2A6E8", "paper")(ids), dense, rtol=0, atol=1e-10)
+    model = random_model(CONFIGS[name], dtype=torch.float64)
+    assert torch.allclose(ffn2moe.convert(model, ids, "S2A6E8", "joint", first_dense=1)(ids), dense, rtol=0, atol=1e-4)
 
 
 def test_layers_are_profiled_on_what_converted_layers_put_out():
     dense, model = random_model(LLAMA), random_model(LLAMA)
     ids = torch.randint(300, (2, 100), generator=torch.Generator().manual_seed(0))
     reports = []
-    ffn2moe.convert(model, ids, "S1A1E8", k_act=6, report=reports.append)
+    ffn2moe.convert(model, ids, "S1A1E8", "paper", k_act=6, report=reports.append)
     inputs = []
     for layer in model.layers:
         layer.mlp.register_forward_hook(lambda module, args, out: inputs.append(args[0].flatten(0, 1)))
@@ -236,7 +383,7 @@ def test_layers_are_profiled_on_what_converted_layers_put_out():
         assert torch.allclose(chosen.bincount(minlength=7) / len(x), report.load, atol=0.01)
         assert report.load.sum().item() == pytest.approx(1.0)  # A = 1
     whole = random_model(LLAMA)
-    ffn2moe.convert(whole, ids.flatten(), "S1A1E8", k_act=6, window=100)  # the same windows, cut from a flat text
+    ffn2moe.convert(whole, ids.flatten(), "S1A1E8", "paper", k_act=6, window=100)  # the same windows, cut from a flat text
     assert torch.equal(whole(ids), model(ids))
 
 
@@ -251,6 +398,8 @@ def test_layers_are_profiled_on_what_converted_layers_put_out():
         ({"k_act": 65}, "k_act = 65"),
         ({"k_act": 0}, "k_act = 0"),
         ({"method": "magic"}, "magic"),
+        ({"first_dense": 3}, "first_dense = 3"),
+        ({"first_dense": None}, "first_dense = 9"),
         ({"calib_ids": torch.full((1, 20), 300)}, "vocabulary of 300"),
         ({"calib_ids": torch.zeros(20, dtype=torch.long)}, "20 tokens"),
     ],
@@ -259,20 +408,39 @@ def test_convert_refuses_and_leaves_the_model_alone(change, message):
     model, ids = random_model(LLAMA), torch.arange(100).view(1, 100)
     before = model(ids)
     with pytest.raises(InputError, match=message):
-        ffn2moe.convert(model, **({"calib_ids": ids} | change))
+        ffn2moe.convert(model, **({"calib_ids": ids, "first_dense": 0} | change))
     assert torch.equal(model(ids), before)
 
 
 def test_an_moe_is_not_converted_again():
     model, ids = random_model(LLAMA), torch.arange(100).view(1, 100)
     with pytest.raises(InputError, match="MoE already"):
-        ffn2moe.convert(ffn2moe.convert(model, ids), ids)
+        ffn2moe.convert(ffn2moe.convert(model, ids, first_dense=0), ids, first_dense=0)
+
+
+def test_the_first_layers_stay_dense():
+    model, ids = random_model(LLAMA), torch.arange(100).view(1, 100)
+    first = model.layers[0].mlp
+    reports = []
+    ffn2moe.convert(model, ids, "S2A2E8", first_dense=1, report=reports.append)
+    assert model.layers[0].mlp is first and model.config.experts == [None, (2, 2, 8), (2, 2, 8)]
+    assert [report.layer for report in reports] == [1, 2]
+    ffn, _ = lm.active_parameters(model)
+    router = 6 * (32 + 1 + 1 + 1)  # weight, intercept, scale, bias
+    assert ffn == 3 * 32 * 64 + 2 * (3 * 32 * 64 // 2 + router)
+
+
+def test_a_model_that_overflows_is_refused():
+    model, ids = random_model(LLAMA), torch.arange(100).view(1, 100)
+    model.layers[1].self_attn.o_proj.weight.fill_(float("inf"))
+    with pytest.raises(InputError, match="layer 1 are not finite"):
+        ffn2moe.convert(model, ids, first_dense=0)
 
 
 def test_active_parameters_count_what_a_token_touches():
     model, ids = random_model(LLAMA), torch.arange(100).view(1, 100)
     dense_ffn, dense_all = lm.active_parameters(model)
     assert dense_ffn == 3 * 3 * 32 * 64 and dense_all == sum(p.numel() for p in model.parameters())
-    ffn, total = lm.active_parameters(ffn2moe.convert(model, ids, "S3A3E8"))
+    ffn, total = lm.active_parameters(ffn2moe.convert(model, ids, "S3A3E8", "paper"))
     router = 5 * (32 + 32 + 1 + 1)  # gate and up rows, scale, bias
     assert ffn == 3 * (3 * 32 * 64 * 6 // 8 + router) and dense_all - total == dense_ffn - ffn

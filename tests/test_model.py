@@ -109,7 +109,7 @@ def test_logits_equal_transformers(name, tmp_path, tokenizer):
 def test_generation_with_the_cache_equals_generation_without(name, split):
     model, prompt = random_model(CONFIGS[name]), torch.arange(7)
     if split:
-        ffn2moe.convert(model, torch.arange(100)[None], split)
+        ffn2moe.convert(model, torch.arange(100)[None], split, first_dense=1)
     with_cache = lm.generate(model, prompt, 40)
     assert with_cache == lm.generate(model, prompt, 40, use_cache=False)
     # Greedy means: each token is the argmax after all before it.
@@ -192,9 +192,13 @@ def test_what_the_model_cannot_run_is_refused():
         ({"vocab_size": "300"}, "vocab_size = '300'"),
         ({"num_key_value_heads": 3}, "divide"),
         ({"hidden_size": 10**8}, "head_dim"),
-        ({"num_hidden_layers": 10**8}, "no tensors for layer"),
+        ({"num_hidden_layers": 10**4}, "no tensors for layer"),
+        ({"num_hidden_layers": 10**8}, "num_hidden_layers = 100000000"),
         ({"model_type": "ffn2moe", "base_model_type": "llama"}, "no 'experts'"),
         ({"model_type": "ffn2moe", "base_model_type": "llama", "experts": "S1A1E7"}, "divisible"),
+        ({"model_type": "ffn2moe", "base_model_type": "llama", "experts": [None, "S1A1E8"]}, "2 of 3 layers"),
+        ({"model_type": "ffn2moe", "base_model_type": "llama", "experts": [None, None, 8]}, "experts 8"),
+        ({"model_type": "ffn2moe", "base_model_type": "llama", "experts": "S1A1E8", "router": "magic"}, "router 'magic'"),
     ],
 )
 def test_configs_that_are_refused(checkpoint, change, message):
@@ -225,9 +229,10 @@ def test_a_sliding_window_limits_the_context(checkpoint):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_save_and_load_bit_for_bit(name, dtype, tmp_path, tokenizer):
     model, ids = random_model(CONFIGS[name], dtype=dtype), torch.arange(100).view(1, 100)
-    for i, split in enumerate((None, "S2A3E8")):
-        if split:
-            ffn2moe.convert(model, ids, split)
+    for i, method in enumerate((None, "paper", "joint")):
+        if method:
+            model = random_model(CONFIGS[name], dtype=dtype)
+            ffn2moe.convert(model, ids, "S2A3E8", method, first_dense=1)
         lm.save_model(model, tokenizer, tmp_path / f"new/{i}")
         with safe_open(tmp_path / f"new/{i}/model.safetensors", "pt") as file:  # named as Hugging Face names them
             assert {n.split(".")[0] for n in file.keys()} <= {"model", "lm_head"}  # noqa: SIM118
@@ -319,7 +324,7 @@ def test_saving_is_all_or_nothing(checkpoint, tmp_path, monkeypatch):
         lm.save_model(model, tokenizer, checkpoint)
     (checkpoint / "notes.txt").write_text("mine")
     ids = torch.arange(100).view(1, 100)
-    lm.save_model(ffn2moe.convert(model, ids), tokenizer, checkpoint, force=True)
+    lm.save_model(ffn2moe.convert(model, ids, first_dense=0), tokenizer, checkpoint, force=True)
     assert (checkpoint / "notes.txt").read_text() == "mine"
     assert torch.equal(lm.load_model(checkpoint)[0](ids), model(ids))
     assert not torch.equal(before(ids), model(ids))

@@ -1,0 +1,351 @@
+"""Measure what a conversion costs in quality, beside the controls that it has to beat.
+
+    python bench.py quality --calib wikitext2 --eval wikitext2 manual
+
+Each row converts the model anew in one way and evaluates it: `quality_rows` lists them, and the functions above it are
+the controls that ffn2moe.py has no use for. Raw results go to a JSON file after each row, and a run that is cut off goes
+on from there; the Markdown table and the plot (perplexity against active FFN) are made from that file.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import nn
+from tqdm import tqdm
+
+import ffn2moe
+import model as lm
+from ffn2moe import joint_layer, joint_moe, joint_partition, paper_layer
+from model import FFN, Experts, InputError
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Controls. Each takes an FFN, its inputs x [T, D] and a split, and returns what stands for the FFN.
+
+
+def mean_energy(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
+    """Squared contribution of each neuron, summed over all tokens: [q]."""
+    norm = ffn.down_proj.weight.float().norm(dim=0)
+    return sum((ffn2moe.hidden(ffn, block) * norm).square().sum(dim=0) for block in x.split(ffn2moe.BLOCK))
+
+
+def static_layer(ffn: FFN, x: torch.Tensor, experts: Experts, refit: bool) -> FFN:
+    """Static pruning: the S + A slices of neurons of largest mean squared contribution, for every token the same."""
+    width = (experts.shared + experts.active) * lm.expert_size(ffn.gate_proj.out_features, experts)
+    keep = mean_energy(ffn, x).topk(width).indices
+    down = ffn.down_proj.weight
+    if refit:
+        bin_of = torch.ones_like(down[0], dtype=torch.long).index_fill_(0, keep, 0)
+        always = lambda block: torch.tensor([1.0, 0.0], device=x.device).expand(len(block), 2)
+        down = ffn2moe.refit_down(ffn, x, always, bin_of).to(down)
+    small = FFN(ffn.gate_proj.in_features, width).to(x).requires_grad_(False)
+    small.gate_proj.weight.copy_(ffn.gate_proj.weight[keep])
+    small.up_proj.weight.copy_(ffn.up_proj.weight[keep])
+    small.down_proj.weight.copy_(down[:, keep])
+    return small
+
+
+def random_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> nn.Module:
+    """The joint method's router and refit on a partition that is drawn by lot."""
+    m = lm.expert_size(ffn.gate_proj.out_features, experts)
+    bins = torch.arange(experts.total).sub(experts.shared - 1).clamp_min(0).repeat_interleave(m)
+    bins = bins[torch.randperm(len(bins), generator=torch.Generator().manual_seed(0))]
+    return joint_moe(ffn, x, experts, bins.to(x.device))[0]
+
+
+class Oracle(nn.Module):
+    """An FFN of which the neurons run that `active` says, given the input x [T, D] and the true hidden h [T, q].
+
+    It computes all of h first: an upper bound on what a router could do, not something to use.
+    """
+
+    def __init__(self, ffn: FFN, active: Callable, down: torch.Tensor | None = None):
+        super().__init__()
+        self.ffn, self.active, self.down = ffn, active, ffn.down_proj.weight if down is None else down
+
+    def forward(self, x):
+        shape, x = x.shape, x.reshape(-1, x.shape[-1])
+        h = ffn2moe.hidden(self.ffn, x)
+        return F.linear((h * self.active(h)).to(x), self.down).view(shape)
+
+
+def oracle_router_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> Oracle:
+    """The joint partition under a router that knows which experts contribute most, refitted under its choices."""
+    bin_of = joint_partition(ffn, ffn2moe.sample(x), experts)
+    norm = ffn.down_proj.weight.float().norm(dim=0)
+
+    def active(h):
+        norms = ffn2moe.expert_norms((h * norm) ** 2, bin_of, experts.routed)
+        return ffn2moe.active_bins(norms.topk(experts.active, dim=-1).indices, experts.routed)
+
+    down = ffn2moe.refit_down(ffn, x, lambda block: active(ffn2moe.hidden(ffn, block)), bin_of)
+    return Oracle(ffn, lambda h: active(h)[:, bin_of], down.to(x))
+
+
+def oracle_neurons_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> Oracle:
+    """For each token the neurons that contribute most: what no router can reach."""
+    width = (experts.shared + experts.active) * lm.expert_size(ffn.gate_proj.out_features, experts)
+    norm = ffn.down_proj.weight.float().norm(dim=0)
+    return Oracle(ffn, lambda h: torch.zeros_like(h).scatter_(1, (h * norm).abs().topk(width, dim=-1).indices, 1.0))
+
+
+def unified_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> nn.Module:
+    """The paper's ablation, no shared expert: all neurons in routed experts, of which S + A run."""
+    gate, up = ffn.gate_proj.weight, ffn.up_proj.weight
+    blocks = x.split(ffn2moe.BLOCK)
+    markers = torch.cat([ffn2moe.atopk_markers(ffn2moe.normalized_scores(block, gate, up), 10) for block in blocks])
+    partition, representatives = ffn2moe.partition_neurons(markers, Experts(0, experts.shared + experts.active, experts.total))
+    router = ffn2moe.analytical_router(ffn, representatives)
+    return ffn2moe.build_moe(ffn, partition, Experts(0, experts.shared + experts.active, experts.total), router)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The rows
+
+
+class Row(NamedTuple):
+    """One way to convert: layer(ffn, x [T, D], experts) in all layers but the first `first_dense`."""
+
+    name: str
+    percent: int  # of the FFN that is meant to be active
+    layer: Callable
+    experts: str
+    first_dense: int = 0
+    calib_windows: int = 32
+    whole: bool = False  # of the evaluation text, not its first tokens only
+
+
+def quality_rows() -> list[Row]:
+    """The controls at three sizes, then the ablations at one of them.
+
+    Splits of the joint method: E = 32, S = A, and as many dense layers as were best on held-back windows of training
+    text, within the budget, router included.
+    """
+    paper = lambda *args, **kwargs: paper_layer(*args, **kwargs)[0]
+    joint = lambda *args, **kwargs: joint_layer(*args, **kwargs)[0]
+
+    def no_refit(ffn, x, experts):
+        return joint_moe(ffn, x, experts, joint_partition(ffn, ffn2moe.sample(x), experts), refit=False)[0]
+
+    rows = [Row("dense", 100, None, "S1A1E2", whole=True)]
+    for percent, paper_split, even, split, first in (
+        (75, "S3A3E8", "S12A12E32", "S10A10E32", 9),
+        (50, "S2A2E8", "S8A8E32", "S7A7E32", 3),
+        (25, "S2A2E16", "S4A4E32", "S3A3E32", 2),
+    ):
+        rows += [
+            Row("paper", percent, paper, paper_split, calib_windows=8, whole=True),
+            Row("static pruning", percent, partial(static_layer, refit=False), even),
+            Row("static pruning, refit", percent, partial(static_layer, refit=True), even, whole=True),
+            Row("static pruning, refit, first layers dense", percent, partial(static_layer, refit=True), split, first),
+            Row("random partition, ridge router, refit", percent, random_layer, split, first),
+            Row("joint, all layers alike", percent, joint, even),
+            Row("joint, no refit", percent, no_refit, split, first),
+            Row("joint", percent, joint, split, first, whole=True),
+            Row("oracle router", percent, oracle_router_layer, split, first),
+            Row("oracle neurons", percent, oracle_neurons_layer, even),
+        ]
+    return rows + [
+        Row("paper, no shared expert", 50, unified_layer, "S2A2E8", calib_windows=8),
+        Row("paper, K_a = 50", 50, partial(paper, k_act=50), "S2A2E8", calib_windows=8),
+        Row("paper, K_a = 200", 50, partial(paper, k_act=200), "S2A2E8", calib_windows=8),
+        Row("paper, 4 assignment rounds", 50, partial(paper, rounds=4), "S2A2E8", calib_windows=8),
+        Row("paper, 32 calibration windows", 50, paper, "S2A2E8", calib_windows=32),
+        Row("joint, no alternation", 50, partial(joint, rounds=0), "S7A7E32", 3),
+        Row("joint, 1 round", 50, partial(joint, rounds=1), "S7A7E32", 3),
+        Row("joint, 3 rounds", 50, partial(joint, rounds=3), "S7A7E32", 3),
+        Row("joint, 8 calibration windows", 50, joint, "S7A7E32", 3, calib_windows=8),
+        Row("joint, 96 calibration windows", 50, joint, "S7A7E32", 3, calib_windows=96),
+        Row("joint, E = 16", 50, joint, "S4A3E16", 3),
+        Row("joint, E = 8", 50, joint, "S2A1E8", 3),
+        Row("joint, more shared", 50, joint, "S11A3E32", 3),
+        Row("joint, more routed", 50, joint, "S3A11E32", 3),
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+class Text(NamedTuple):
+    name: str
+    windows: torch.Tensor  # [N, T]
+    dense: list[torch.Tensor]  # what the dense model puts out before its unembedding, [T, D] for the first windows
+
+
+@torch.no_grad()
+def evaluate(model: lm.Decoder, text: Text, first: int, whole: bool, bar: Callable) -> dict:
+    """Over the first windows: perplexity, mean KL(dense || model) in nats, and the share of positions where both put the
+    same token first. Over the whole text, if asked: perplexity."""
+    nll, kl, same = [], 0.0, 0.0
+    for i, window in enumerate(bar(text.windows if whole else text.windows[:first])):
+        x = model.hidden_states(window[None])[0, :-1]
+        total = 0.0
+        for start in range(0, len(x), 256):  # float32 logits are large
+            part = slice(start, start + 256)
+            logp = model.logits(x[part]).float().log_softmax(dim=-1)
+            total += F.nll_loss(logp, window[1:][part], reduction="sum").item()
+            if i < first:
+                reference = model.logits(text.dense[i][part]).float().log_softmax(dim=-1)  # the unembedding is the same
+                kl += F.kl_div(logp, reference, reduction="sum", log_target=True).item()
+                same += (logp.argmax(dim=-1) == reference.argmax(dim=-1)).sum().item()
+        nll.append(total / len(x))
+    positions = first * (text.windows.shape[1] - 1)
+    mean = lambda values: float(torch.tensor(values, dtype=torch.float64).mean().exp())
+    result = {"perplexity": mean(nll[:first]), "kl": kl / positions, "same_top": same / positions}
+    return result | ({"perplexity_whole": mean(nll)} if whole else {})
+
+
+def write_json(file: Path, content: dict):
+    scratch = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, file)
+
+
+def quality(args):
+    file = Path(args.json)
+    rows = [row for row in quality_rows() if args.only is None or row.name in args.only]
+    model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
+    window = min(args.window, model.config.max_position_embeddings)
+    read = lambda text, split: lm.cut_windows(lm.as_ids(model, lm.encode(tokenizer, lm.load_text(text, split))), window)
+    calib = read(args.calib, "train")
+    calib = calib[torch.randperm(len(calib), generator=torch.Generator().manual_seed(args.seed))]
+    texts = [Text(Path(name).stem, read(name, "test"), []) for name in args.eval]
+    first = max(1, args.eval_tokens // window)
+
+    settings = {"model": args.model or Path(lm.WHEEL_MEMBER).name, "dtype": args.dtype, "device": args.device, "seed": args.seed}
+    settings |= {"calib": Path(args.calib).stem, "eval": {text.name: text.windows.numel() for text in texts}}
+    settings |= {"first_tokens": first * window, "window": window, "torch": torch.__version__}
+    done = json.loads(file.read_text()) if file.exists() else {"settings": settings, "rows": []}
+    if done["settings"] != settings:
+        raise InputError(f"{file} was made with other settings, {done['settings']}: choose another --json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+
+    for text in texts:
+        for one in tqdm(text.windows[:first], desc=f"dense, {text.name}", unit="window"):
+            text.dense.append(model.hidden_states(one[None])[0, :-1])
+    for n, row in enumerate(rows):
+        if any((r["name"], r["percent"]) == (row.name, row.percent) for r in done["rows"]):
+            continue
+        title = f"{n + 1}/{len(rows)} {row.name}, {row.percent} %"
+        model, _ = lm.load_model(args.model, args.dtype, args.device)
+        layers, dense_ffn = model.config.num_layers, lm.active_parameters(model)[0]
+        split, start = Experts.parse(row.experts), time.perf_counter()
+        if row.layer:
+            replace = lambda i, ffn, x, row=row, split=split: ffn if i < row.first_dense else row.layer(ffn, x, split)
+            bar = partial(tqdm, desc=f"{title}: convert", unit="layer")
+            ffn2moe.replace_ffns(model, calib[: row.calib_windows], replace, bar)
+        seconds = time.perf_counter() - start
+        result = {"name": row.name, "percent": row.percent, "experts": row.experts if row.layer else None}
+        result |= {"first_dense": row.first_dense, "calib_tokens": calib[: row.calib_windows].numel()}
+        if isinstance(model.layers[-1].mlp, Oracle):  # it computes everything; what it stands for is this
+            sparse = (split.shared + split.active) / split.total
+            active = (row.first_dense + (layers - row.first_dense) * sparse) / layers
+        else:
+            active = lm.active_parameters(model)[0] / dense_ffn
+        result |= {"active_ffn": active, "seconds": seconds, "texts": {}}
+        for text in texts:
+            bar = partial(tqdm, desc=f"{title}: {text.name}", unit="window")
+            result["texts"][text.name] = evaluate(model, text, first, row.whole and args.whole, bar)
+        done["rows"].append(result)
+        write_json(file, done)
+        print(f"{title}: {result['texts'][texts[0].name]['perplexity']:.2f}", flush=True)
+    file.with_suffix(".md").write_text(quality_table(done), encoding="utf-8")
+    plot_quality(done, file.with_suffix(".png"))
+    print(quality_table(done))
+
+
+def quality_table(done: dict) -> str:
+    """Markdown: a row per conversion, in the order of quality_rows."""
+    order = {(row.name, row.percent): n for n, row in enumerate(quality_rows())}
+    results = sorted(done["rows"], key=lambda r: order.get((r["name"], r["percent"]), len(order)))
+    texts = list(done["settings"]["eval"])
+    head = ["method", "split", "dense layers", "active FFN"]
+    for text in texts:
+        head += [f"{text}, perplexity", "whole text", "KL", "same top token"]
+    lines = [head + ["seconds"], ["---"] * 4 + ["---:"] * (4 * len(texts) + 1)]
+    for r in results:
+        cells = [r["name"], r["experts"] or "", str(r["first_dense"] or ""), f"{r['active_ffn']:.1%}"]
+        for text in texts:
+            t = r["texts"][text]
+            cells += [f"{t['perplexity']:.2f}", f"{t['perplexity_whole']:.2f}" if "perplexity_whole" in t else ""]
+            cells += [f"{t['kl']:.3f}", f"{t['same_top']:.1%}"]
+        lines.append([*cells, f"{r['seconds']:.0f}"])
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+PLOTTED = {
+    "paper": ("#b03a2e", "o"),
+    "static pruning": ("#999999", "s"),
+    "static pruning, refit": ("#555555", "D"),
+    "joint": ("#1f6fb4", "o"),
+    "oracle router": ("#1f6fb4", "^"),
+    "oracle neurons": ("#6a9e5c", "^"),
+}
+
+
+def plot_quality(done: dict, file: Path):
+    """Perplexity against active FFN, a line per method, a panel per text."""
+    texts = list(done["settings"]["eval"])
+    figure = Figure(figsize=(5.2 * len(texts), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(texts), squeeze=False)[0]
+    for ax, text in zip(axes, texts):
+        for name, (colour, marker) in PLOTTED.items():
+            points = sorted((r["active_ffn"], r["texts"][text]["perplexity"]) for r in done["rows"] if r["name"] == name)
+            dashes = "--" if name.startswith("oracle") else "-"
+            if points:
+                ax.plot(*zip(*points), dashes, marker=marker, color=colour, label=name, markersize=5)
+        for r in done["rows"]:
+            if r["name"] == "dense":
+                ax.axhline(r["texts"][text]["perplexity"], color="black", linewidth=0.8, label="dense")
+        ax.set(yscale="log", xlabel="active FFN parameters / dense", ylabel="perplexity", title=text)
+        ax.grid(alpha=0.3, which="both")
+    axes[0].legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description="Quality of the conversion, beside its controls.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("quality", help="perplexity, KL divergence and agreement at 75, 50 and 25 %% active FFN").add_argument
+    text = "a text file, 'wikitext2' or 'manual', as for ffn2moe.py"
+    add("--model", metavar="SOURCE", help="as for ffn2moe.py; splits and first layers are chosen for the default, SmolLM2")
+    add("--calib", default="manual", metavar="TEXT", help=f"calibration text: {text} (%(default)s)")
+    add("--eval", nargs="+", default=["manual"], metavar="TEXT", help="evaluation texts (%(default)s)")
+    add("--eval-tokens", type=int, default=10 * 2048, metavar="N", help="first N tokens of each (%(default)s)")
+    add("--whole", action="store_true", help="the main rows on the whole texts as well")
+    add("--only", nargs="+", metavar="ROW", help="only the rows of these names")
+    add("--window", type=int, default=2048, metavar="N", help="tokens per sequence (%(default)s)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="(%(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(here: %(default)s)")
+    add("--seed", type=int, default=0, help="picks the calibration windows (%(default)s)")
+    add("--json", default="results/quality.json", metavar="FILE", help="raw results; table and plot beside it (%(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    try:
+        quality(parse_args(argv))
+    except (InputError, OSError, MemoryError) as error:
+        print(f"bench: {error or type(error).__name__}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

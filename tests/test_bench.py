@@ -1,0 +1,110 @@
+"""bench.py: the controls against their definitions, the metrics against a count by hand, and a run that is cut off."""
+
+import json
+
+import pytest
+import torch
+from conftest import LLAMA, random_model
+from test_method import random_ffn
+
+import bench
+import ffn2moe
+import model as lm
+from model import Experts
+
+SPLIT = Experts.parse("S2A2E8")  # of 48 neurons, 24 run
+
+
+@pytest.fixture
+def layer():
+    return random_ffn(dtype=torch.float32), torch.randn(400, 16)
+
+
+def error(module, ffn, x):
+    return ((module(x) - ffn(x)) ** 2).sum().item()
+
+
+def test_static_pruning_keeps_what_contributes_most_and_the_refit_makes_the_most_of_it(layer):
+    ffn, x = layer
+    contribution = torch.stack([ffn2moe.hidden(ffn, x)[:, i, None] * ffn.down_proj.weight[:, i] for i in range(48)])
+    assert torch.allclose(bench.mean_energy(ffn, x), contribution.square().sum(dim=(1, 2)), rtol=1e-4)
+    keep = contribution.square().sum(dim=(1, 2)).argsort()[-24:]
+    pruned, refitted = (bench.static_layer(ffn, x, SPLIT, refit) for refit in (False, True))
+    assert torch.allclose(pruned(x), contribution[keep].sum(dim=0), atol=1e-4)
+    h = ffn2moe.hidden(ffn, x)[:, keep]
+    best = h @ torch.linalg.lstsq(h, ffn(x)).solution
+    assert error(refitted, ffn, x) < 1.01 * ((best - ffn(x)) ** 2).sum() < 0.9 * error(pruned, ffn, x)
+
+
+def test_oracles_know_more_than_routers(layer):
+    ffn, x = layer
+    joint = error(ffn2moe.joint_layer(ffn, x, SPLIT)[0], ffn, x)
+    oracle = bench.oracle_router_layer(ffn, x, SPLIT)
+    assert error(oracle, ffn, x) < joint
+    neurons = bench.oracle_neurons_layer(ffn, x, SPLIT)
+    contribution = (ffn2moe.hidden(ffn, x) * ffn.down_proj.weight.norm(dim=0)).abs()
+    for t in range(5):
+        runs = contribution[t].argsort()[-24:]
+        expected = ffn.down_proj.weight[:, runs] @ ffn2moe.hidden(ffn, x[t : t + 1])[0, runs]
+        assert torch.allclose(neurons(x[t : t + 1])[0], expected, atol=1e-5)
+    everything = Experts.parse("S4A4E8")
+    for whole in (bench.oracle_router_layer, bench.oracle_neurons_layer, bench.random_layer, bench.unified_layer):
+        assert error(whole(ffn, x, everything), ffn, x) < 1e-6
+
+
+def test_the_joint_partition_is_better_than_one_drawn_by_lot(layer):
+    ffn, x = layer
+    drawn = bench.random_layer(ffn, x, SPLIT)
+    assert drawn.gate_proj.shape == (6, 6, 16)
+    assert error(ffn2moe.joint_layer(ffn, x, SPLIT)[0], ffn, x) < 0.95 * error(drawn, ffn, x)
+
+
+def test_metrics_equal_their_definitions():
+    dense, other = random_model(LLAMA), random_model(LLAMA, seed=1)
+    other.embed_tokens, other.lm_head = dense.embed_tokens, dense.lm_head  # a conversion leaves them alone
+    windows = torch.randint(300, (4, 100), generator=torch.Generator().manual_seed(0))
+    text = bench.Text("text", windows, [dense.hidden_states(window[None])[0, :-1] for window in windows[:3]])
+    found = bench.evaluate(other, text, first=3, whole=True, bar=lambda windows: windows)
+    p, q = dense(windows[:3])[:, :-1].double().softmax(-1), other(windows[:3])[:, :-1].double().softmax(-1)
+    assert found["kl"] == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
+    assert found["same_top"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+    assert found["perplexity"] == pytest.approx(lm.perplexity(other, windows[:3].flatten(), 100), rel=1e-5)
+    assert found["perplexity_whole"] == pytest.approx(lm.perplexity(other, windows.flatten(), 100), rel=1e-5)
+
+
+def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "quality.json"
+    tokens = ["--eval-tokens", "256", "--window", "128", "--dtype", "float32"]
+    argv = ["quality", "--model", str(checkpoint), "--calib", str(text), "--eval", str(text), *tokens, "--json", str(file)]
+    argv += ["--whole", "--only", "dense", "paper", "static pruning", "joint", "oracle neurons"]
+    write, written = bench.write_json, []
+
+    def stop_after_two(*args):
+        write(*args)
+        written.append(1)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "write_json", stop_after_two)
+    assert bench.main(argv) == 130
+    done = json.loads(file.read_text())
+    assert [row["name"] for row in done["rows"]] == ["dense", "paper"]
+    done["rows"][0]["seconds"] = 12345  # the mark of a row that is not measured again
+    file.write_text(json.dumps(done))
+    assert bench.main(argv) == 0
+    rows = {(row["name"], row["percent"]): row for row in json.loads(file.read_text())["rows"]}
+    assert len(rows) == 13 and rows["dense", 100]["seconds"] == 12345
+    dense, tokenizer = lm.load_model(checkpoint)
+    ids = torch.tensor(tokenizer.encode(text.read_text()).ids)
+    first = rows["dense", 100]["texts"]["text"]
+    assert first["perplexity"] == pytest.approx(lm.perplexity(dense, ids[:256], 128), rel=1e-6)
+    assert first["perplexity_whole"] == pytest.approx(lm.perplexity(dense, ids, 128), rel=1e-6)
+    assert first["kl"] == 0 and first["same_top"] == 1 and rows["dense", 100]["active_ffn"] == 1
+    assert rows["static pruning", 25]["active_ffn"] == rows["oracle neurons", 25]["active_ffn"] == 0.25
+    assert rows["paper", 50]["active_ffn"] == pytest.approx(0.5 + 6 * (32 + 32 + 2) / (3 * 32 * 64))
+    table = file.with_suffix(".md").read_text()
+    assert len(table.splitlines()) == 15 and "12345" in table
+    assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    capsys.readouterr()
+    assert bench.main([*argv, "--seed", "1"]) == 2
+    assert "other settings" in capsys.readouterr().err
