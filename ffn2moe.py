@@ -21,6 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,7 @@ import model as lm
 from model import FFN, Experts, InputError, MoE, expert_size
 
 # Settings of the joint method, chosen by perplexity on windows of training text that were held back from calibration
-PARTITION_TOKENS = 16384  # the partition is found on these; router and refit see all calibration tokens
+SAMPLE_TOKENS = 16384  # for partition and router; the refit sees all calibration tokens
 ROUTER_RIDGE = 1e-3
 HIDDEN_RIDGE = 1e-3
 BLOCK = 4096  # tokens at a time
@@ -258,6 +259,19 @@ def paper_layer(ffn: FFN, x: torch.Tensor, experts: Experts, k_act=10, rounds=1)
 # Neurons live in bins: bin 0 is the shared expert, bin 1 + e is routed expert e. bin_of [n] says which.
 
 
+@contextmanager
+def fast_products():
+    """Let float32 matrix products round their factors, to bfloat16 at worst, where the machine is faster for it: sums
+    over thousands of tokens can bear it. (On a CPU without such units it only picks oneDNN over MKL, for twice the speed.)
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def hidden(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
     """h(x) = silu(W_gate x) * (W_up x): x [T, D] -> float32 [T, q]."""
     return (F.silu(ffn.gate_proj(x)) * ffn.up_proj(x)).float()
@@ -320,34 +334,27 @@ def alternate(energy: torch.Tensor, x: torch.Tensor, bin_of: torch.Tensor, capac
     The shared expert is just the bin that always runs, so that one assignment decides shared and routed at once.
     energy [T, n], x [T, D], bin_of [n] -> bin_of [n].
     """
-    x = with_ones(x)
-    solve, num_routed = ridge_solver(x.T @ x, ROUTER_RIDGE), len(capacity) - 1
+    x, num_routed = with_ones(x), len(capacity) - 1
+    solve = ridge_solver(x.T @ x, ROUTER_RIDGE)
     for _ in range(rounds):
         scores = x @ solve(x.T @ expert_norms(energy, bin_of, num_routed))  # [T, R]
-        chosen = scores.topk(active, dim=-1).indices
-        bin_of = best_bins(energy.T @ active_bins(chosen, num_routed), capacity)
+        runs = active_bins(scores.topk(active, dim=-1).indices, num_routed)
+        bin_of = best_bins(energy.T @ runs, capacity)
     return bin_of
 
 
-def unpredicted_energy(ffn: FFN, sample: torch.Tensor, bin_of: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+def unpredicted_energy(ffn: FFN, x: torch.Tensor, bin_of: torch.Tensor) -> torch.Tensor:
     """The refit below lets the shared neurons, which always run, stand in for what they predict of the others. A routed
-    neuron is worth only the rest: a function of x [T, D] that returns float32 [T, q],
+    neuron i is worth only the rest: with B the ridge regression from h_shared to h,
 
-        (h_i(x) - B_i . h_shared(x))^2 |W_down[:, i]|^2 for routed neurons, 0 for shared ones,
-
-    with B the ridge regression from shared to routed neurons on sample [T', D].
+        (h_i(x) - B_i . h_shared(x))^2 |W_down[:, i]|^2,    and 0 for shared neurons.   x [T, D] -> [T, q]
     """
-    norm, shared = ffn.down_proj.weight.float().norm(dim=0), bin_of == 0
-    h = hidden(ffn, sample)
+    h, shared = hidden(ffn, x), bin_of == 0
     B = ridge_solver(h[:, shared].T @ h[:, shared], HIDDEN_RIDGE)(h[:, shared].T @ h)  # [shared, q]
-
-    def energy(x):
-        h = hidden(ffn, x)
-        return ((h - h[:, shared] @ B) * norm * ~shared) ** 2
-
-    return energy
+    return ((h - h[:, shared] @ B) * ffn.down_proj.weight.float().norm(dim=0) * ~shared) ** 2
 
 
+@fast_products()
 def joint_partition(ffn: FFN, x: torch.Tensor, experts: Experts, rounds: int = 8) -> torch.Tensor:
     """Which bin each neuron goes into: x [T, D], inputs of the FFN -> bin_of [q]."""
     R, m = experts.routed, expert_size(ffn.gate_proj.out_features, experts)
@@ -359,26 +366,21 @@ def joint_partition(ffn: FFN, x: torch.Tensor, experts: Experts, rounds: int = 8
     bin_of = alternate(energy, x, bin_of, [experts.shared * m] + [m] * R, experts.active, rounds)
     # Then the routed experts once more, among themselves, by what the shared expert cannot make up for.
     routed = (bin_of > 0).nonzero().flatten()
-    energy = unpredicted_energy(ffn, x, bin_of)(x)[:, routed]
+    energy = unpredicted_energy(ffn, x, bin_of)[:, routed]
     bin_of[routed] = alternate(energy, x, bin_of[routed], [0] + [m] * R, experts.active, rounds)
     return bin_of
 
 
-def ridge_router(x: torch.Tensor, energy: Callable, bin_of: torch.Tensor, num_routed: int) -> dict[str, torch.Tensor]:
-    """The router of the alternation, on all tokens x [T, D] in blocks: ridge regression to the experts' norms.
+def ridge_router(x: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """Ridge regression from [x, 1] to the experts' norms: x [T, D], norms [T, R] -> [D + 1, R], the last row intercepts.
 
-    What all experts have in common moves no choice, nor does the scale: scores have mean 0 over the experts and mean
-    square 1, so that a softmax, or bfloat16, keeps them apart.
+    What all experts have in common moves no choice, nor does the scale: scores are made to have mean 0 over the experts
+    and mean square 1, so that a softmax, or bfloat16, keeps them apart.
     """
-    xx, xy = 0.0, 0.0
-    for block in x.split(BLOCK):
-        ones = with_ones(block)
-        xx, xy = xx + ones.T @ ones, xy + ones.T @ expert_norms(energy(block), bin_of, num_routed)
-    weight = ridge_solver(xx, ROUTER_RIDGE)(xy)  # [D + 1, R]
+    x = with_ones(x)
+    weight = ridge_solver(x.T @ x, ROUTER_RIDGE)(x.T @ norms)
     weight -= weight.mean(dim=1, keepdim=True)
-    mean_square = (weight * (xx @ weight)).sum() / (len(x) * num_routed)
-    weight /= mean_square.sqrt().clamp_min(1e-30)
-    return {"router_weight": weight[:-1].T.to(x), "router_intercept": weight[-1].to(x)}
+    return weight / (x @ weight).square().mean().sqrt().clamp_min(1e-30)
 
 
 def refit_down(ffn: FFN, x: torch.Tensor, active: Callable, bin_of: torch.Tensor) -> torch.Tensor:
@@ -389,22 +391,25 @@ def refit_down(ffn: FFN, x: torch.Tensor, active: Callable, bin_of: torch.Tensor
     is a ridge regression of what is missing, W_down (h - h~), on h~. x [T, D], in blocks; active: [t, D] -> [t, 1 + R].
     -> float32 [D, q]
     """
-    down = ffn.down_proj.weight.float()
     hh, hy = 0.0, 0.0
     for block in x.split(BLOCK):
         h, runs = hidden(ffn, block), active(block)[:, bin_of]  # [t, q]
         running = h * runs
-        hh, hy = hh + running.T @ running, hy + running.T @ ((h - running) @ down.T)
-    return down + ridge_solver(hh, HIDDEN_RIDGE)(hy).T
+        missing = ffn.down_proj((h - running).to(x)).float()  # [t, D]
+        hh, hy = hh + running.T @ running, hy + running.T @ missing
+    return ffn.down_proj.weight + ridge_solver(hh, HIDDEN_RIDGE)(hy).T
 
 
+@fast_products()
 def joint_moe(ffn: FFN, x: torch.Tensor, experts: Experts, bin_of: torch.Tensor, refit: bool = True) -> tuple[MoE, Partition]:
     """Router and refit for a given partition: x [T, D], the inputs of the FFN; bin_of [q]."""
     shared = experts.shared * expert_size(len(bin_of), experts)
     order = bin_of.argsort(stable=True)
     partition = Partition(order[:shared], order[shared:].view(experts.routed, -1))
-    energy = unpredicted_energy(ffn, sample(x), bin_of)
-    moe = build_moe(ffn, partition, experts, ridge_router(x, energy, bin_of, experts.routed))
+    some = sample(x)
+    router = ridge_router(some, expert_norms(unpredicted_energy(ffn, some, bin_of), bin_of, experts.routed))
+    weights = {"router_weight": router[:-1].T.to(x), "router_intercept": router[-1].to(x)}
+    moe = build_moe(ffn, partition, experts, weights)
     if refit:
         down = refit_down(ffn, x, lambda block: active_bins(moe.route(block)[0], experts.routed), bin_of).to(x)
         moe.shared_expert.down_proj.weight.copy_(down[:, partition.shared])
@@ -418,8 +423,8 @@ def joint_layer(ffn: FFN, x: torch.Tensor, experts: Experts, rounds: int = 8) ->
 
 
 def sample(x: torch.Tensor) -> torch.Tensor:
-    """Every n-th token, PARTITION_TOKENS at most: what is held T x q at once."""
-    return x[:: -(-len(x) // PARTITION_TOKENS)]
+    """Every n-th token, SAMPLE_TOKENS at most: only of these is anything held that is as large as T x q."""
+    return x[:: -(-len(x) // SAMPLE_TOKENS)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
