@@ -304,13 +304,13 @@ def active_bins(chosen: torch.Tensor, num_routed: int) -> torch.Tensor:
     return active.scatter_(1, chosen + 1, 1.0).index_fill_(1, chosen.new_zeros(1), 1.0)
 
 
-def captured_energy(energy: torch.Tensor, active: torch.Tensor, bin_of: torch.Tensor) -> float:
-    """sum_t sum_i c[t, i]^2 active[t, bin_of[i]], the energy of what runs: energy [T, n], active [T, 1 + R]."""
-    return (energy.T @ active).gather(1, bin_of[:, None]).sum().item()
+def captured_energy(gain: torch.Tensor, bin_of: torch.Tensor) -> float:
+    """sum_t sum_i c[t, i]^2 active[t, bin_of[i]], the energy of what runs: gain = energy^T active [n, k], bin_of [n]."""
+    return gain.gather(1, bin_of[:, None]).sum(dtype=torch.float64).item()
 
 
 def best_bins(gain: torch.Tensor, capacity) -> torch.Tensor:
-    """Assign neuron i to a bin so that sum_i gain[i, bin_of[i]] is largest, capacity[b] to bin b: [n, k] -> [n].
+    """The assignment that captures the most energy, with capacity[b] neurons in bin b: gain [n, k] -> bin_of [n].
 
     A price on a bin changes the cost of all balanced assignments alike. With prices at which about the right number of
     neurons prefers each bin, the exact assignment has few chains left to find.
@@ -331,15 +331,20 @@ def alternate(energy: torch.Tensor, x: torch.Tensor, bin_of: torch.Tensor, capac
         router, given the experts    ridge regression from [x, 1] to the norm of each expert; the top `active` run
         experts, given the router    the assignment that captures the most energy under the router's choices
 
-    The shared expert is just the bin that always runs, so that one assignment decides shared and routed at once.
+    The shared expert is just the bin that always runs, so that one assignment decides shared and routed at once. The
+    second step can only gain; the first one, which aims at norms, may lose: then that was the last round.
     energy [T, n], x [T, D], bin_of [n] -> bin_of [n].
     """
     x, num_routed = with_ones(x), len(capacity) - 1
     solve = ridge_solver(x.T @ x, ROUTER_RIDGE)
+    best, captured = bin_of, 0.0
     for _ in range(rounds):
         scores = x @ solve(x.T @ expert_norms(energy, bin_of, num_routed))  # [T, R]
-        runs = active_bins(scores.topk(active, dim=-1).indices, num_routed)
-        bin_of = best_bins(energy.T @ runs, capacity)
+        gain = energy.T @ active_bins(scores.topk(active, dim=-1).indices, num_routed)  # [n, 1 + R]
+        if captured_energy(gain, bin_of) < captured:
+            return best
+        best, captured = bin_of, captured_energy(gain, bin_of)
+        bin_of = best_bins(gain, capacity)
     return bin_of
 
 

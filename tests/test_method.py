@@ -240,7 +240,7 @@ def test_norms_and_captured_energy_equal_a_count_by_hand():
             members = [i for i in range(48) if bin_of[i] == e + 1]
             assert norms[t, e].item() == pytest.approx(sum(energy[t, i].item() for i in members) ** 0.5)
         captured += sum(energy[t, i].item() for i in range(48) if bin_of[i].item() in runs)
-    assert ffn2moe.captured_energy(energy, active.double(), bin_of) == pytest.approx(captured)
+    assert ffn2moe.captured_energy(energy.T @ active.double(), bin_of) == pytest.approx(captured)
 
 
 @pytest.mark.parametrize("capacity", [(4, 2, 2), (0, 3, 4), (1, 3, 1, 2), (7, 0, 1)])
