@@ -267,23 +267,43 @@ def quality(args):
     print(quality_table(done))
 
 
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in [head, ["---"] + ["---:"] * (len(head) - 1), *lines])
+
+
 def quality_table(done: dict) -> str:
-    """Markdown: a row per conversion, in the order of quality_rows."""
-    order = {(row.name, row.percent): n for n, row in enumerate(quality_rows())}
-    results = sorted(done["rows"], key=lambda r: order.get((r["name"], r["percent"]), len(order)))
-    texts = list(done["settings"]["eval"])
-    head = ["method", "split", "dense layers", "active FFN"]
-    for text in texts:
-        head += [f"{text}, perplexity", "whole", "KL", "same top token"]
-    lines = [head + ["seconds"], ["---"] * 4 + ["---:"] * (4 * len(texts) + 1)]
-    for r in results:
-        cells = [r["name"], r["experts"] or "", str(r["first_dense"] or ""), f"{r['active_ffn']:.1%}"]
-        for text in texts:
-            t = r["texts"].get(text, {})
-            forms = {"perplexity": ".2f", "perplexity_whole": ".2f", "kl": ".3f", "same_top": ".1%"}
-            cells += [format(t[key], form) if key in t else "" for key, form in forms.items()]
-        lines.append([*cells, f"{r['seconds']:.0f}"])
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+    """Markdown: methods against sizes, the main methods in detail and on the other texts, the ablations."""
+    results = {(r["name"], r["percent"]): r for r in done["rows"]}
+    dense = results.get(("dense", 100))
+    text, *others = done["settings"]["eval"]
+    order = [row for row in quality_rows() if (row.name, row.percent) in results]
+    sizes = sorted({row.percent for row in order} - {100}, reverse=True)
+    names = list(dict.fromkeys(row.name for row in order))
+    ppl = lambda r, text=text, key="perplexity": f"{r['texts'][text][key]:.2f}" if r and key in r["texts"].get(text, {}) else ""
+
+    def pivot(names, text):
+        lines = [["dense", *[ppl(dense, text)] * len(sizes)]] if dense else []
+        lines += [[name, *(ppl(results.get((name, size)), text) for size in sizes)] for name in names]
+        return markdown(["active FFN", *(f"{size} %" for size in sizes)], lines)
+
+    controls = [name for name in names if sum((name, size) in results for size in sizes) > 1]
+    main = [name for name in names if name != "dense" and any(row.main for row in order if row.name == name)]
+    parts = [f"Perplexity, first {done['settings']['first_tokens']:,} tokens of {text}:\n\n" + pivot(controls, text)]
+    lines = []
+    for row in order:
+        if row.main:
+            r = results[row.name, row.percent]
+            t, start = r["texts"][text], f", first {r['first_dense']} dense" if r["first_dense"] else ""
+            details = [f"{t['kl']:.3f}", f"{t['same_top']:.1%}", ppl(r), ppl(r, key="perplexity_whole")]
+            lines.append([row.name, (r["experts"] or "") + start, f"{r['active_ffn']:.1%}", *details])
+    head = ["", "split", "active FFN", "KL to dense, nats", "same top token", "perplexity", "whole text"]
+    parts.append(f"In detail ({text}):\n\n" + markdown(head, lines))
+    for other in others:
+        parts.append(f"Calibrated on {done['settings']['calib']}, evaluated on {other}:\n\n" + pivot(main, other))
+    ablations = [[r.name, r.experts, ppl(results[r.name, r.percent])] for r in order if r.name not in ["dense", *controls]]
+    if ablations:
+        parts.append("Ablations at 50 %:\n\n" + markdown(["", "split", "perplexity"], ablations))
+    return "\n".join(parts)
 
 
 PLOTTED = {

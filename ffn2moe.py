@@ -1,15 +1,18 @@
 """Turn the FFNs of a pretrained Llama-style model into mixtures of experts, analytically, without training.
 
-Analytical FFN-to-MoE Restructuring via Activation Pattern Analysis (Pei et al., ACL 2026, arXiv 2502.04416), in the
-order of the paper:
+Steps 1 to 4 are Analytical FFN-to-MoE Restructuring via Activation Pattern Analysis (Pei et al., ACL 2026, arXiv
+2502.04416), in its order:
 
 1. Activation pattern   which neurons fire for which token: `normalized_scores`, `atopk_markers`, `activation_rates`
 2. Shared expert        the neurons that fire most often: `split_shared`
 3. Routed experts       the others, in groups of equal size that fire together: `balanced_assignment`, `group_routed`
 4. Analytical router    one neuron of each expert speaks for it: `representative_neurons`, `analytical_router`, `build_moe`
-5. The whole model      layer by layer, each profiled on what the converted layers below it put out: `convert`
+5. Beyond the paper     partition and router found together, and a refitted output, which do better: `alternate`,
+                        `ridge_router`, `refit_down`, `joint_layer`
+6. The whole model      layer by layer, each profiled on what the converted layers below it put out: `convert`
 
-Then the command line: `python ffn2moe.py --help`. The MoE layer itself, with the equations of the router, is `model.MoE`.
+Then the command line: `python ffn2moe.py --help`. The MoE layer itself, with the equations of the router, is `model.MoE`;
+what either method is worth, beside its controls, is measured by bench.py.
 
 Shapes in comments: T tokens, D hidden_size, q intermediate_size (neurons), E slices of m = q / E neurons, S of them shared,
 R = E - S routed, A routed experts active per token. S3A3E8 is a split with S = 3, A = 3, E = 8.
