@@ -25,24 +25,23 @@ from tqdm import tqdm
 
 import ffn2moe
 import model as lm
-from ffn2moe import joint_layer, joint_moe, joint_partition, paper_layer
+from ffn2moe import joint_layer, joint_moe, joint_partition, paper_layer, refit_moe
 from model import FFN, Experts, InputError
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Controls. Each takes an FFN, its inputs x [T, D] and a split, and returns what stands for the FFN.
 
 
-def mean_energy(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
+def total_energy(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
     """Squared contribution of each neuron, summed over all tokens: [q]."""
     norm = ffn.down_proj.weight.float().norm(dim=0)
     return sum((ffn2moe.hidden(ffn, block) * norm).square().sum(dim=0) for block in x.split(ffn2moe.BLOCK))
 
 
-@ffn2moe.fast_products()
 def static_layer(ffn: FFN, x: torch.Tensor, experts: Experts, refit: bool) -> FFN:
     """Static pruning: the S + A slices of neurons of largest mean squared contribution, for every token the same."""
     width = (experts.shared + experts.active) * lm.expert_size(ffn.gate_proj.out_features, experts)
-    keep = mean_energy(ffn, x).topk(width).indices
+    keep = total_energy(ffn, x).topk(width).indices
     down = ffn.down_proj.weight
     if refit:
         bin_of = torch.ones_like(down[0], dtype=torch.long).index_fill_(0, keep, 0)
@@ -60,13 +59,22 @@ def random_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> nn.Module:
     m = lm.expert_size(ffn.gate_proj.out_features, experts)
     bins = torch.arange(experts.total).sub(experts.shared - 1).clamp_min(0).repeat_interleave(m)
     bins = bins[torch.randperm(len(bins), generator=torch.Generator().manual_seed(0))]
-    return joint_moe(ffn, x, experts, bins.to(x.device))[0]
+    moe, partition = joint_moe(ffn, x, experts, bins.to(x.device))
+    refit_moe(ffn, moe, x, partition)
+    return moe
+
+
+def paper_refit_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> nn.Module:
+    """The paper's partition and router, and the refit."""
+    moe, partition = paper_layer(ffn, x, experts)
+    refit_moe(ffn, moe, x, partition)
+    return moe
 
 
 class Oracle(nn.Module):
     """An FFN of which the neurons run that `active` says, given the input x [T, D] and the true hidden h [T, q].
 
-    It computes all of h first: an upper bound on what a router could do, not something to use.
+    It computes all of h first: something to compare with, not to use.
     """
 
     def __init__(self, ffn: FFN, active: Callable, down: torch.Tensor | None = None):
@@ -79,10 +87,9 @@ class Oracle(nn.Module):
         return F.linear((h * self.active(h)).to(x), self.down).view(shape)
 
 
-@ffn2moe.fast_products()
 def oracle_router_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> Oracle:
-    """The joint partition under a router that knows which experts contribute most, refitted under its choices."""
-    bin_of = joint_partition(ffn, ffn2moe.sample(x), experts)
+    """The joint partition under a router that knows how much energy each expert has, refitted under its choices."""
+    bin_of = joint_partition(ffn, x, experts)
     norm = ffn.down_proj.weight.float().norm(dim=0)
 
     def active(h):
@@ -94,20 +101,10 @@ def oracle_router_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> Oracle:
 
 
 def oracle_neurons_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> Oracle:
-    """For each token the neurons that contribute most: what no router can reach."""
+    """For each token the neurons that contribute most, no experts, no refit."""
     width = (experts.shared + experts.active) * lm.expert_size(ffn.gate_proj.out_features, experts)
     norm = ffn.down_proj.weight.float().norm(dim=0)
     return Oracle(ffn, lambda h: torch.zeros_like(h).scatter_(1, (h * norm).abs().topk(width, dim=-1).indices, 1.0))
-
-
-def unified_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> nn.Module:
-    """The paper's ablation, no shared expert: all neurons in routed experts, of which S + A run."""
-    gate, up = ffn.gate_proj.weight, ffn.up_proj.weight
-    blocks = x.split(ffn2moe.BLOCK)
-    markers = torch.cat([ffn2moe.atopk_markers(ffn2moe.normalized_scores(block, gate, up), 10) for block in blocks])
-    partition, representatives = ffn2moe.partition_neurons(markers, Experts(0, experts.shared + experts.active, experts.total))
-    router = ffn2moe.analytical_router(ffn, representatives)
-    return ffn2moe.build_moe(ffn, partition, Experts(0, experts.shared + experts.active, experts.total), router)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -125,19 +122,21 @@ class Row(NamedTuple):
     calib_windows: int = 32
     main: bool = False  # evaluated on every text, and with --whole on the whole of the first; others on its first tokens
 
+    def key(self, whole: bool) -> dict:
+        key = {"name": self.name, "percent": self.percent, "experts": self.experts, "first_dense": self.first_dense}
+        return key | {"calib_windows": self.calib_windows, "whole": whole and self.main}
+
 
 def quality_rows() -> list[Row]:
     """The controls at three sizes, then the ablations at one of them.
 
-    Splits of the joint method: E = 32, S about A, and as many dense layers as did best on held-back windows of training
-    text, for no more parameters than the paper's split has, routers included.
+    Splits of the joint rows: E = 32, S about A, and as many dense layers as did best on held-back windows of training
+    text, for no more parameters than the paper's rows have, routers included.
     """
     paper = lambda *args, **kwargs: paper_layer(*args, **kwargs)[0]
     joint = lambda *args, **kwargs: joint_layer(*args, **kwargs)[0]
-
-    def no_refit(ffn, x, experts):
-        return joint_moe(ffn, x, experts, joint_partition(ffn, ffn2moe.sample(x), experts), refit=False)[0]
-
+    no_refit = lambda ffn, x, experts: joint_moe(ffn, x, experts, joint_partition(ffn, x, experts))[0]
+    unified = lambda ffn, x, split: paper(ffn, x, Experts(0, split.shared + split.active, split.total))
     rows = [Row("dense", 100, None, "S1A1E2", main=True)]
     for percent, paper_split, even, split, first in (
         (75, "S3A3E8", "S12A12E32", "S10A10E32", 9),
@@ -149,6 +148,7 @@ def quality_rows() -> list[Row]:
             Row("static pruning", percent, partial(static_layer, refit=False), even),
             Row("static pruning, refit", percent, partial(static_layer, refit=True), even, main=True),
             Row("static pruning, refit, first layers dense", percent, partial(static_layer, refit=True), split, first),
+            Row("paper, refit, first layers dense", percent, paper_refit_layer, split, first),
             Row("random partition, ridge router, refit", percent, random_layer, split, first),
             Row("joint, all layers alike", percent, joint, even),
             Row("joint, no refit", percent, no_refit, split, first),
@@ -157,7 +157,7 @@ def quality_rows() -> list[Row]:
             Row("oracle neurons", percent, oracle_neurons_layer, even),
         ]
     return rows + [
-        Row("paper, no shared expert", 50, unified_layer, "S2A2E8", calib_windows=8),
+        Row("paper, no shared expert", 50, unified, "S2A2E8", calib_windows=8),
         Row("paper, K_a = 50", 50, partial(paper, k_act=50), "S2A2E8", calib_windows=8),
         Row("paper, K_a = 200", 50, partial(paper, k_act=200), "S2A2E8", calib_windows=8),
         Row("paper, 4 assignment rounds", 50, partial(paper, rounds=4), "S2A2E8", calib_windows=8),
@@ -166,8 +166,8 @@ def quality_rows() -> list[Row]:
         Row("joint, 1 round", 50, partial(joint, rounds=1), "S7A7E32", 3),
         Row("joint, 8 calibration windows", 50, joint, "S7A7E32", 3, calib_windows=8),
         Row("joint, 64 calibration windows", 50, joint, "S7A7E32", 3, calib_windows=64),
-        Row("joint, E = 16", 50, joint, "S4A3E16", 3),
-        Row("joint, E = 8", 50, joint, "S2A1E8", 3),
+        Row("joint, all layers alike, E = 16", 50, joint, "S4A4E16"),
+        Row("joint, all layers alike, E = 8", 50, joint, "S2A2E8"),
         Row("joint, more shared", 50, joint, "S11A3E32", 3),
         Row("joint, more routed", 50, joint, "S3A11E32", 3),
     ]
@@ -187,6 +187,7 @@ class Text(NamedTuple):
 def evaluate(model: lm.Decoder, text: Text, first: int, whole: bool, bar: Callable) -> dict:
     """Over the first windows: perplexity, mean KL(dense || model) in nats, and the share of positions where both put the
     same token first. Over the whole text, if asked: perplexity."""
+    first = min(first, len(text.windows))
     nll, kl, same = [], 0.0, 0.0
     for i, window in enumerate(bar(text.windows if whole else text.windows[:first])):
         x = model.hidden_states(window[None])[0, :-1]
@@ -206,65 +207,81 @@ def evaluate(model: lm.Decoder, text: Text, first: int, whole: bool, bar: Callab
     return result | ({"perplexity_whole": mean(nll)} if whole else {})
 
 
+def read_json(file: Path):
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    except ValueError:
+        raise InputError(f"{file} is not a JSON file that this program wrote; delete it to start over") from None
+
+
 def write_json(file: Path, content: dict):
+    file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(scratch, file)
 
 
 def quality(args):
-    file = Path(args.json)
     rows = [row for row in quality_rows() if args.only is None or row.name in args.only]
-    rows.sort(key=lambda row: not row.main)  # what matters most first; the table has its own order
+    if args.only and set(args.only) - {row.name for row in rows}:
+        raise InputError(f"--only: no such row; there are {sorted({row.name for row in quality_rows()})}")
+    file, names = Path(args.json), [Path(text).stem for text in args.eval]
+    if len(set(names)) < len(names):
+        raise InputError("two evaluation texts have the same name")
+    settings = {"model": args.model or Path(lm.WHEEL_MEMBER).name, "dtype": args.dtype, "device": args.device, "seed": args.seed}
+    settings |= {"calib": Path(args.calib).stem, "eval": names, "first_tokens": args.eval_tokens, "window": args.window}
+    done = read_json(file) or {"settings": settings, "rows": []}
+    if done["settings"] != settings:
+        raise InputError(f"{file} was made with other settings, {done['settings']}: choose another --json")
+    keys = [r["key"] for r in done["rows"]]
+    pending = [row for row in rows if row.key(args.whole) not in keys]
+    if pending:
+        measure_rows(args, pending, done, file)
+    table = quality_table(done)
+    file.with_suffix(".md").write_text(table, encoding="utf-8")
+    plot_quality(done, file.with_suffix(".png"))
+    print(table)
+
+
+def measure_rows(args, rows: list[Row], done: dict, file: Path):
+    """Convert and evaluate once for each row; add the results to `done` and write it to the file after each."""
     model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
     window = min(args.window, model.config.max_position_embeddings)
     read = lambda text, split: lm.cut_windows(lm.as_ids(model, lm.encode(tokenizer, lm.load_text(text, split))), window)
     calib = read(args.calib, "train")
     calib = calib[torch.randperm(len(calib), generator=torch.Generator().manual_seed(args.seed))]
-    texts = [Text(Path(name).stem, read(name, "test"), []) for name in args.eval]
     first = max(1, args.eval_tokens // window)
-
-    settings = {"model": args.model or Path(lm.WHEEL_MEMBER).name, "dtype": args.dtype, "device": args.device, "seed": args.seed}
-    settings |= {"calib": Path(args.calib).stem, "eval": {text.name: text.windows.numel() for text in texts}}
-    settings |= {"first_tokens": first * window, "window": window, "torch": torch.__version__}
-    done = json.loads(file.read_text()) if file.exists() else {"settings": settings, "rows": []}
-    if done["settings"] != settings:
-        raise InputError(f"{file} was made with other settings, {done['settings']}: choose another --json")
-    file.parent.mkdir(parents=True, exist_ok=True)
-
+    texts = [Text(Path(text).stem, read(text, "test"), []) for text in args.eval]
     for text in texts:
         for one in tqdm(text.windows[:first], desc=f"dense, {text.name}", unit="window"):
             text.dense.append(model.hidden_states(one[None])[0, :-1])
-    for n, row in enumerate(rows):
-        if any((r["name"], r["percent"]) == (row.name, row.percent) for r in done["rows"]):
-            continue
+    for n, row in enumerate(sorted(rows, key=lambda row: not row.main)):  # what matters most first
         title = f"{n + 1}/{len(rows)} {row.name}, {row.percent} %"
         model, _ = lm.load_model(args.model, args.dtype, args.device)
         layers, dense_ffn = model.config.num_layers, lm.active_parameters(model)[0]
         split, start = Experts.parse(row.experts), time.perf_counter()
+        windows = calib[: row.calib_windows]
+        if len(windows) < row.calib_windows and row.layer:
+            print(f"warning: {args.calib} has {len(windows)} calibration windows, not {row.calib_windows}", file=sys.stderr)
         if row.layer:
             replace = lambda i, ffn, x, row=row, split=split: ffn if i < row.first_dense else row.layer(ffn, x, split)
-            bar = partial(tqdm, desc=f"{title}: convert", unit="layer")
-            ffn2moe.replace_ffns(model, calib[: row.calib_windows], replace, bar)
+            ffn2moe.replace_ffns(model, windows, replace, partial(tqdm, desc=f"{title}: convert", unit="layer"))
         seconds = time.perf_counter() - start
-        result = {"name": row.name, "percent": row.percent, "experts": row.experts if row.layer else None}
-        result |= {"first_dense": row.first_dense, "calib_tokens": calib[: row.calib_windows].numel()}
         if isinstance(model.layers[-1].mlp, Oracle):  # it computes everything; what it stands for is this
             sparse = (split.shared + split.active) / split.total
             active = (row.first_dense + (layers - row.first_dense) * sparse) / layers
         else:
             active = lm.active_parameters(model)[0] / dense_ffn
-        result |= {"active_ffn": active, "seconds": seconds, "texts": {}}
+        result = {"key": row.key(args.whole), "active_ffn": active, "calib_tokens": windows.numel(), "seconds": seconds}
+        result["texts"] = {}
         for text in texts if row.main else texts[:1]:
             bar = partial(tqdm, desc=f"{title}: {text.name}", unit="window")
             whole = args.whole and row.main and text is texts[0]
             result["texts"][text.name] = evaluate(model, text, first, whole, bar)
+        done["rows"] = [r for r in done["rows"] if (r["key"]["name"], r["key"]["percent"]) != (row.name, row.percent)]
         done["rows"].append(result)
         write_json(file, done)
         print(f"{title}: {result['texts'][texts[0].name]['perplexity']:.2f}", flush=True)
-    file.with_suffix(".md").write_text(quality_table(done), encoding="utf-8")
-    plot_quality(done, file.with_suffix(".png"))
-    print(quality_table(done))
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:
@@ -273,7 +290,7 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 def quality_table(done: dict) -> str:
     """Markdown: methods against sizes, the main methods in detail and on the other texts, the ablations."""
-    results = {(r["name"], r["percent"]): r for r in done["rows"]}
+    results = {(r["key"]["name"], r["key"]["percent"]): r for r in done["rows"]}
     dense = results.get(("dense", 100))
     text, *others = done["settings"]["eval"]
     order = [row for row in quality_rows() if (row.name, row.percent) in results]
@@ -293,16 +310,20 @@ def quality_table(done: dict) -> str:
     for row in order:
         if row.main:
             r = results[row.name, row.percent]
-            t, start = r["texts"][text], f", first {r['first_dense']} dense" if r["first_dense"] else ""
+            t, start = r["texts"][text], f", first {row.first_dense} dense" if row.first_dense else ""
             details = [f"{t['kl']:.3f}", f"{t['same_top']:.1%}", ppl(r), ppl(r, key="perplexity_whole")]
-            lines.append([row.name, (r["experts"] or "") + start, f"{r['active_ffn']:.1%}", *details])
+            lines.append([row.name, (row.experts if row.layer else "") + start, f"{r['active_ffn']:.1%}", *details])
     head = ["", "split", "active FFN", "KL to dense, nats", "same top token", "perplexity", "whole text"]
     parts.append(f"In detail ({text}):\n\n" + markdown(head, lines))
     for other in others:
         parts.append(f"Calibrated on {done['settings']['calib']}, evaluated on {other}:\n\n" + pivot(main, other))
-    ablations = [[r.name, r.experts, ppl(results[r.name, r.percent])] for r in order if r.name not in ["dense", *controls]]
+    ablations = []
+    for row in order:
+        if row.name not in ["dense", *controls]:
+            r = results[row.name, row.percent]
+            ablations.append([row.name, row.experts, f"{r['active_ffn']:.1%}", ppl(r)])
     if ablations:
-        parts.append("Ablations at 50 %:\n\n" + markdown(["", "split", "perplexity"], ablations))
+        parts.append("Ablations:\n\n" + markdown(["", "split", "active FFN", "perplexity"], ablations))
     return "\n".join(parts)
 
 
@@ -323,13 +344,13 @@ def plot_quality(done: dict, file: Path):
     axes = figure.subplots(1, len(texts), squeeze=False)[0]
     for ax, text in zip(axes, texts):
         for name, (colour, marker) in PLOTTED.items():
-            rows = [r for r in done["rows"] if r["name"] == name and text in r["texts"]]
+            rows = [r for r in done["rows"] if r["key"]["name"] == name and text in r["texts"]]
             points = sorted((r["active_ffn"], r["texts"][text]["perplexity"]) for r in rows)
             dashes = "--" if name.startswith("oracle") else "-"
             if points:
                 ax.plot(*zip(*points), dashes, marker=marker, color=colour, label=name, markersize=5)
         for r in done["rows"]:
-            if r["name"] == "dense":
+            if r["key"]["name"] == "dense" and text in r["texts"]:
                 ax.axhline(r["texts"][text]["perplexity"], color="black", linewidth=0.8, label="dense")
         ax.set(yscale="log", xlabel="active FFN parameters / dense", ylabel="perplexity", title=text)
         ax.grid(alpha=0.3, which="both")
@@ -363,7 +384,7 @@ def parse_args(argv):
 def main(argv=None) -> int:
     try:
         quality(parse_args(argv))
-    except (InputError, OSError, MemoryError) as error:
+    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"bench: {error or type(error).__name__}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

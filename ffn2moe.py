@@ -64,6 +64,12 @@ def atopk_markers(scores: torch.Tensor, k: int) -> torch.Tensor:
     return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(1, top, True)
 
 
+def neuron_markers(ffn: FFN, x: torch.Tensor, k: int) -> torch.Tensor:
+    """Both steps, for an FFN and its inputs x [T, D], a block at a time: bool [T, q], on the CPU."""
+    gate, up = ffn.gate_proj.weight, ffn.up_proj.weight
+    return torch.cat([atopk_markers(normalized_scores(block, gate, up), k).cpu() for block in x.split(BLOCK)])
+
+
 def activation_rates(markers: torch.Tensor) -> torch.Tensor:
     """mu_i = mean_t M[t, i]: the share of tokens for which neuron i fires. markers [T, q] -> [q]."""
     return markers.sum(dim=0, dtype=torch.int32) / len(markers)
@@ -242,13 +248,10 @@ def build_moe(ffn: FFN, partition: Partition, experts: Experts, router: dict[str
     return moe.requires_grad_(False)
 
 
-def paper_layer(ffn: FFN, x: torch.Tensor, experts: Experts, k_act=10, rounds=1) -> tuple[MoE, Partition, torch.Tensor]:
-    """Steps 1 to 4 on one FFN: x [T, D], its inputs -> its MoE, the partition, the activation rates [q]."""
-    gate, up = ffn.gate_proj.weight, ffn.up_proj.weight
-    markers = torch.cat([atopk_markers(normalized_scores(block, gate, up), k_act).cpu() for block in x.split(BLOCK)])
-    partition, representatives = partition_neurons(markers, experts, rounds)
-    moe = build_moe(ffn, partition, experts, analytical_router(ffn, representatives))
-    return moe, partition, activation_rates(markers)
+def paper_layer(ffn: FFN, x: torch.Tensor, experts: Experts, k_act: int = 10, rounds: int = 1) -> tuple[MoE, Partition]:
+    """Steps 1 to 4 on one FFN and its inputs x [T, D]."""
+    partition, representatives = partition_neurons(neuron_markers(ffn, x, k_act), experts, rounds)
+    return build_moe(ffn, partition, experts, analytical_router(ffn, representatives)), partition
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -259,25 +262,31 @@ def paper_layer(ffn: FFN, x: torch.Tensor, experts: Experts, k_act=10, rounds=1)
 #
 #     c[t, i] = |h_i(x_t)| |W_down[:, i]|    and the energy    c[t, i]^2.
 #
+# Energies are added up as if the outputs of different neurons were at right angles; the refit makes up for some of that.
 # Neurons live in bins: bin 0 is the shared expert, bin 1 + e is routed expert e. bin_of [n] says which.
-
-
-@contextmanager
-def fast_products():
-    """Let float32 matrix products round their factors, to bfloat16 at worst, where the machine is faster for it: sums
-    over thousands of tokens can bear it. (On a CPU without such units it only picks oneDNN over MKL, for twice the speed.)
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def hidden(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
     """h(x) = silu(W_gate x) * (W_up x): x [T, D] -> float32 [T, q]."""
     return (F.silu(ffn.gate_proj(x)) * ffn.up_proj(x)).float()
+
+
+def sample(x: torch.Tensor) -> torch.Tensor:
+    """SAMPLE_TOKENS of the rows of x at most, drawn by lot: only of these is anything held that is as large as T x q."""
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    return x[order[:SAMPLE_TOKENS].to(x.device)]
+
+
+@contextmanager
+def fast_products():
+    """float32 products on the CPU by oneDNN rather than MKL, which can be twice as fast. On a CPU with bfloat16 matrix units
+    their factors are rounded to bfloat16; sums over thousands of tokens can bear it."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
 
 
 def with_ones(x: torch.Tensor) -> torch.Tensor:
@@ -296,15 +305,16 @@ def ridge_solver(xx: torch.Tensor, strength: float) -> Callable[[torch.Tensor], 
 
 
 def expert_norms(energy: torch.Tensor, bin_of: torch.Tensor, num_routed: int) -> torch.Tensor:
-    """sqrt(sum_{i in e} c[t, i]^2), the target of the router: energy [T, n] -> [T, R]."""
+    """sqrt(sum_{i in e} c[t, i]^2), what the router predicts: energy [T, n] -> [T, R]."""
     members = F.one_hot(bin_of, 1 + num_routed)[:, 1:].to(energy)  # [n, R]
     return (energy @ members).sqrt()
 
 
 def active_bins(chosen: torch.Tensor, num_routed: int) -> torch.Tensor:
-    """1 for each bin that runs, the shared one always: chosen [T, A] -> float32 [T, 1 + R]."""
-    active = torch.zeros(len(chosen), 1 + num_routed, device=chosen.device)
-    return active.scatter_(1, chosen + 1, 1.0).index_fill_(1, chosen.new_zeros(1), 1.0)
+    """1 for each bin that runs, the shared one always: chosen experts [T, A] -> float32 [T, 1 + R]."""
+    active = torch.zeros(len(chosen), 1 + num_routed, device=chosen.device).scatter_(1, chosen + 1, 1.0)
+    active[:, 0] = 1
+    return active
 
 
 def captured_energy(gain: torch.Tensor, bin_of: torch.Tensor) -> float:
@@ -315,16 +325,16 @@ def captured_energy(gain: torch.Tensor, bin_of: torch.Tensor) -> float:
 def best_bins(gain: torch.Tensor, capacity) -> torch.Tensor:
     """The assignment that captures the most energy, with capacity[b] neurons in bin b: gain [n, k] -> bin_of [n].
 
-    A price on a bin changes the cost of all balanced assignments alike. With prices at which about the right number of
-    neurons prefers each bin, the exact assignment has few chains left to find.
+    All neurons would like the shared bin best, and handing them on one by one takes long. So each bin first gets a price:
+    between what its last customer and the first one turned away would pay, over their next best. Capacities are fixed, so
+    that prices add the same to all assignments, and the exact one is found from a start that is nearly balanced.
     """
     cost = -(gain / gain.max().clamp_min(1e-30)).double().cpu().numpy()
-    for _ in range(5):
+    for _ in range(5):  # a price moves the customers of the others
         for b, c in enumerate(capacity):
-            others = np.delete(cost, b, axis=1).min(axis=1)
-            excess = np.sort(others - cost[:, b])[::-1]  # what each neuron would pay more for bin b, falling
-            excess = np.concatenate(([excess[0] + 1], excess, [excess[-1] - 1]))
-            cost[:, b] += (excess[c] + excess[c + 1]) / 2  # c neurons would pay that
+            offers = np.sort(np.delete(cost, b, axis=1).min(axis=1) - cost[:, b])[::-1]  # [n], highest first
+            offers = np.concatenate(([offers[0] + 1], offers, [offers[-1] - 1]))  # for capacities 0 and n
+            cost[:, b] += (offers[c] + offers[c + 1]) / 2
     return torch.from_numpy(balanced_assignment(cost, capacity)).to(gain.device)
 
 
@@ -335,7 +345,7 @@ def alternate(energy: torch.Tensor, x: torch.Tensor, bin_of: torch.Tensor, capac
         experts, given the router    the assignment that captures the most energy under the router's choices
 
     The shared expert is just the bin that always runs, so that one assignment decides shared and routed at once. The
-    second step can only gain; the first one, which aims at norms, may lose: then that was the last round.
+    second step can only gain; the first, whose aim is another, may lose it again: then that was the last round.
     energy [T, n], x [T, D], bin_of [n] -> bin_of [n].
     """
     x, num_routed = with_ones(x), len(capacity) - 1
@@ -344,7 +354,7 @@ def alternate(energy: torch.Tensor, x: torch.Tensor, bin_of: torch.Tensor, capac
     for _ in range(rounds):
         scores = x @ solve(x.T @ expert_norms(energy, bin_of, num_routed))  # [T, R]
         gain = energy.T @ active_bins(scores.topk(active, dim=-1).indices, num_routed)  # [n, 1 + R]
-        if captured_energy(gain, bin_of) < captured:
+        if captured_energy(gain, bin_of) <= captured:
             return best
         best, captured = bin_of, captured_energy(gain, bin_of)
         bin_of = best_bins(gain, capacity)
@@ -362,11 +372,14 @@ def unpredicted_energy(ffn: FFN, x: torch.Tensor, bin_of: torch.Tensor) -> torch
     return ((h - h[:, shared] @ B) * ffn.down_proj.weight.float().norm(dim=0) * ~shared) ** 2
 
 
+@torch.no_grad()
 @fast_products()
 def joint_partition(ffn: FFN, x: torch.Tensor, experts: Experts, rounds: int = 8) -> torch.Tensor:
     """Which bin each neuron goes into: x [T, D], inputs of the FFN -> bin_of [q]."""
-    R, m = experts.routed, expert_size(ffn.gate_proj.out_features, experts)
+    R, m, x = experts.routed, expert_size(ffn.gate_proj.out_features, experts), sample(x)
     energy = (hidden(ffn, x) * ffn.down_proj.weight.float().norm(dim=0)) ** 2  # [T, q]
+    if not energy.isfinite().all():
+        raise InputError("hidden activations overflow: choose another dtype")
     # To start with, the neurons of most energy are shared, and the others are dealt out to the experts in turn.
     order = energy.sum(dim=0).argsort(descending=True)
     bin_of = torch.zeros_like(order)
@@ -379,60 +392,64 @@ def joint_partition(ffn: FFN, x: torch.Tensor, experts: Experts, rounds: int = 8
     return bin_of
 
 
-def ridge_router(x: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """Ridge regression from [x, 1] to the experts' norms: x [T, D], norms [T, R] -> [D + 1, R], the last row intercepts.
+@torch.no_grad()
+@fast_products()
+def ridge_router(ffn: FFN, x: torch.Tensor, bin_of: torch.Tensor, num_routed: int) -> dict[str, torch.Tensor]:
+    """The router of a partition: ridge regression from [x, 1] to the norm of each expert's unpredicted energy.
 
-    What all experts have in common moves no choice, nor does the scale: scores are made to have mean 0 over the experts
-    and mean square 1, so that a softmax, or bfloat16, keeps them apart.
+    What all experts have in common moves no choice, nor does the scale: scores are made to have mean 0 over the experts,
+    which spares bfloat16 digits, and mean square 1, which keeps a softmax from saturating. x [T, D].
     """
-    x = with_ones(x)
-    weight = ridge_solver(x.T @ x, ROUTER_RIDGE)(x.T @ norms)
+    x = sample(x)
+    ones = with_ones(x)
+    norms = expert_norms(unpredicted_energy(ffn, x, bin_of), bin_of, num_routed)  # [T, R]
+    weight = ridge_solver(ones.T @ ones, ROUTER_RIDGE)(ones.T @ norms)  # [D + 1, R]
     weight -= weight.mean(dim=1, keepdim=True)
-    return weight / (x @ weight).square().mean().sqrt().clamp_min(1e-30)
+    weight /= (ones @ weight).square().mean().sqrt().clamp_min(1e-30)
+    return {"router_weight": weight[:-1].T.to(x), "router_intercept": weight[-1].to(x)}
 
 
+@torch.no_grad()
 def refit_down(ffn: FFN, x: torch.Tensor, active: Callable, bin_of: torch.Tensor) -> torch.Tensor:
     """The W_down' that makes the most of the neurons that run, h~ = h * active[bin_of]. Costs nothing at inference.
 
         min over W'   sum_t |W' h~(x_t) - F(x_t)|^2 + penalty |W' - W_down|^2
 
-    is a ridge regression of what is missing, W_down (h - h~), on h~. x [T, D], in blocks; active: [t, D] -> [t, 1 + R].
-    -> float32 [D, q]
+    is a ridge regression of what is missing, W_down (h - h~), on h~. x [T, D], in blocks, so that T may be large;
+    active: x [t, D] -> [t, 1 + R]. -> [D, q]
     """
     hh, hy = 0.0, 0.0
     for block in x.split(BLOCK):
         h, runs = hidden(ffn, block), active(block)[:, bin_of]  # [t, q]
         running = h * runs
         missing = ffn.down_proj((h - running).to(x)).float()  # [t, D]
-        hh, hy = hh + running.T @ running, hy + running.T @ missing
+        with fast_products():
+            hh, hy = hh + running.T @ running, hy + running.T @ missing
     return ffn.down_proj.weight + ridge_solver(hh, HIDDEN_RIDGE)(hy).T
 
 
-@fast_products()
-def joint_moe(ffn: FFN, x: torch.Tensor, experts: Experts, bin_of: torch.Tensor, refit: bool = True) -> tuple[MoE, Partition]:
-    """Router and refit for a given partition: x [T, D], the inputs of the FFN; bin_of [q]."""
+def refit_moe(ffn: FFN, moe: MoE, x: torch.Tensor, partition: Partition):
+    """Refit, in place, the W_down of an MoE that was made of an FFN, under its own routing of x [T, D]."""
+    bin_of = torch.zeros(ffn.gate_proj.out_features, dtype=torch.long, device=x.device)
+    bin_of[partition.routed] = torch.arange(1, 1 + len(partition.routed), device=x.device)[:, None]
+    down = refit_down(ffn, x, lambda block: active_bins(moe.route(block)[0], moe.experts.routed), bin_of).to(x)
+    moe.shared_expert.down_proj.weight.copy_(down[:, partition.shared])
+    moe.down_proj.copy_(down[:, partition.routed].transpose(0, 1))
+
+
+def joint_moe(ffn: FFN, x: torch.Tensor, experts: Experts, bin_of: torch.Tensor) -> tuple[MoE, Partition]:
+    """The MoE of a given partition, with a ridge router, before the refit: x [T, D], the inputs of the FFN; bin_of [q]."""
     shared = experts.shared * expert_size(len(bin_of), experts)
     order = bin_of.argsort(stable=True)
     partition = Partition(order[:shared], order[shared:].view(experts.routed, -1))
-    some = sample(x)
-    router = ridge_router(some, expert_norms(unpredicted_energy(ffn, some, bin_of), bin_of, experts.routed))
-    weights = {"router_weight": router[:-1].T.to(x), "router_intercept": router[-1].to(x)}
-    moe = build_moe(ffn, partition, experts, weights)
-    if refit:
-        down = refit_down(ffn, x, lambda block: active_bins(moe.route(block)[0], experts.routed), bin_of).to(x)
-        moe.shared_expert.down_proj.weight.copy_(down[:, partition.shared])
-        moe.down_proj.copy_(down[:, partition.routed].transpose(0, 1))
+    return build_moe(ffn, partition, experts, ridge_router(ffn, x, bin_of, experts.routed)), partition
+
+
+def joint_layer(ffn: FFN, x: torch.Tensor, experts: Experts, rounds: int = 8) -> tuple[MoE, Partition]:
+    """The joint method on one FFN and its inputs x [T, D]."""
+    moe, partition = joint_moe(ffn, x, experts, joint_partition(ffn, x, experts, rounds))
+    refit_moe(ffn, moe, x, partition)
     return moe, partition
-
-
-def joint_layer(ffn: FFN, x: torch.Tensor, experts: Experts, rounds: int = 8) -> tuple[MoE, Partition, None]:
-    """The joint method on one FFN: x [T, D], its inputs -> its MoE, the partition (and no activation rates)."""
-    return *joint_moe(ffn, x, experts, joint_partition(ffn, sample(x), experts, rounds)), None
-
-
-def sample(x: torch.Tensor) -> torch.Tensor:
-    """Every n-th token, SAMPLE_TOKENS at most: only of these is anything held that is as large as T x q."""
-    return x[:: -(-len(x) // SAMPLE_TOKENS)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -442,7 +459,7 @@ def sample(x: torch.Tensor) -> torch.Tensor:
 class LayerReport(NamedTuple):
     layer: int
     partition: Partition
-    rates: torch.Tensor | None  # [q], activation rates; the joint method has no use for them
+    rates: torch.Tensor  # [q], activation rates (step 1), on a sample
     load: torch.Tensor  # [R], the share of calibration tokens that each routed expert gets; A / R on average
 
 
@@ -452,17 +469,17 @@ class Method(NamedTuple):
     convert_layer: Callable
     router: str
     experts: str
-    first_dense: int
+    dense_share: float  # of the layers, from the bottom, stays dense
     calib_tokens: int
 
 
 METHODS = {
-    "joint": Method(joint_layer, "linear", "S10A10E32", 9, 32 * 2048),
-    "paper": Method(paper_layer, "neurons", "S3A3E8", 0, 8 * 2048),
+    "joint": Method(joint_layer, "linear", "S10A10E32", 0.3, 32 * 2048),
+    "paper": Method(paper_layer, "neurons", "S3A3E8", 0.0, 8 * 2048),
 }
 
 
-def check_convertible(model: lm.Decoder, experts: Experts, k_act: int, first_dense: int):
+def check_convertible(model: lm.Decoder, experts: Experts, k_act: int, first_dense: int | None):
     """Raise InputError where `convert` could not do it."""
     q = model.config.intermediate_size
     expert_size(q, experts)
@@ -470,7 +487,7 @@ def check_convertible(model: lm.Decoder, experts: Experts, k_act: int, first_den
         raise InputError("the model is an MoE already; only dense FFNs can be converted")
     if not 1 <= k_act <= q:
         raise InputError(f"k_act = {k_act} is not between 1 and intermediate_size = {q}")
-    if not 0 <= first_dense < model.config.num_layers:
+    if first_dense is not None and not 0 <= first_dense < model.config.num_layers:
         raise InputError(f"first_dense = {first_dense} leaves none of the {model.config.num_layers} layers to convert")
 
 
@@ -501,7 +518,7 @@ def convert(
     k_act: int = 10,
     window: int = 2048,
     progress: Callable = lambda layers: layers,
-    report: Callable[[LayerReport], None] = lambda layer: None,
+    report: Callable[[LayerReport], None] | None = None,
 ) -> lm.Decoder:
     """Convert the FFNs of a dense model, in place, all but those of the first `first_dense` layers; return the model.
 
@@ -511,21 +528,25 @@ def convert(
     """
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    config, (convert_layer, router, default, default_dense, _) = model.config, METHODS[method]
+    config, (convert_layer, router, default, dense_share, _) = model.config, METHODS[method]
     experts = Experts.parse(str(experts or default))
-    first_dense = default_dense if first_dense is None else first_dense
+    first_dense = int(dense_share * config.num_layers) if first_dense is None else first_dense
     check_convertible(model, experts, k_act, first_dense)
     calib_ids = lm.as_ids(model, calib_ids)
     if calib_ids.dim() == 1:
         calib_ids = lm.cut_windows(calib_ids, min(window, config.max_position_embeddings))
+    if not calib_ids.numel():
+        raise InputError("there are no calibration tokens")
     settings = {"k_act": k_act} if method == "paper" else {}
 
     def replace(i, ffn, x):
         if i < first_dense:
             return ffn
-        moe, partition, rates = convert_layer(ffn, x, experts, **settings)
-        load = moe.route(x)[0].flatten().bincount(minlength=experts.routed) / len(x)
-        report(LayerReport(i, partition, rates, load.cpu()))
+        moe, partition = convert_layer(ffn, x, experts, **settings)
+        if report:
+            rates = activation_rates(neuron_markers(ffn, sample(x), k_act))
+            load = moe.route(x)[0].flatten().bincount(minlength=experts.routed) / len(x)
+            report(LayerReport(i, partition, rates, load.cpu()))
         return moe
 
     replace_ffns(model, calib_ids, replace, progress)
@@ -552,7 +573,7 @@ def plot_rates(reports: list[LayerReport], file: Path):
             continue
         rates = reports[i].rates.double().numpy().clip(bins[0], None)  # neurons that never fire: the first bin
         is_shared = np.zeros(len(rates), dtype=bool)
-        is_shared[reports[i].partition.shared] = True
+        is_shared[reports[i].partition.shared.cpu()] = True
         ax.hist(rates[~is_shared], bins, color="#4878a8", label="routed")
         ax.hist(rates[is_shared], bins, color="#e08a3c", label="shared", rwidth=0.8)
         ax.set(xscale="log", yscale="log", xlim=(bins[0], 1), xticks=[1e-4, 1e-2, 1])
@@ -590,12 +611,11 @@ def parse_args(argv):
     add("--calib", metavar="TEXT", default="manual", help=f"calibration text: {text}")
     add("--eval", metavar="TEXT", default="manual", help=f"evaluation text: {text}")
     add("--method", choices=METHODS, default="joint", help="how to partition and route: joint (%(default)s), or as in the paper")
-    splits = ", ".join(f"{name}: {method.experts}" for name, method in METHODS.items())
+    defaults = lambda form: ", ".join(f"{name}: {form(method)}" for name, method in METHODS.items())
+    splits, dense, tokens = (defaults(f) for f in (lambda m: m.experts, lambda m: m.dense_share, lambda m: m.calib_tokens))
     add("--experts", metavar="SnAnEn", help=f"E slices per FFN, S shared, A of the rest active per token ({splits})")
-    first = ", ".join(f"{name}: {method.first_dense}" for name, method in METHODS.items())
-    add("--first-dense", type=int, metavar="N", help=f"layers at the bottom that stay dense ({first})")
+    add("--first-dense", type=int, metavar="N", help=f"layers at the bottom that stay dense (share of all: {dense})")
     add("--k-act", type=int, default=10, metavar="K", help="paper: neurons that count as firing per token (ATopK; %(default)s)")
-    tokens = ", ".join(f"{name}: {method.calib_tokens}" for name, method in METHODS.items())
     add("--calib-tokens", type=int, metavar="N", help=f"calibration tokens, random windows ({tokens})")
     add("--eval-tokens", type=int, default=10 * 2048, metavar="N", help="first N evaluation tokens; 0: all (%(default)s)")
     add("--window", type=int, default=2048, metavar="N", help="tokens per sequence, at most the context (%(default)s)")
@@ -606,11 +626,10 @@ def parse_args(argv):
     add("--out", metavar="DIR", help="write the converted checkpoint; --model DIR loads it back")
     add("--force", action="store_true", help="replace the checkpoint in an --out that is not empty")
     add("--json", metavar="FILE", help="write the final table and the settings")
-    add("--plot", metavar="DIR", help="write expert_load.png and, of the paper's method, activation_rates.png")
+    add("--plot", metavar="DIR", help="write activation_rates.png and expert_load.png")
     args = parser.parse_args(argv)
-    for name, default in METHODS[args.method]._asdict().items():
-        if getattr(args, name, default) is None:
-            setattr(args, name, default)
+    args.experts = args.experts or METHODS[args.method].experts
+    args.calib_tokens = METHODS[args.method].calib_tokens if args.calib_tokens is None else args.calib_tokens
     return args
 
 
@@ -656,12 +675,14 @@ def run(args):
         windows = lm.cut_windows(calib_ids, window)
         order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(args.seed))
         windows = windows[order[: args.calib_tokens // window]]
+        if windows.numel() < args.calib_tokens // window * window:
+            print(f"warning: {args.calib} has {windows.numel()} calibration tokens, not {args.calib_tokens}", file=sys.stderr)
         settings = {"method": args.method, "k_act": args.k_act, "seed": args.seed}
         settings |= {"calib": args.calib, "calib_tokens": windows.numel()}
         dense = measured("dense", model)
         start, bar = time.perf_counter(), partial(tqdm, desc="converting", unit="layer")
         chosen = {"experts": experts, "method": args.method, "first_dense": args.first_dense, "k_act": args.k_act}
-        convert(model, windows, **chosen, progress=bar, report=reports.append)
+        convert(model, windows, **chosen, progress=bar, report=reports.append if args.plot else None)
         seconds = time.perf_counter() - start
     if args.out:
         lm.save_model(model, tokenizer, args.out, args.force)
@@ -699,8 +720,7 @@ def run(args):
     if args.plot and reports:
         Path(args.plot).mkdir(parents=True, exist_ok=True)
         plot_load(reports, experts, Path(args.plot, "expert_load.png"))
-        if reports[0].rates is not None:
-            plot_rates(reports, Path(args.plot, "activation_rates.png"))
+        plot_rates(reports, Path(args.plot, "activation_rates.png"))
 
     def row(name, before, after, form):
         print(f"{name:<26}" + "".join(f"{'-' if v is None else form.format(v):>16}" for v in (before, after)))

@@ -20,6 +20,17 @@ def layer():
     return random_ffn(dtype=torch.float32), torch.randn(400, 16)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_all_rows_can_be_made():
+    """Each layer function of the table runs, and within its budget."""
+    ffn, x = random_ffn(16, 256, dtype=torch.float32), torch.randn(400, 16)
+    for row in bench.quality_rows()[1:]:
+        split = Experts.parse(row.experts)
+        assert row.layer(ffn, x, split)(x).isfinite().all()
+        share = (split.shared + split.active) / split.total
+        assert row.first_dense + (30 - row.first_dense) * share <= 30 * row.percent / 100  # of SmolLM2's 30 layers
+
+
 def error(module, ffn, x):
     return ((module(x) - ffn(x)) ** 2).sum().item()
 
@@ -27,7 +38,7 @@ def error(module, ffn, x):
 def test_static_pruning_keeps_what_contributes_most_and_the_refit_makes_the_most_of_it(layer):
     ffn, x = layer
     contribution = torch.stack([ffn2moe.hidden(ffn, x)[:, i, None] * ffn.down_proj.weight[:, i] for i in range(48)])
-    assert torch.allclose(bench.mean_energy(ffn, x), contribution.square().sum(dim=(1, 2)), rtol=1e-4)
+    assert torch.allclose(bench.total_energy(ffn, x), contribution.square().sum(dim=(1, 2)), rtol=1e-4)
     keep = contribution.square().sum(dim=(1, 2)).argsort()[-24:]
     pruned, refitted = (bench.static_layer(ffn, x, SPLIT, refit) for refit in (False, True))
     assert torch.allclose(pruned(x), contribution[keep].sum(dim=0), atol=1e-4)
@@ -48,7 +59,7 @@ def test_oracles_know_more_than_routers(layer):
         expected = ffn.down_proj.weight[:, runs] @ ffn2moe.hidden(ffn, x[t : t + 1])[0, runs]
         assert torch.allclose(neurons(x[t : t + 1])[0], expected, atol=1e-5)
     everything = Experts.parse("S4A4E8")
-    for whole in (bench.oracle_router_layer, bench.oracle_neurons_layer, bench.random_layer, bench.unified_layer):
+    for whole in (bench.oracle_router_layer, bench.oracle_neurons_layer, bench.random_layer, bench.paper_refit_layer):
         assert error(whole(ffn, x, everything), ffn, x) < 1e-6
 
 
@@ -88,11 +99,11 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
     monkeypatch.setattr(bench, "write_json", stop_after_two)
     assert bench.main(argv) == 130
     done = json.loads(file.read_text())
-    assert [row["name"] for row in done["rows"]] == ["dense", "paper"]
+    assert [row["key"]["name"] for row in done["rows"]] == ["dense", "paper"]
     done["rows"][0]["seconds"] = 12345  # the mark of a row that is not measured again
     file.write_text(json.dumps(done))
     assert bench.main(argv) == 0
-    rows = {(row["name"], row["percent"]): row for row in json.loads(file.read_text())["rows"]}
+    rows = {(row["key"]["name"], row["key"]["percent"]): row for row in json.loads(file.read_text())["rows"]}
     assert len(rows) == 13 and "perplexity_whole" not in rows["static pruning", 50]["texts"]["text"] and rows["dense", 100]["seconds"] == 12345
     dense, tokenizer = lm.load_model(checkpoint)
     ids = torch.tensor(tokenizer.encode(text.read_text()).ids)
@@ -106,6 +117,18 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
     for (name, percent), row in rows.items():
         assert name in table and f"{row['texts']['text']['perplexity']:.2f}" in table, (name, percent)
     assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
-    capsys.readouterr()
-    assert bench.main([*argv, "--seed", "1"]) == 2
-    assert "other settings" in capsys.readouterr().err
+    # A row that was defined otherwise then is measured again, and no other.
+    done = json.loads(file.read_text())
+    done["rows"][3]["key"]["first_dense"] = 7
+    file.write_text(json.dumps(done))
+    monkeypatch.setattr(bench, "write_json", write)
+    assert bench.main(argv) == 0
+    again = json.loads(file.read_text())["rows"]
+    assert len(again) == 13 and again[:12] == [row for i, row in enumerate(done["rows"]) if i != 3]
+    assert again[12]["texts"] == done["rows"][3]["texts"]
+    for extra, complaint in ((["--seed", "1"], "other settings"), (["--only", "magic"], "no such row")):
+        capsys.readouterr()
+        assert bench.main([*argv, *extra]) == 2
+        assert complaint in capsys.readouterr().err
+    file.write_text("{")
+    assert bench.main(argv) == 2
