@@ -130,8 +130,8 @@ class Row(NamedTuple):
 def quality_rows() -> list[Row]:
     """The controls at three sizes, then the ablations at one of them.
 
-    Splits of the joint rows: E = 32, S about A, and as many dense layers as did best on held-back windows of training
-    text, for no more parameters than the paper's rows have, routers included.
+    Splits of the joint rows: E = 32, S about A, and as many dense layers as did best on held-back windows of training text
+    (--eval held-back), for no more parameters than the paper's rows have, routers included.
     """
     paper = lambda *args, **kwargs: paper_layer(*args, **kwargs)[0]
     joint = lambda *args, **kwargs: joint_layer(*args, **kwargs)[0]
@@ -175,6 +175,9 @@ def quality_rows() -> list[Row]:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Evaluation
+
+
+HELD_BACK = "held-back"  # the name of the last windows of the calibration text, on which settings are chosen
 
 
 class Text(NamedTuple):
@@ -249,9 +252,11 @@ def measure_rows(args, rows: list[Row], done: dict, file: Path):
     window = min(args.window, model.config.max_position_embeddings)
     read = lambda text, split: lm.cut_windows(lm.as_ids(model, lm.encode(tokenizer, lm.load_text(text, split))), window)
     calib = read(args.calib, "train")
+    if HELD_BACK in args.eval:
+        calib, held_back = calib[:-12], calib[-8:]
     calib = calib[torch.randperm(len(calib), generator=torch.Generator().manual_seed(args.seed))]
     first = max(1, args.eval_tokens // window)
-    texts = [Text(Path(text).stem, read(text, "test"), []) for text in args.eval]
+    texts = [Text(Path(t).stem, held_back if t == HELD_BACK else read(t, "test"), []) for t in args.eval]
     for text in texts:
         for one in tqdm(text.windows[:first], desc=f"dense, {text.name}", unit="window"):
             text.dense.append(model.hidden_states(one[None])[0, :-1])
@@ -369,7 +374,7 @@ def parse_args(argv):
     text = "a text file, 'wikitext2' or 'manual', as for ffn2moe.py"
     add("--model", metavar="SOURCE", help="as for ffn2moe.py; splits and first layers are chosen for the default, SmolLM2")
     add("--calib", default="manual", metavar="TEXT", help=f"calibration text: {text} (%(default)s)")
-    add("--eval", nargs="+", default=["manual"], metavar="TEXT", help="evaluation texts (%(default)s)")
+    add("--eval", nargs="+", default=["manual"], metavar="TEXT", help=f"evaluation texts; {HELD_BACK}: the end of the calibration text (%(default)s)")
     add("--eval-tokens", type=int, default=10 * 2048, metavar="N", help="first N tokens of each (%(default)s)")
     add("--whole", action="store_true", help="the main rows on the whole of the first text as well")
     add("--only", nargs="+", metavar="ROW", help="only the rows of these names")

@@ -132,3 +132,14 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
         assert complaint in capsys.readouterr().err
     file.write_text("{")
     assert bench.main(argv) == 2
+
+
+def test_settings_can_be_chosen_on_the_end_of_the_calibration_text(checkpoint, text, tmp_path):
+    file = tmp_path / "held.json"
+    tokens = ["--eval-tokens", "512", "--window", "64", "--dtype", "float32", "--only", "dense"]
+    argv = ["quality", "--model", str(checkpoint), "--calib", str(text), "--eval", "held-back", *tokens, "--json", str(file)]
+    assert bench.main(argv) == 0
+    found = json.loads(file.read_text())["rows"][0]["texts"]["held-back"]["perplexity"]
+    dense, tokenizer = lm.load_model(checkpoint)
+    windows = lm.cut_windows(torch.tensor(tokenizer.encode(text.read_text()).ids), 64)
+    assert found == pytest.approx(lm.perplexity(dense, windows[-8:].flatten(), 64), rel=1e-6)
