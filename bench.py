@@ -72,7 +72,7 @@ def paper_refit_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> nn.Module:
 
 
 class Oracle(nn.Module):
-    """An FFN of which the neurons run that `active` says, given the input x [T, D] and the true hidden h [T, q].
+    """An FFN of which those neurons run that `active` says, given all of the hidden h: [T, q] -> [T, q].
 
     It computes all of h first: something to compare with, not to use.
     """

@@ -675,8 +675,9 @@ def run(args):
         windows = lm.cut_windows(calib_ids, window)
         order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(args.seed))
         windows = windows[order[: args.calib_tokens // window]]
-        if windows.numel() < args.calib_tokens // window * window:
-            print(f"warning: {args.calib} has {windows.numel()} calibration tokens, not {args.calib_tokens}", file=sys.stderr)
+        if args.method == "joint" and windows.numel() < 10 * model.config.intermediate_size:
+            few = f"{windows.numel()} calibration tokens for {model.config.intermediate_size} neurons"
+            print(f"warning: {few}: least squares may fit the text rather than the model", file=sys.stderr)
         settings = {"method": args.method, "k_act": args.k_act, "seed": args.seed}
         settings |= {"calib": args.calib, "calib_tokens": windows.numel()}
         dense = measured("dense", model)
