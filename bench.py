@@ -120,11 +120,14 @@ class Row(NamedTuple):
     experts: str
     first_dense: int = 0
     calib_windows: int = 32
-    main: bool = False  # evaluated on every text, and with --whole on the whole of the first; others on its first tokens
+    all_texts: bool = False  # evaluated on every text, not on the first only
+    main: bool = False  # and, with --whole, on the whole of the first
 
-    def key(self, whole: bool) -> dict:
+    def key(self, texts: list[str], whole: bool) -> dict:
+        """What a result must agree in to stand for this row."""
         key = {"name": self.name, "percent": self.percent, "experts": self.experts, "first_dense": self.first_dense}
-        return key | {"calib_windows": self.calib_windows, "whole": whole and self.main}
+        texts = texts if self.all_texts or self.main else texts[:1]
+        return key | {"calib_windows": self.calib_windows, "texts": texts, "whole": whole and self.main}
 
 
 def quality_rows() -> list[Row]:
@@ -145,13 +148,13 @@ def quality_rows() -> list[Row]:
     ):
         rows += [
             Row("paper", percent, paper, paper_split, calib_windows=8, main=True),
-            Row("static pruning", percent, partial(static_layer, refit=False), even),
+            Row("static pruning", percent, partial(static_layer, refit=False), even, all_texts=True),
             Row("static pruning, refit", percent, partial(static_layer, refit=True), even, main=True),
             Row("static pruning, refit, first layers dense", percent, partial(static_layer, refit=True), split, first),
             Row("paper, refit, first layers dense", percent, paper_refit_layer, split, first),
             Row("random partition, ridge router, refit", percent, random_layer, split, first),
             Row("joint, all layers alike", percent, joint, even),
-            Row("joint, no refit", percent, no_refit, split, first),
+            Row("joint, no refit", percent, no_refit, split, first, all_texts=True),
             Row("joint", percent, joint, split, first, main=True),
             Row("oracle router", percent, oracle_router_layer, split, first),
             Row("oracle neurons", percent, oracle_neurons_layer, even),
@@ -237,7 +240,7 @@ def quality(args):
     if done["settings"] != settings:
         raise InputError(f"{file} was made with other settings, {done['settings']}: choose another --json")
     keys = [r["key"] for r in done["rows"]]
-    pending = [row for row in rows if row.key(args.whole) not in keys]
+    pending = [row for row in rows if row.key(names, args.whole) not in keys]
     if pending:
         measure_rows(args, pending, done, file)
     table = quality_table(done)
@@ -277,12 +280,12 @@ def measure_rows(args, rows: list[Row], done: dict, file: Path):
             active = (row.first_dense + (layers - row.first_dense) * sparse) / layers
         else:
             active = lm.active_parameters(model)[0] / dense_ffn
-        result = {"key": row.key(args.whole), "active_ffn": active, "calib_tokens": windows.numel(), "seconds": seconds}
+        key = row.key([text.name for text in texts], args.whole)
+        result = {"key": key, "active_ffn": active, "calib_tokens": windows.numel(), "seconds": seconds}
         result["texts"] = {}
-        for text in texts if row.main else texts[:1]:
+        for text in texts[: len(key["texts"])]:
             bar = partial(tqdm, desc=f"{title}: {text.name}", unit="window")
-            whole = args.whole and row.main and text is texts[0]
-            result["texts"][text.name] = evaluate(model, text, first, whole, bar)
+            result["texts"][text.name] = evaluate(model, text, first, key["whole"] and text is texts[0], bar)
         done["rows"] = [r for r in done["rows"] if (r["key"]["name"], r["key"]["percent"]) != (row.name, row.percent)]
         done["rows"].append(result)
         write_json(file, done)
@@ -309,7 +312,7 @@ def quality_table(done: dict) -> str:
         return markdown(["active FFN", *(f"{size} %" for size in sizes)], lines)
 
     controls = [name for name in names if sum((name, size) in results for size in sizes) > 1]
-    main = [name for name in names if name != "dense" and any(row.main for row in order if row.name == name)]
+    elsewhere = list(dict.fromkeys(row.name for row in order if (row.main or row.all_texts) and row.layer))
     parts = [f"Perplexity, first {done['settings']['first_tokens']:,} tokens of {text}:\n\n" + pivot(controls, text)]
     lines = []
     for row in order:
@@ -321,7 +324,7 @@ def quality_table(done: dict) -> str:
     head = ["", "split", "active FFN", "KL to dense, nats", "same top token", "perplexity", "whole text"]
     parts.append(f"In detail ({text}):\n\n" + markdown(head, lines))
     for other in others:
-        parts.append(f"Calibrated on {done['settings']['calib']}, evaluated on {other}:\n\n" + pivot(main, other))
+        parts.append(f"Calibrated on {done['settings']['calib']}, evaluated on {other}:\n\n" + pivot(elsewhere, other))
     ablations = []
     for row in order:
         if row.name not in ["dense", *controls]:
