@@ -301,9 +301,9 @@ def quality_table(done: dict) -> str:
     results = {(r["key"]["name"], r["key"]["percent"]): r for r in done["rows"]}
     dense = results.get(("dense", 100))
     text, *others = done["settings"]["eval"]
-    order = [row for row in quality_rows() if (row.name, row.percent) in results]
+    everything = quality_rows()
+    order = [row for row in everything if (row.name, row.percent) in results]
     sizes = sorted({row.percent for row in order} - {100}, reverse=True)
-    names = list(dict.fromkeys(row.name for row in order))
     ppl = lambda r, text=text, key="perplexity": f"{r['texts'][text][key]:.2f}" if r and key in r["texts"].get(text, {}) else ""
 
     def pivot(names, text):
@@ -311,7 +311,8 @@ def quality_table(done: dict) -> str:
         lines += [[name, *(ppl(results.get((name, size)), text) for size in sizes)] for name in names]
         return markdown(["active FFN", *(f"{size} %" for size in sizes)], lines)
 
-    controls = [name for name in names if sum((name, size) in results for size in sizes) > 1]
+    at_all_sizes = {row.name for row in everything if row.percent == 75}
+    controls = list(dict.fromkeys(row.name for row in order if row.name in at_all_sizes))
     elsewhere = list(dict.fromkeys(row.name for row in order if (row.main or row.all_texts) and row.layer))
     parts = [f"Perplexity, first {done['settings']['first_tokens']:,} tokens of {text}:\n\n" + pivot(controls, text)]
     lines = []
