@@ -9,7 +9,6 @@ on from there; the Markdown table and the plot (perplexity against active FFN) a
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -220,13 +219,6 @@ def read_json(file: Path):
         raise InputError(f"{file} is not a JSON file that this program wrote; delete it to start over") from None
 
 
-def write_json(file: Path, content: dict):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, file)
-
-
 def quality(args):
     rows = [row for row in quality_rows() if args.only is None or row.name in args.only]
     if args.only and set(args.only) - {row.name for row in rows}:
@@ -288,7 +280,7 @@ def measure_rows(args, rows: list[Row], done: dict, file: Path):
             result["texts"][text.name] = evaluate(model, text, first, key["whole"] and text is texts[0], bar)
         done["rows"] = [r for r in done["rows"] if (r["key"]["name"], r["key"]["percent"]) != (row.name, row.percent)]
         done["rows"].append(result)
-        write_json(file, done)
+        lm.write_json(file, done)
         print(f"{title}: {result['texts'][texts[0].name]['perplexity']:.2f}", flush=True)
 
 
@@ -391,14 +383,7 @@ def parse_args(argv):
 
 
 def main(argv=None) -> int:
-    try:
-        quality(parse_args(argv))
-    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"bench: {error or type(error).__name__}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return lm.run_command("bench", lambda: quality(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ R = E - S routed, A routed experts active per token. S3A3E8 is a split with S = 
 """
 
 import argparse
-import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -713,11 +711,8 @@ def run(args):
         "conversion_seconds": seconds,
     }
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(f"{args.json}.{os.getpid()}.tmp")
         finite = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in result.items()}
-        scratch.write_text(json.dumps(finite, indent=2) + "\n", encoding="utf-8")
-        os.replace(scratch, args.json)
+        lm.write_json(Path(args.json), finite)
     if args.plot and reports:
         Path(args.plot).mkdir(parents=True, exist_ok=True)
         plot_load(reports, experts, Path(args.plot, "expert_load.png"))
@@ -742,14 +737,7 @@ def run(args):
 
 
 def main(argv=None) -> int:
-    try:
-        run(parse_args(argv))
-    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"ffn2moe: {error or type(error).__name__}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return lm.run_command("ffn2moe", lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

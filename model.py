@@ -52,6 +52,26 @@ class InputError(ValueError):
     """What the caller handed us cannot be used; the message is one sentence that a user can act on."""
 
 
+def run_command(name: str, job: Callable[[], None]) -> int:
+    """Run a command line's job -> its exit code; what the user can mend ends in one sentence."""
+    try:
+        job()
+    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"{name}: {error or type(error).__name__}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def write_json(file: Path, content):
+    """Write a JSON file, all of it or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, file)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Configuration
 

@@ -88,7 +88,7 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
     tokens = ["--eval-tokens", "256", "--window", "128", "--dtype", "float32"]
     argv = ["quality", "--model", str(checkpoint), "--calib", str(text), "--eval", str(text), *tokens, "--json", str(file)]
     argv += ["--whole", "--only", "dense", "paper", "static pruning", "joint", "oracle neurons"]
-    write, written = bench.write_json, []
+    write, written = lm.write_json, []
 
     def stop_after_two(*args):
         write(*args)
@@ -96,7 +96,7 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
         if len(written) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "write_json", stop_after_two)
+    monkeypatch.setattr(lm, "write_json", stop_after_two)
     assert bench.main(argv) == 130
     done = json.loads(file.read_text())
     assert [row["key"]["name"] for row in done["rows"]] == ["dense", "paper"]
@@ -121,7 +121,7 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
     done = json.loads(file.read_text())
     done["rows"][3]["key"]["first_dense"] = 7
     file.write_text(json.dumps(done))
-    monkeypatch.setattr(bench, "write_json", write)
+    monkeypatch.setattr(lm, "write_json", write)
     assert bench.main(argv) == 0
     again = json.loads(file.read_text())["rows"]
     assert len(again) == 13 and again[:12] == [row for i, row in enumerate(done["rows"]) if i != 3]
