@@ -33,8 +33,8 @@ from model import FFN, Experts, InputError
 
 def total_energy(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
     """Squared contribution of each neuron, summed over all tokens: [q]."""
-    norm = ffn.down_proj.weight.float().norm(dim=0)
-    return sum((ffn2moe.hidden(ffn, block) * norm).square().sum(dim=0) for block in x.split(ffn2moe.BLOCK))
+    blocks = x.split(ffn2moe.BLOCK)
+    return sum(ffn2moe.contribution_energy(ffn, ffn2moe.hidden(ffn, block)).sum(dim=0) for block in blocks)
 
 
 def static_layer(ffn: FFN, x: torch.Tensor, experts: Experts, refit: bool) -> FFN:
@@ -89,10 +89,9 @@ class Oracle(nn.Module):
 def oracle_router_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> Oracle:
     """The joint partition under a router that knows how much energy each expert has, refitted under its choices."""
     bin_of = joint_partition(ffn, x, experts)
-    norm = ffn.down_proj.weight.float().norm(dim=0)
 
     def active(h):
-        norms = ffn2moe.expert_norms((h * norm) ** 2, bin_of, experts.routed)
+        norms = ffn2moe.expert_norms(ffn2moe.contribution_energy(ffn, h), bin_of, experts.routed)
         return ffn2moe.active_bins(norms.topk(experts.active, dim=-1).indices, experts.routed)
 
     down = ffn2moe.refit_down(ffn, x, lambda block: active(ffn2moe.hidden(ffn, block)), bin_of)
@@ -102,8 +101,8 @@ def oracle_router_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> Oracle:
 def oracle_neurons_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> Oracle:
     """For each token the neurons that contribute most, no experts, no refit."""
     width = (experts.shared + experts.active) * lm.expert_size(ffn.gate_proj.out_features, experts)
-    norm = ffn.down_proj.weight.float().norm(dim=0)
-    return Oracle(ffn, lambda h: torch.zeros_like(h).scatter_(1, (h * norm).abs().topk(width, dim=-1).indices, 1.0))
+    top = lambda h: ffn2moe.contribution_energy(ffn, h).topk(width, dim=-1).indices
+    return Oracle(ffn, lambda h: torch.zeros_like(h).scatter_(1, top(h), 1.0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -245,11 +244,12 @@ def measure_rows(args, rows: list[Row], done: dict, file: Path):
     """Convert and evaluate once for each row; add the results to `done` and write it to the file after each."""
     model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
     window = min(args.window, model.config.max_position_embeddings)
-    read = lambda text, split: lm.cut_windows(lm.as_ids(model, lm.encode(tokenizer, lm.load_text(text, split))), window)
+    read = lambda text, split: lm.cut_windows(lm.read_ids(model, tokenizer, text, split), window)
     calib = read(args.calib, "train")
     if HELD_BACK in args.eval:
         calib, held_back = calib[:-12], calib[-8:]
-    calib = calib[torch.randperm(len(calib), generator=torch.Generator().manual_seed(args.seed))]
+    calib = ffn2moe.draw(calib, len(calib), args.seed)
+    layers, dense_ffn = model.config.num_layers, lm.active_parameters(model)[0]
     first = max(1, args.eval_tokens // window)
     texts = [Text(Path(t).stem, held_back if t == HELD_BACK else read(t, "test"), []) for t in args.eval]
     for text in texts:
@@ -258,12 +258,11 @@ def measure_rows(args, rows: list[Row], done: dict, file: Path):
     for n, row in enumerate(sorted(rows, key=lambda row: not row.main)):  # what matters most first
         title = f"{n + 1}/{len(rows)} {row.name}, {row.percent} %"
         model, _ = lm.load_model(args.model, args.dtype, args.device)
-        layers, dense_ffn = model.config.num_layers, lm.active_parameters(model)[0]
         split, start = Experts.parse(row.experts), time.perf_counter()
         windows = calib[: row.calib_windows]
-        if len(windows) < row.calib_windows and row.layer:
-            print(f"warning: {args.calib} has {len(windows)} calibration windows, not {row.calib_windows}", file=sys.stderr)
         if row.layer:
+            if len(windows) < row.calib_windows:
+                print(f"warning: {args.calib} has {len(windows)} calibration windows, not {row.calib_windows}", file=sys.stderr)
             replace = lambda i, ffn, x, row=row, split=split: ffn if i < row.first_dense else row.layer(ffn, x, split)
             ffn2moe.replace_ffns(model, windows, replace, partial(tqdm, desc=f"{title}: convert", unit="layer"))
         seconds = time.perf_counter() - start

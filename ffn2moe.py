@@ -269,10 +269,20 @@ def hidden(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
     return (F.silu(ffn.gate_proj(x)) * ffn.up_proj(x)).float()
 
 
+def contribution_energy(ffn: FFN, h: torch.Tensor) -> torch.Tensor:
+    """c[t, i]^2 = |h_i(x_t)|^2 |W_down[:, i]|^2: h [T, q] -> [T, q]."""
+    return (h * ffn.down_proj.weight.float().norm(dim=0)) ** 2
+
+
+def draw(rows: torch.Tensor, n: int, seed: int) -> torch.Tensor:
+    """n of the rows at most, by lot."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return rows[order[:n].to(rows.device)]
+
+
 def sample(x: torch.Tensor) -> torch.Tensor:
-    """SAMPLE_TOKENS of the rows of x at most, drawn by lot: only of these is anything held that is as large as T x q."""
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    return x[order[:SAMPLE_TOKENS].to(x.device)]
+    """SAMPLE_TOKENS of the tokens x [T, D]: only of these is anything held that is as large as T x q."""
+    return draw(x, SAMPLE_TOKENS, seed=0)
 
 
 @contextmanager
@@ -352,9 +362,10 @@ def alternate(energy: torch.Tensor, x: torch.Tensor, bin_of: torch.Tensor, capac
     for _ in range(rounds):
         scores = x @ solve(x.T @ expert_norms(energy, bin_of, num_routed))  # [T, R]
         gain = energy.T @ active_bins(scores.topk(active, dim=-1).indices, num_routed)  # [n, 1 + R]
-        if captured_energy(gain, bin_of) <= captured:
+        now = captured_energy(gain, bin_of)
+        if now <= captured:
             return best
-        best, captured = bin_of, captured_energy(gain, bin_of)
+        best, captured = bin_of, now
         bin_of = best_bins(gain, capacity)
     return bin_of
 
@@ -367,7 +378,7 @@ def unpredicted_energy(ffn: FFN, x: torch.Tensor, bin_of: torch.Tensor) -> torch
     """
     h, shared = hidden(ffn, x), bin_of == 0
     B = ridge_solver(h[:, shared].T @ h[:, shared], HIDDEN_RIDGE)(h[:, shared].T @ h)  # [shared, q]
-    return ((h - h[:, shared] @ B) * ffn.down_proj.weight.float().norm(dim=0) * ~shared) ** 2
+    return contribution_energy(ffn, (h - h[:, shared] @ B) * ~shared)
 
 
 @torch.no_grad()
@@ -375,7 +386,7 @@ def unpredicted_energy(ffn: FFN, x: torch.Tensor, bin_of: torch.Tensor) -> torch
 def joint_partition(ffn: FFN, x: torch.Tensor, experts: Experts, rounds: int = 8) -> torch.Tensor:
     """Which bin each neuron goes into: x [T, D], inputs of the FFN -> bin_of [q]."""
     R, m, x = experts.routed, expert_size(ffn.gate_proj.out_features, experts), sample(x)
-    energy = (hidden(ffn, x) * ffn.down_proj.weight.float().norm(dim=0)) ** 2  # [T, q]
+    energy = contribution_energy(ffn, hidden(ffn, x))  # [T, q]
     if not energy.isfinite().all():
         raise InputError("hidden activations overflow: choose another dtype")
     # To start with, the neurons of most energy are shared, and the others are dealt out to the experts in turn.
@@ -660,7 +671,7 @@ def run(args):
     # Everything is read and checked before the long work starts.
     model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
     window = min(args.window, model.config.max_position_embeddings)
-    eval_ids = lm.as_ids(model, lm.encode(tokenizer, lm.load_text(args.eval, "test")))[: args.eval_tokens or None]
+    eval_ids = lm.read_ids(model, tokenizer, args.eval, "test")[: args.eval_tokens or None]
     eval_ids = lm.cut_windows(eval_ids, window).flatten()
     prompt = lm.as_ids(model, lm.encode(tokenizer, args.prompt))
     measured = partial(measure, tokenizer=tokenizer, eval_ids=eval_ids, window=window, prompt=prompt)
@@ -669,10 +680,8 @@ def run(args):
         print("the model is an MoE already: it is evaluated, not converted", file=sys.stderr)
     else:
         check_convertible(model, experts, args.k_act, args.first_dense)
-        calib_ids = lm.as_ids(model, lm.encode(tokenizer, lm.load_text(args.calib, "train")))
-        windows = lm.cut_windows(calib_ids, window)
-        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(args.seed))
-        windows = windows[order[: args.calib_tokens // window]]
+        windows = lm.cut_windows(lm.read_ids(model, tokenizer, args.calib, "train"), window)
+        windows = draw(windows, args.calib_tokens // window, args.seed)
         if args.method == "joint" and windows.numel() < 10 * model.config.intermediate_size:
             few = f"{windows.numel()} calibration tokens for {model.config.intermediate_size} neurons"
             print(f"warning: {few}: least squares may fit the text rather than the model", file=sys.stderr)

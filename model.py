@@ -435,6 +435,11 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
         raise InputError(f"the tokenizer cannot encode this text: {first_line(error)}") from None
 
 
+def read_ids(model: Decoder, tokenizer: Tokenizer, source: str, split: str) -> torch.Tensor:
+    """The token ids [T] of a text, named as for `load_text`."""
+    return as_ids(model, encode(tokenizer, load_text(source, split)))
+
+
 def cut_windows(ids: torch.Tensor, window: int) -> torch.Tensor:
     """Token ids [T] in windows that do not overlap, [T // window, window]; the rest is dropped."""
     if len(ids) < window or window < 2:
