@@ -1,21 +1,28 @@
-"""Measure what a conversion costs in quality, beside the controls that it has to beat.
+"""Measure what a conversion costs in quality and what it gains in time, beside the controls that it has to beat.
 
     python bench.py quality --calib wikitext2 --eval wikitext2 manual
+    python bench.py speed --json speed.json --plot speed.png
 
-Each row converts the model anew in one way and evaluates it: `quality_rows` lists them, and the functions above it are
-the controls that ffn2moe.py has no use for. Raw results go to a JSON file after each row, and a run that is cut off goes
-on from there; the Markdown table and the plot (perplexity against active FFN) are made from that file.
+1. `quality`   Each row converts the model anew in one way and evaluates it: `quality_rows` lists them, and the functions
+               above it are the controls that ffn2moe.py has no use for. Raw results go to a JSON file after each row,
+               and a run that is cut off goes on from there; table and plot are made from that file.
+2. `speed`     FFN layers alone, and the whole model in prefill and decode, in turns with the dense one.
 """
 
 import argparse
+import copy
+import ctypes
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle, product
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -23,11 +30,14 @@ from torch import nn
 from tqdm import tqdm
 
 import ffn2moe
+import kernels
 import model as lm
 from ffn2moe import joint_layer, joint_moe, joint_partition, paper_layer, refit_moe
-from model import FFN, Experts, InputError
+from model import FFN, Experts, InputError, MoE
 
 # ----------------------------------------------------------------------------------------------------------------------
+# 1. Quality
+#
 # Controls. Each takes an FFN, its inputs x [T, D] and a split, and returns what stands for the FFN.
 
 
@@ -39,23 +49,23 @@ def total_energy(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
 
 def static_layer(ffn: FFN, x: torch.Tensor, experts: Experts, refit: bool) -> FFN:
     """Static pruning: the S + A slices of neurons of largest mean squared contribution, for every token the same."""
-    width = (experts.shared + experts.active) * lm.expert_size(ffn.gate_proj.out_features, experts)
+    width = (experts.shared + experts.active) * lm.expert_size(ffn.gate_proj.shape[0], experts)
     keep = total_energy(ffn, x).topk(width).indices
-    down = ffn.down_proj.weight
+    down = ffn.down_proj
     if refit:
         bin_of = torch.ones_like(down[0], dtype=torch.long).index_fill_(0, keep, 0)
         always = lambda block: torch.tensor([1.0, 0.0], device=x.device).expand(len(block), 2)
         down = ffn2moe.refit_down(ffn, x, always, bin_of).to(down)
-    small = FFN(ffn.gate_proj.in_features, width).to(x).requires_grad_(False)
-    small.gate_proj.weight.copy_(ffn.gate_proj.weight[keep])
-    small.up_proj.weight.copy_(ffn.up_proj.weight[keep])
-    small.down_proj.weight.copy_(down[:, keep])
+    small = FFN(ffn.gate_proj.shape[1], width).to(x).requires_grad_(False)
+    small.gate_proj.copy_(ffn.gate_proj[keep])
+    small.up_proj.copy_(ffn.up_proj[keep])
+    small.down_proj.copy_(down[:, keep])
     return small
 
 
 def random_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> nn.Module:
     """The joint method's router and refit on a partition that is drawn by lot."""
-    m = lm.expert_size(ffn.gate_proj.out_features, experts)
+    m = lm.expert_size(ffn.gate_proj.shape[0], experts)
     bins = torch.arange(experts.total).sub(experts.shared - 1).clamp_min(0).repeat_interleave(m)
     bins = bins[torch.randperm(len(bins), generator=torch.Generator().manual_seed(0))]
     moe, partition = joint_moe(ffn, x, experts, bins.to(x.device))
@@ -78,7 +88,7 @@ class Oracle(nn.Module):
 
     def __init__(self, ffn: FFN, active: Callable, down: torch.Tensor | None = None):
         super().__init__()
-        self.ffn, self.active, self.down = ffn, active, ffn.down_proj.weight if down is None else down
+        self.ffn, self.active, self.down = ffn, active, ffn.down_proj if down is None else down
 
     def forward(self, x):
         shape, x = x.shape, x.reshape(-1, x.shape[-1])
@@ -100,7 +110,7 @@ def oracle_router_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> Oracle:
 
 def oracle_neurons_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> Oracle:
     """For each token the neurons that contribute most, no experts, no refit."""
-    width = (experts.shared + experts.active) * lm.expert_size(ffn.gate_proj.out_features, experts)
+    width = (experts.shared + experts.active) * lm.expert_size(ffn.gate_proj.shape[0], experts)
     top = lambda h: ffn2moe.contribution_energy(ffn, h).topk(width, dim=-1).indices
     return Oracle(ffn, lambda h: torch.zeros_like(h).scatter_(1, top(h), 1.0))
 
@@ -359,12 +369,272 @@ def plot_quality(done: dict, file: Path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# 2. Speed
+#
+# What is compared runs in turns, A B A B, so that whatever slows the machine down slows all of it alike.
+
+
+def interleave(functions: dict[str, Callable], device: str, turns: int) -> dict[str, np.ndarray]:
+    """Call the functions in turns, each for at least 20 ms -> the milliseconds per call in each turn. Of turns that take
+    longer than 20 seconds there are three at most."""
+
+    def run(function, calls=1):
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start) / calls
+
+    first = {name: run(function) for name, function in functions.items()}  # warm up
+    calls = {name: max(1, round(20 / (ms if ms > 1000 else run(functions[name])))) for name, ms in first.items()}
+    turns = min(turns, 3) if sum(first.values()) > 20e3 else turns
+    times = [[run(function, calls[name]) for name, function in functions.items()] for _ in range(turns)]
+    return dict(zip(functions, np.array(times).T))
+
+
+def peak_memory(function: Callable, device: str) -> float | None:
+    """Bytes that a call needs at its peak beyond what was held before it; None where this cannot be told."""
+    if device != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    try:  # Linux: the process gives back what it does not use, and its high-water mark is reset
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        status = lambda key: int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+        before = status("VmRSS")
+        function()
+        return max(0, status("VmHWM") - before)
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
+def random_layers(hidden_size: int, intermediate_size: int, experts: Experts, like: torch.Tensor) -> tuple[FFN, MoE, FFN]:
+    """A dense FFN of random weights, the same neurons in experts under a random router, and a static slice as wide as what
+    runs of them."""
+    ffn = FFN(hidden_size, intermediate_size).to(like).requires_grad_(False)
+    for p in ffn.parameters():
+        p.normal_().div_(p.shape[1] ** 0.5)
+    m = lm.expert_size(intermediate_size, experts)
+    neurons = torch.arange(intermediate_size)
+    partition = ffn2moe.Partition(neurons[: experts.shared * m], neurons[experts.shared * m :].view(experts.routed, m))
+    weight = torch.randn(experts.routed, hidden_size).to(like)
+    moe = ffn2moe.build_moe(ffn, partition, experts, {"router_weight": weight, "router_intercept": weight.new_zeros(len(weight))})
+    width = (experts.shared + experts.active) * m
+    static = FFN(hidden_size, width).to(like).requires_grad_(False)
+    static.gate_proj.copy_(ffn.gate_proj[:width])
+    static.up_proj.copy_(ffn.up_proj[:width])
+    static.down_proj.copy_(ffn.down_proj[:, :width])
+    return ffn, moe, static
+
+
+def plain_ffn(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
+    """A peer: the dense FFN as it is usually written."""
+    return F.linear(F.silu(F.linear(x, ffn.gate_proj)) * F.linear(x, ffn.up_proj), ffn.down_proj)
+
+
+def moe_by_grouped_mm(moe: MoE, x: torch.Tensor) -> torch.Tensor:
+    """A peer: the same layer with PyTorch's own grouped product. x [T, D] -> [T, D]."""
+    chosen, weights = moe.route(x)
+    slots, counts = kernels.sort_by_expert(chosen, moe.experts.routed)
+    tokens, ends = slots // chosen.shape[1], counts.cumsum(0).to(torch.int32)
+    product = lambda rows, weight: F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+    h = kernels.gated(product(x.index_select(0, tokens), moe.gate_up_proj))
+    return moe.shared_expert(x).index_add_(0, tokens, product(h * weights.flatten()[slots, None], moe.down_proj))
+
+
+def transformers_layer(moe: MoE) -> nn.Module | None:
+    """A peer, where it is installed: transformers' Qwen2-MoE layer with the same weights (it weighs experts by softmax)."""
+    try:
+        from transformers.models.qwen2_moe import (
+            configuration_qwen2_moe,
+            modeling_qwen2_moe,
+        )
+    except ImportError:
+        return None
+    (R, D, m), experts = moe.down_proj.shape, moe.experts
+    sizes = {"hidden_size": D, "moe_intermediate_size": m, "shared_expert_intermediate_size": experts.shared * m}
+    config = configuration_qwen2_moe.Qwen2MoeConfig(**sizes, num_experts=R, num_experts_per_tok=experts.active)
+    layer = modeling_qwen2_moe.Qwen2MoeSparseMoeBlock(config).to(moe.down_proj).requires_grad_(False).eval()
+    state = {"gate.weight": moe.router_weight, "shared_expert_gate.weight": torch.zeros(1, D)}
+    shared = moe.shared_expert
+    state |= {"shared_expert.gate_proj.weight": shared.gate_proj, "shared_expert.up_proj.weight": shared.up_proj}
+    state |= {"shared_expert.down_proj.weight": shared.down_proj}
+    if "experts.gate_up_proj" in layer.state_dict():  # transformers 5
+        state |= {"experts.gate_up_proj": moe.gate_up_proj, "experts.down_proj": moe.down_proj}
+    else:
+        for e in range(R):
+            gate, up = moe.gate_up_proj[e].chunk(2)
+            parts = (("gate", gate), ("up", up), ("down", moe.down_proj[e]))
+            state |= {f"experts.{e}.{name}_proj.weight": part for name, part in parts}
+    layer.load_state_dict(state)
+    return layer
+
+
+def speed_row(what, shape, tokens, batch, like, experts, times, functions, weight_bytes) -> dict:
+    """One row of the table from the times of "dense", "MoE" and their peers, and the bytes of weights that one token reads."""
+    device, ms = str(like.device), {name: float(np.median(t)) for name, t in times.items()}
+    low, mid, high = np.quantile(times["dense"] / times["MoE"], [0.25, 0.5, 0.75])
+    speedup, ideal = ms["dense"] / ms["MoE"], experts.total / (experts.shared + experts.active)
+    row = {"what": what, "shape": shape, "tokens": tokens, "batch": batch, "dtype": str(like.dtype).removeprefix("torch.")}
+    row |= {"experts": str(experts), "device": device, "dense_ms": ms["dense"], "moe_ms": ms["MoE"], "speedup": speedup}
+    row |= {"ideal": ideal, "of_ideal": speedup / ideal, "spread": (high - low) / mid}
+    for name in ("dense", "MoE"):
+        row[f"{name.lower()}_peak_bytes"] = peak_memory(functions[name], device)
+        row[f"{name.lower()}_weight_bytes_per_token"] = weight_bytes[name]
+    return row | {f"{name}_ms": ms[name] for name in ms if name not in ("dense", "MoE")}
+
+
+def ffn_speed(shape: str, tokens: int, experts: Experts, like: torch.Tensor, turns: int) -> dict:
+    """An FFN alone. For one token, as many copies as a large cache does not hold take turns, as the layers of a model do."""
+    hidden_size, intermediate_size = map(int, shape.split("x"))
+    bytes_of = lambda module: sum(p.numel() for p in module.parameters()) * like.element_size()
+    x = torch.randn(tokens, hidden_size).to(like)
+    layers = [random_layers(hidden_size, intermediate_size, experts, like)]
+    while tokens == 1 and len(layers) < 60 and len(layers) * bytes_of(layers[0][0]) < 2**28:
+        layers.append(random_layers(hidden_size, intermediate_size, experts, like))
+    names = {"dense": [ffn for ffn, _, _ in layers], "MoE": [moe for _, moe, _ in layers], "static": [s for _, _, s in layers]}
+    names["plain_dense"] = [partial(plain_ffn, ffn) for ffn in names["dense"]]
+    if names["MoE"][0].down_proj.shape[-1] * like.element_size() % 16 == 0:  # what grouped_mm can do
+        names["grouped_mm"] = [partial(moe_by_grouped_mm, moe) for moe in names["MoE"]]
+    names["transformers"] = [partial(peer, x[None]) if peer else None for peer in map(transformers_layer, names["MoE"])]
+    functions = {}
+    for name, modules in names.items():
+        if modules[0] is not None:
+            turn = cycle(modules)
+            functions[name] = (lambda turn=turn: next(turn)()) if name == "transformers" else (lambda turn=turn: next(turn)(x))
+    times = interleave(functions, like.device.type, turns)
+    moe = layers[0][1]
+    idle = (experts.routed - experts.active) * (moe.gate_up_proj[0].numel() + moe.down_proj[0].numel()) * like.element_size()
+    read = {"dense": bytes_of(layers[0][0]), "MoE": bytes_of(moe) - idle}
+    return speed_row("ffn", shape, tokens, 1, like, experts, times, functions, read)
+
+
+def model_speed(models: dict[str, lm.Decoder], what: str, ids: torch.Tensor, turns: int) -> list[dict]:
+    """The whole model on ids [B, T], a row for each split: what = "prefill", to the logits of the last token; or "decode",
+    a token at a time with a KV cache, the second half of ids after the first."""
+    like, half = models["dense"].embed_tokens.weight, ids.shape[1] // 2
+
+    def prefill(model):
+        return model.logits(model.hidden_states(ids)[:, -1])
+
+    def decode(model, cache):
+        for t in range(half, 2 * half):
+            model(ids[:, t : t + 1], cache, t)
+
+    bare = copy.copy(models["dense"])  # without FFNs: what no conversion can make faster
+    bare._modules = {**bare._modules, "layers": nn.ModuleList(map(copy.copy, bare.layers))}
+    for layer in bare.layers:
+        layer._modules = {**layer._modules, "mlp": nn.Identity()}
+    functions = {}
+    for name, model in {**models, "bare": bare}.items():
+        functions[name] = partial(prefill, model)
+        if what == "decode":
+            cache = model.new_cache(len(ids), 2 * half)
+            model(ids[:, :half], cache)
+            functions[name] = partial(decode, model, cache)
+    times = interleave(functions, like.device.type, turns)
+    steps = half if what == "decode" else 1
+    read = {name: lm.active_parameters(model)[1] * like.element_size() for name, model in models.items()}
+    rows = []
+    for name, model in models.items():
+        if name != "dense":
+            two = {"dense": "dense", "MoE": name}
+            select = lambda of, two=two: {label: of[key] for label, key in two.items()}
+            timed = {label: t / steps for label, t in select(times).items()}
+            tokens = ids.shape[1] if what == "prefill" else half
+            experts = next(filter(None, model.config.experts))
+            row = speed_row(what, "smollm2-135m", tokens, len(ids), like, experts, timed, select(functions), select(read))
+            without = float(np.median(times["bare"])) / steps
+            rows.append(row | {"bound": row["dense_ms"] / (without + (row["dense_ms"] - without) / row["ideal"])})
+    return rows
+
+
+@torch.no_grad()
+def speed(args):
+    splits, rows = [Experts.parse(text) for text in args.experts], []
+
+    def add(row):
+        rows.append(row)
+        print(speed_table([row]).splitlines()[-1], flush=True)
+        if args.json:
+            lm.write_json(Path(args.json), rows)
+
+    print(*speed_table([]).splitlines(), sep="\n")
+    for dtype in args.dtype:
+        like = torch.empty(0, dtype=getattr(torch, dtype), device=args.device)
+        for shape, tokens, experts in product(args.shape, args.tokens, splits):
+            if shape != "smollm2-135m" and int(shape.split("x")[1]) % experts.total == 0:
+                add(ffn_speed(shape, tokens, experts, like, args.turns))
+        if "smollm2-135m" in args.shape:
+            models = {"dense": lm.load_model(None, dtype, args.device)[0]}
+            for experts in splits:
+                model, tokenizer = lm.load_model(None, dtype, args.device)
+                ids = lm.read_ids(model, tokenizer, "manual", "train")[:2048]
+                models[str(experts)] = ffn2moe.convert(model, ids, experts, first_dense=0)
+            text = lm.read_ids(model, tokenizer, "manual", "test")
+            for batch in args.batch:
+                for row in model_speed(models, "prefill", text[: batch * 2048].view(batch, 2048), args.turns):
+                    add(row)
+                for row in model_speed(models, "decode", text[: batch * 256].view(batch, 256), args.turns):
+                    add(row)
+    if args.plot:
+        plot_speed(rows, Path(args.plot))
+
+
+def speed_table(rows: list[dict]) -> str:
+    """Markdown. Peers are given as speedups over dense too; the bound of a whole model is what it would reach if its FFNs
+    were as fast as ideal."""
+    head = ["what", "shape", "tokens", "batch", "dtype", "experts", "dense, ms", "MoE, ms", "speedup", "ideal", "of ideal", "spread", "bound"]
+    head += ["static", "plain dense", "grouped_mm", "transformers", "peak memory", "weights read per token"]
+    lines = []
+    for r in rows:
+        cells = [str(r[key]) for key in ("what", "shape", "tokens", "batch", "dtype", "experts")]
+        cells += [f"{r['dense_ms']:.4g}", f"{r['moe_ms']:.4g}", f"{r['speedup']:.2f}x", f"{r['ideal']:.2f}x"]
+        cells += [f"{r['of_ideal']:.1%}", f"{r['spread']:.1%}"]
+        cells.append(f"{r['bound']:.2f}x" if "bound" in r else "")
+        peers = ("static_ms", "plain_dense_ms", "grouped_mm_ms", "transformers_ms")
+        cells += [f"{r['dense_ms'] / r[key]:.2f}x" if key in r else "" for key in peers]
+        for key in ("peak_bytes", "weight_bytes_per_token"):
+            pair = [r[f"{name}_{key}"] for name in ("dense", "moe")]
+            cells.append("" if None in pair else f"{pair[0] / 1e6:.3g} → {pair[1] / 1e6:.3g} MB")
+        lines.append(cells)
+    return markdown(head, lines)
+
+
+def plot_speed(rows: list[dict], file: Path):
+    """Speedup against the active share of the FFN, with the ideal line: a panel for the FFN alone, one for the model."""
+    figure = Figure(figsize=(10.4, 4.2), layout="constrained")
+    for ax, whole in zip(figure.subplots(1, 2, sharey=True), (False, True)):
+        series = {}
+        for r in rows:
+            if (r["what"] != "ffn") == whole:
+                tokens = f"{r['tokens']:,} token{'s'[: r['tokens'] != 1]}"
+                name = f"{r['what']}, batch {r['batch']}" if whole else f"{r['shape']}, {tokens}"
+                series.setdefault(f"{name}, {r['dtype']}", []).append((1 / r["ideal"], r["speedup"]))
+        for i, (name, points) in enumerate(series.items()):
+            offset = 0.003 * (i - len(series) / 2)  # so that they do not hide each other
+            ax.plot([x + offset for x, _ in points], [y for _, y in points], "osD^v<>p"[i % 8], label=name, markersize=5)
+        share = np.linspace(0.2, 1, 100)
+        ax.plot(share, 1 / share, color="black", linewidth=0.8, label="ideal, 1 / share")
+        ax.axhline(1, color="#999999", linewidth=0.8)
+        title = "whole model" if whole else "FFN alone"
+        ax.set(xlabel="(S + A) / E", ylabel="speedup over dense", title=title, xlim=(0.2, 1.02), ylim=(0.5, None))
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description="Quality of the conversion, beside its controls.")
+    parser = argparse.ArgumentParser(description="Quality and speed of the conversion, beside its controls.")
     commands = parser.add_subparsers(dest="command", required=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     add = commands.add_parser("quality", help="perplexity, KL divergence and agreement at 75, 50 and 25 %% active FFN").add_argument
     text = "a text file, 'wikitext2' or 'manual', as for ffn2moe.py"
     add("--model", metavar="SOURCE", help="as for ffn2moe.py; splits and first layers are chosen for the default, SmolLM2")
@@ -375,14 +645,30 @@ def parse_args(argv):
     add("--only", nargs="+", metavar="ROW", help="only the rows of these names")
     add("--window", type=int, default=2048, metavar="N", help="tokens per sequence (%(default)s)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="(%(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(here: %(default)s)")
+    add("--device", default=device, help="(here: %(default)s)")
     add("--seed", type=int, default=0, help="picks the calibration windows (%(default)s)")
     add("--json", default="results/quality.json", metavar="FILE", help="raw results; table and plot beside it (%(default)s)")
+
+    add = commands.add_parser("speed", help="dense FFN layers and models against converted ones").add_argument
+    shapes = ["576x1536", "2048x8192", "smollm2-135m"] + ["4096x11008"] * (device == "cuda")
+    tokens = [1, 1024, 2048, 4096, 8192, 16384] if device == "cuda" else [1, 2048]
+    listed = f"(here: {' '.join(map(str, shapes))})"
+    add("--shape", nargs="+", default=shapes, help=f"FFNs of DxQ, or the whole model 'smollm2-135m' {listed}")
+    add("--tokens", nargs="+", type=int, default=tokens, help=f"for the FFNs (here: {' '.join(map(str, tokens))})")
+    add("--batch", nargs="+", type=int, default=[1, 8], help="for the model: prefill of 2,048, decoding of 128 tokens each (1 8)")
+    splits = ["S3A3E8", "S8A4E16", "S4A4E16", "S2A2E8", "S2A2E16"]
+    add("--experts", nargs="+", default=splits, metavar="SnAnEn", help=f"({' '.join(splits)})")
+    add("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"], help="(both)")
+    add("--device", default=device, help="(here: %(default)s)")
+    add("--turns", type=int, default=9, help="of which the median is taken (%(default)s)")
+    add("--json", metavar="FILE", help="write the rows")
+    add("--plot", metavar="FILE", help="draw speedup against active share, a PNG")
     return parser.parse_args(argv)
 
 
 def main(argv=None) -> int:
-    return lm.run_command("bench", lambda: quality(parse_args(argv)))
+    args = parse_args(argv)
+    return lm.run_command("bench", lambda: {"quality": quality, "speed": speed}[args.command](args))
 
 
 if __name__ == "__main__":

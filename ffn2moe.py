@@ -34,6 +34,7 @@ from matplotlib.figure import Figure  # not pyplot: it would set the caller's ba
 from tqdm import tqdm
 
 import model as lm
+from kernels import gated
 from model import FFN, Experts, InputError, MoE, expert_size
 
 # Settings of the joint method, chosen by perplexity on windows of training text that were held back from calibration
@@ -64,7 +65,7 @@ def atopk_markers(scores: torch.Tensor, k: int) -> torch.Tensor:
 
 def neuron_markers(ffn: FFN, x: torch.Tensor, k: int) -> torch.Tensor:
     """Both steps, for an FFN and its inputs x [T, D], a block at a time: bool [T, q], on the CPU."""
-    gate, up = ffn.gate_proj.weight, ffn.up_proj.weight
+    gate, up = ffn.gate_proj, ffn.up_proj
     return torch.cat([atopk_markers(normalized_scores(block, gate, up), k).cpu() for block in x.split(BLOCK)])
 
 
@@ -219,7 +220,7 @@ def analytical_router(ffn: FFN, representatives: torch.Tensor) -> dict[str, torc
     an expert's hidden state stands for its contribution, and its most typical neuron for that norm. Scaling the rows to
     unit length makes experts comparable; x is the same for all of them and stays as it is.
     """
-    gate, up = ffn.gate_proj.weight[representatives], ffn.up_proj.weight[representatives]  # [R, D]
+    gate, up = ffn.gate_proj[representatives], ffn.up_proj[representatives]  # [R, D]
     unit = lambda rows: F.normalize(rows.float(), dim=-1).to(rows)
     return {"router_gate": unit(gate), "router_up": unit(up)}
 
@@ -227,14 +228,12 @@ def analytical_router(ffn: FFN, representatives: torch.Tensor) -> dict[str, torc
 @torch.no_grad()
 def build_moe(ffn: FFN, partition: Partition, experts: Experts, router: dict[str, torch.Tensor]) -> MoE:
     """Slice an FFN into the experts of a partition, under a router (its tensors, by the names they have in model.MoE)."""
-    gate, up, down = ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight  # [q, D], [q, D], [D, q]
+    gate, up, down = ffn.gate_proj, ffn.up_proj, ffn.down_proj  # [q, D], [q, D], [D, q]
     shared, routed = partition
     weights = {
-        "shared_expert.gate_proj.weight": gate[shared],
-        "shared_expert.up_proj.weight": up[shared],
-        "shared_expert.down_proj.weight": down[:, shared],
-        "gate_proj": gate[routed],  # [R, m, D]
-        "up_proj": up[routed],
+        "shared_expert.gate_up_proj": torch.cat([gate[shared], up[shared]]),
+        "shared_expert.down_proj": down[:, shared],
+        "gate_up_proj": torch.cat([gate[routed], up[routed]], dim=1),  # [R, 2m, D]
         "down_proj": down[:, routed].transpose(0, 1),  # [R, D, m]
         "router_scale": gate.new_zeros(experts.routed),
         "router_bias": gate.new_zeros(experts.routed),
@@ -266,12 +265,12 @@ def paper_layer(ffn: FFN, x: torch.Tensor, experts: Experts, k_act: int = 10, ro
 
 def hidden(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
     """h(x) = silu(W_gate x) * (W_up x): x [T, D] -> float32 [T, q]."""
-    return (F.silu(ffn.gate_proj(x)) * ffn.up_proj(x)).float()
+    return gated(F.linear(x, ffn.gate_up_proj)).float()
 
 
 def contribution_energy(ffn: FFN, h: torch.Tensor) -> torch.Tensor:
     """c[t, i]^2 = |h_i(x_t)|^2 |W_down[:, i]|^2: h [T, q] -> [T, q]."""
-    return (h * ffn.down_proj.weight.float().norm(dim=0)) ** 2
+    return (h * ffn.down_proj.float().norm(dim=0)) ** 2
 
 
 def draw(rows: torch.Tensor, n: int, seed: int) -> torch.Tensor:
@@ -385,7 +384,7 @@ def unpredicted_energy(ffn: FFN, x: torch.Tensor, bin_of: torch.Tensor) -> torch
 @fast_products()
 def joint_partition(ffn: FFN, x: torch.Tensor, experts: Experts, rounds: int = 8) -> torch.Tensor:
     """Which bin each neuron goes into: x [T, D], inputs of the FFN -> bin_of [q]."""
-    R, m, x = experts.routed, expert_size(ffn.gate_proj.out_features, experts), sample(x)
+    R, m, x = experts.routed, expert_size(ffn.gate_proj.shape[0], experts), sample(x)
     energy = contribution_energy(ffn, hidden(ffn, x))  # [T, q]
     if not energy.isfinite().all():
         raise InputError("hidden activations overflow: choose another dtype")
@@ -431,18 +430,18 @@ def refit_down(ffn: FFN, x: torch.Tensor, active: Callable, bin_of: torch.Tensor
     for block in x.split(BLOCK):
         h, runs = hidden(ffn, block), active(block)[:, bin_of]  # [t, q]
         running = h * runs
-        missing = ffn.down_proj((h - running).to(x)).float()  # [t, D]
+        missing = F.linear((h - running).to(x), ffn.down_proj).float()  # [t, D]
         with fast_products():
             hh, hy = hh + running.T @ running, hy + running.T @ missing
-    return ffn.down_proj.weight + ridge_solver(hh, HIDDEN_RIDGE)(hy).T
+    return ffn.down_proj + ridge_solver(hh, HIDDEN_RIDGE)(hy).T
 
 
 def refit_moe(ffn: FFN, moe: MoE, x: torch.Tensor, partition: Partition):
     """Refit, in place, the W_down of an MoE that was made of an FFN, under its own routing of x [T, D]."""
-    bin_of = torch.zeros(ffn.gate_proj.out_features, dtype=torch.long, device=x.device)
+    bin_of = torch.zeros(ffn.gate_proj.shape[0], dtype=torch.long, device=x.device)
     bin_of[partition.routed] = torch.arange(1, 1 + len(partition.routed), device=x.device)[:, None]
     down = refit_down(ffn, x, lambda block: active_bins(moe.route(block)[0], moe.experts.routed), bin_of).to(x)
-    moe.shared_expert.down_proj.weight.copy_(down[:, partition.shared])
+    moe.shared_expert.down_proj.copy_(down[:, partition.shared])
     moe.down_proj.copy_(down[:, partition.routed].transpose(0, 1))
 
 

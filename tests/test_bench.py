@@ -1,6 +1,7 @@
 """bench.py: the controls against their definitions, the metrics against a count by hand, and a run that is cut off."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def error(module, ffn, x):
 
 def test_static_pruning_keeps_what_contributes_most_and_the_refit_makes_the_most_of_it(layer):
     ffn, x = layer
-    contribution = torch.stack([ffn2moe.hidden(ffn, x)[:, i, None] * ffn.down_proj.weight[:, i] for i in range(48)])
+    contribution = torch.stack([ffn2moe.hidden(ffn, x)[:, i, None] * ffn.down_proj[:, i] for i in range(48)])
     assert torch.allclose(bench.total_energy(ffn, x), contribution.square().sum(dim=(1, 2)), rtol=1e-4)
     keep = contribution.square().sum(dim=(1, 2)).argsort()[-24:]
     pruned, refitted = (bench.static_layer(ffn, x, SPLIT, refit) for refit in (False, True))
@@ -53,10 +54,10 @@ def test_oracles_know_more_than_routers(layer):
     oracle = bench.oracle_router_layer(ffn, x, SPLIT)
     assert error(oracle, ffn, x) < joint
     neurons = bench.oracle_neurons_layer(ffn, x, SPLIT)
-    contribution = (ffn2moe.hidden(ffn, x) * ffn.down_proj.weight.norm(dim=0)).abs()
+    contribution = (ffn2moe.hidden(ffn, x) * ffn.down_proj.norm(dim=0)).abs()
     for t in range(5):
         runs = contribution[t].argsort()[-24:]
-        expected = ffn.down_proj.weight[:, runs] @ ffn2moe.hidden(ffn, x[t : t + 1])[0, runs]
+        expected = ffn.down_proj[:, runs] @ ffn2moe.hidden(ffn, x[t : t + 1])[0, runs]
         assert torch.allclose(neurons(x[t : t + 1])[0], expected, atol=1e-5)
     everything = Experts.parse("S4A4E8")
     for whole in (bench.oracle_router_layer, bench.oracle_neurons_layer, bench.random_layer, bench.paper_refit_layer):
@@ -66,7 +67,7 @@ def test_oracles_know_more_than_routers(layer):
 def test_the_joint_partition_is_better_than_one_drawn_by_lot(layer):
     ffn, x = layer
     drawn = bench.random_layer(ffn, x, SPLIT)
-    assert drawn.gate_proj.shape == (6, 6, 16)
+    assert drawn.gate_up_proj.shape == (6, 12, 16)
     assert error(ffn2moe.joint_layer(ffn, x, SPLIT)[0], ffn, x) < 0.95 * error(drawn, ffn, x)
 
 
@@ -143,3 +144,55 @@ def test_settings_can_be_chosen_on_the_end_of_the_calibration_text(checkpoint, t
     dense, tokenizer = lm.load_model(checkpoint)
     windows = lm.cut_windows(torch.tensor(tokenizer.encode(text.read_text()).ids), 64)
     assert found == pytest.approx(lm.perplexity(dense, windows[-8:].flatten(), 64), rel=1e-6)
+
+
+# --- Speed
+
+
+def test_the_layers_and_peers_of_the_speed_table_compute_what_they_stand_for():
+    torch.manual_seed(0)
+    ffn, moe, static = bench.random_layers(16, 64, SPLIT, torch.empty(0))
+    x = torch.randn(9, 16)
+    h = ffn2moe.hidden(ffn, x)
+    assert torch.allclose(static(x), h[:, :32] @ ffn.down_proj[:, :32].T, atol=1e-5)
+    assert torch.allclose(bench.plain_ffn(ffn, x), ffn(x), atol=1e-5)
+    assert torch.allclose(bench.moe_by_grouped_mm(moe, x), moe(x), atol=1e-5)
+    everything = bench.random_layers(16, 64, Experts.parse("S2A6E8"), torch.empty(0))
+    assert torch.allclose(everything[1](x), everything[0](x), atol=1e-5)
+
+
+def test_speed_rows(tmp_path, capsys):
+    file, plot = tmp_path / "speed.json", tmp_path / "speed.png"
+    argv = ["speed", "--shape", "16x64", "--tokens", "1", "30", "--experts", "S3A3E8", "S2A2E16", "--dtype", "float32"]
+    assert bench.main([*argv, "--turns", "2", "--device", "cpu", "--json", str(file), "--plot", str(plot)]) == 0
+    rows = json.loads(file.read_text())
+    assert [(r["what"], r["shape"], r["tokens"], r["batch"], r["experts"]) for r in rows] == [
+        ("ffn", "16x64", tokens, 1, experts) for tokens in (1, 30) for experts in ("S3A3E8", "S2A2E16")
+    ]
+    for r in rows:
+        assert r["dtype"] == "float32" and r["device"] == "cpu" and r["spread"] >= 0
+        assert r["speedup"] == pytest.approx(r["dense_ms"] / r["moe_ms"]) and r["of_ideal"] == pytest.approx(r["speedup"] / r["ideal"])
+        assert r["dense_weight_bytes_per_token"] == 3 * 16 * 64 * 4
+    assert [r["ideal"] for r in rows] == pytest.approx([8 / 6, 4.0] * 2)
+    router = 4 * (14 * 16 + 3 * 14)  # router_weight, intercept, scale and bias
+    assert rows[1]["moe_weight_bytes_per_token"] == 3 * 16 * 64 * 4 // 4 + router
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ffn")]) == 4
+
+
+@pytest.mark.parametrize("what, tokens", [("prefill", 64), ("decode", 32)])
+def test_whole_models_are_timed_on_the_same_tokens(what, tokens):
+    ids = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(0))
+    models = {"dense": random_model(LLAMA), "S1A1E4": ffn2moe.convert(random_model(LLAMA), ids, "S1A1E4", first_dense=0)}
+    before = models["dense"](ids)
+    (row,) = bench.model_speed(models, what, ids, turns=2)
+    assert (row["what"], row["tokens"], row["batch"], row["experts"], row["ideal"]) == (what, tokens, 2, "S1A1E4", 2)
+    assert row["bound"] > 0 and row["moe_weight_bytes_per_token"] < row["dense_weight_bytes_per_token"]
+    assert torch.equal(models["dense"](ids), before)  # its FFNs are still there
+
+
+def test_functions_run_in_turns():
+    called = []
+    functions = {name: lambda name=name: called.append(name) or time.sleep(0.03) for name in "ab"}
+    times = bench.interleave(functions, "cpu", turns=3)
+    assert called == ["a", "b"] + ["a", "b"] + ["a", "b"] * 3 and all(t.shape == (3,) and (t > 29).all() for t in times.values())

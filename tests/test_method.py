@@ -16,7 +16,10 @@ from model import FFN, Experts, InputError
 
 def random_ffn(hidden_size=16, intermediate_size=48, seed=0, dtype=torch.float64) -> FFN:
     torch.manual_seed(seed)
-    return FFN(hidden_size, intermediate_size).to(dtype).requires_grad_(False)
+    ffn = FFN(hidden_size, intermediate_size).to(dtype).requires_grad_(False)
+    for p in ffn.parameters():
+        p.uniform_(-1, 1).div_(p.shape[1] ** 0.5)
+    return ffn
 
 
 # --- Balanced assignment
@@ -85,11 +88,11 @@ def test_assignment_rejects_what_it_cannot_do():
 
 def test_scores_and_markers_by_hand():
     ffn, x = random_ffn(), torch.randn(20, 16, dtype=torch.float64)
-    scores = ffn2moe.normalized_scores(x, ffn.gate_proj.weight, ffn.up_proj.weight)
+    scores = ffn2moe.normalized_scores(x, ffn.gate_proj, ffn.up_proj)
     markers = ffn2moe.atopk_markers(scores, k=5)
     for t in range(20):
         h = []
-        for g, u in zip(ffn.gate_proj.weight, ffn.up_proj.weight):
+        for g, u in zip(ffn.gate_proj, ffn.up_proj):
             a = float(x[t] @ g / (x[t].norm() * g.norm()))
             h.append(a / (1 + np.exp(-a)) * float(x[t] @ u / (x[t].norm() * u.norm())))
         assert np.allclose(scores[t], h, atol=1e-6)
@@ -151,8 +154,8 @@ def test_official_fixtures(name):
     representatives = rest[ffn2moe.representative_neurons(markers[:, rest], expert, centroids)]
     assert torch.equal(representatives, official["representatives"])
     ffn = FFN(x.shape[1], len(gate)).requires_grad_(False)
-    for linear, weight in ((ffn.gate_proj, gate), (ffn.up_proj, up), (ffn.down_proj, official["down"])):
-        linear.weight.copy_(weight)
+    for place, weight in ((ffn.gate_proj, gate), (ffn.up_proj, up), (ffn.down_proj, official["down"])):
+        place.copy_(weight)
     router = ffn2moe.analytical_router(ffn, representatives)
     moe = ffn2moe.build_moe(ffn, Partition(official["shared"], routed), split, router)
     assert torch.equal(moe.route(x)[0].sort().values, official["topk_experts"].sort().values)
@@ -166,7 +169,7 @@ def test_official_fixtures(name):
 def converted_layer(split: str, seed=0):
     ffn, x = random_ffn(seed=seed), torch.randn(50, 16, dtype=torch.float64)
     split = Experts.parse(split)
-    scores = ffn2moe.normalized_scores(x, ffn.gate_proj.weight, ffn.up_proj.weight)
+    scores = ffn2moe.normalized_scores(x, ffn.gate_proj, ffn.up_proj)
     partition, representatives = ffn2moe.partition_neurons(ffn2moe.atopk_markers(scores, 5), split)
     moe = ffn2moe.build_moe(ffn, partition, split, ffn2moe.analytical_router(ffn, representatives))
     return ffn, moe, partition, representatives, x
@@ -182,7 +185,7 @@ def test_with_all_experts_active_the_layer_is_the_dense_one(split):
 def test_layer_runs_the_highest_scored_experts(split):
     """Token by token and neuron by neuron, from the dense weights and the partition alone."""
     ffn, moe, partition, representatives, x = converted_layer(split)
-    gate, up, down = ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight
+    gate, up, down = ffn.gate_proj, ffn.up_proj, ffn.down_proj
     active = Experts.parse(split).active
     expected = torch.zeros_like(x)
     for t, token in enumerate(x):
@@ -301,7 +304,7 @@ def test_partition_is_found_in_two_alternations():
     bin_of = ffn2moe.joint_partition(ffn, x, Experts.parse("S2A2E8"))
     assert bin_of.bincount().tolist() == [48] + [24] * 6
     x = ffn2moe.sample(x)
-    energy = (ffn2moe.hidden(ffn, x) * ffn.down_proj.weight.norm(dim=0)) ** 2
+    energy = (ffn2moe.hidden(ffn, x) * ffn.down_proj.norm(dim=0)) ** 2
     start = torch.empty(192, dtype=torch.long)
     start[energy.sum(dim=0).argsort(descending=True)] = torch.tensor([0] * 48 + [1, 2, 3, 4, 5, 6] * 24)
     first = ffn2moe.alternate(energy, x, start, [48] + [24] * 6, 2, 8)
@@ -317,7 +320,7 @@ def test_unpredicted_energy_is_what_least_squares_leaves(monkeypatch):
     ffn, x, _, bin_of = linear_moe()
     h, shared = ffn2moe.hidden(ffn, x).double(), bin_of == 0
     rest = h - h[:, shared] @ torch.linalg.lstsq(h[:, shared], h).solution
-    expected = (rest * ffn.down_proj.weight.double().norm(dim=0)) ** 2
+    expected = (rest * ffn.down_proj.double().norm(dim=0)) ** 2
     expected[:, shared] = 0
     assert torch.allclose(ffn2moe.unpredicted_energy(ffn, x, bin_of).double(), expected, atol=1e-4)
 
@@ -342,7 +345,7 @@ def test_linear_layer_runs_the_highest_scored_experts():
     assert (bin_of[partition.shared] == 0).all()
     assert (bin_of[partition.routed] == torch.arange(1, 7)[:, None]).all()
     down = torch.empty(16, 48)
-    down[:, partition.shared] = moe.shared_expert.down_proj.weight
+    down[:, partition.shared] = moe.shared_expert.down_proj
     for e in range(6):
         down[:, partition.routed[e]] = moe.down_proj[e]
     for token in x[:20]:
@@ -357,7 +360,7 @@ def test_refit_is_the_ridge_optimum(monkeypatch):
     ffn, x, split, bin_of = linear_moe()
     moe, partition = ffn2moe.joint_moe(ffn, x, split, bin_of)
     active = lambda block: ffn2moe.active_bins(moe.route(block)[0], 6)
-    old, fitted = ffn.down_proj.weight.double(), ffn2moe.refit_down(ffn, x, active, bin_of).double()
+    old, fitted = ffn.down_proj.double(), ffn2moe.refit_down(ffn, x, active, bin_of).double()
     h = ffn2moe.hidden(ffn, x).double()
     running = h * active(x)[:, bin_of]
     penalty = ffn2moe.HIDDEN_RIDGE * running.square().sum(dim=0).mean()
@@ -428,7 +431,7 @@ def test_layers_are_profiled_on_what_converted_layers_put_out():
     model(ids)
     for i, (x, report) in enumerate(zip(inputs, reports, strict=True)):
         ffn = dense.layers[i].mlp
-        markers = ffn2moe.atopk_markers(ffn2moe.normalized_scores(x, ffn.gate_proj.weight, ffn.up_proj.weight), 6)
+        markers = ffn2moe.atopk_markers(ffn2moe.normalized_scores(x, ffn.gate_proj, ffn.up_proj), 6)
         assert torch.allclose(ffn2moe.activation_rates(markers), report.rates, atol=0.01)
         chosen = model.layers[i].mlp.route(x)[0].flatten()
         assert torch.allclose(chosen.bincount(minlength=7) / len(x), report.load, atol=0.01)

@@ -12,7 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, LLAMA, TEXT, random_model, write_checkpoint
+from conftest import (
+    CONFIGS,
+    LLAMA,
+    TEXT,
+    checkpoint_tensors,
+    random_model,
+    write_checkpoint,
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -26,7 +33,7 @@ from model import InputError
 
 def numpy_logits(model: lm.Decoder, ids) -> np.ndarray:
     """The decoder once more, one token and one head at a time, in float64."""
-    w = {name: p.double().numpy() for name, p in model.state_dict().items()}
+    w = {name: t.double().numpy() for name, t in checkpoint_tensors(model).items()}
     c, D = model.config, model.config.hidden_size
     scaling, T, d = c.rope_scaling, len(ids), c.head_dim
 
@@ -265,7 +272,8 @@ def test_shards(checkpoint):
 
 def damage_tensors(change):
     def apply(path: Path):
-        tensors = {f"model.{n}".replace("model.lm_head", "lm_head"): t for n, t in random_model(LLAMA).state_dict().items()}
+        tensors = checkpoint_tensors(random_model(LLAMA)).items()
+        tensors = {f"model.{n}".replace("model.lm_head", "lm_head"): t.clone() for n, t in tensors}
         change(tensors)
         save_file(tensors, path / "model.safetensors")
 
@@ -429,7 +437,7 @@ def make_gguf(path: Path, tokenizer: Tokenizer, kind="F32", raw=LLAMA, extra_met
     """Write a random model as GGUF; returns the model that the file means."""
     model, numbers = random_model(raw), {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8}
     names, tensors = {v: k for k, v in lm.GGUF_NAMES.items()}, dict(extra_tensors)
-    for name, p in model.named_parameters():
+    for name, p in checkpoint_tensors(model).items():
         stem, prefix = name.removesuffix(".weight"), ""
         if name.startswith("layers."):
             _, layer, stem = stem.split(".", 2)
@@ -443,7 +451,7 @@ def make_gguf(path: Path, tokenizer: Tokenizer, kind="F32", raw=LLAMA, extra_met
         if heads:
             meaning = np.stack([h[[*range(0, len(h), 2), *range(1, len(h), 2)]]
                                 for h in meaning.reshape(heads, -1, meaning.shape[1])]).reshape(meaning.shape)  # fmt: skip
-        p.data = torch.from_numpy(meaning)
+        p.copy_(torch.from_numpy(meaning))
         tensors[f"{prefix}{names[stem]}.weight"] = (data, weights.shape, numbers[stored])
     vocab = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     merges = [" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]

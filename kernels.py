@@ -1,0 +1,272 @@
+"""How an FFN and the routed experts of an MoE layer run fast.
+
+An FFN is F(x) = W_down (silu(W_gate x) * (W_up x)). W_gate and W_up lie above each other in one matrix, so that one
+product makes both (`ffn`, `gated`). An MoE layer adds to the output y of its shared expert, for each token t and each
+of the A experts e that the token chose,
+
+    y_t += weight[t, e] F_e(x_t).
+
+The functions below all compute that, and `moe` at the end picks one of them:
+
+1. `moe_reference`   the definition: every expert runs on every token, and a mask. The others are tested against it.
+2. `moe_grouped`     tokens sorted by expert: each expert is a product over the rows of the tokens that chose it.
+3. `moe_decode`      one token: what counts is how few weights are read and how few operations are started.
+4. `moe_triton`      the products of all experts as two Triton kernels, for CUDA.
+
+Shapes in comments: T tokens, D hidden_size, R routed experts of m neurons, A of them active per token. All functions take
+
+    y [T, D], x [T, D], gate_up [R, 2m, D], down [R, D, m], chosen [T, A] (expert numbers), weights [T, A]
+
+and return y [T, D], which all but the first change in place.
+"""
+
+import functools
+import os
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+
+FEW = 8  # rows
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """W x + b, as F.linear: x [..., D], weight [N, D] -> [..., N].
+
+    For a few rows, the time is what it takes to read W from memory, and there F.linear leaves a CPU idle. In float32 it
+    reads with one core (MKL): cut into slices, W is a batch of products, which all cores share. In bfloat16 and for one
+    row, oneDNN reaches a third of what PyTorch's own product does.
+    """
+    n, d = weight.shape
+    if x.is_cpu and 0 < x.numel() <= FEW * d:
+        if x.dtype == torch.float32 and n % 8 == 0:
+            y = torch.bmm(weight.view(8, -1, d), x.reshape(-1, d).T.expand(8, d, -1))  # [8, N / 8, rows]
+            y = (y if x.numel() == d else y.view(n, -1).T.contiguous()).view(*x.shape[:-1], n)
+            return y if bias is None else y + bias
+        if x.dtype == torch.bfloat16 and x.numel() == d and torch.backends.mkldnn.enabled:
+            torch.backends.mkldnn.enabled = False
+            try:
+                return F.linear(x, weight, bias)
+            finally:
+                torch.backends.mkldnn.enabled = True
+    return F.linear(x, weight, bias)
+
+
+def trains(*tensors) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def gated(both: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, of a product [T, 2m] that holds gate and up side by side and is not needed after -> [T, m]."""
+    gate, up = both.chunk(2, dim=-1)
+    if both.requires_grad:
+        return F.silu(gate) * up
+    if both.is_cuda and has_triton():
+        return compiled_gated(both)
+    return F.silu(gate, inplace=True).mul_(up)  # fresh memory would cost more than the arithmetic
+
+
+@functools.partial(torch.compile, dynamic=True)
+def compiled_gated(both):
+    """One pass over memory in place of two; only CUDA has the compiler that this takes at hand (triton)."""
+    gate, up = both.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def ffn(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """F(x): x [..., D], gate_up [2q, D], down [D, q] -> [..., D]."""
+    return linear(gated(linear(x, gate_up)), down)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. The definition
+
+
+def moe_reference(y, x, gate_up, down, chosen, weights):
+    per_expert = torch.zeros(len(x), len(down)).to(weights).scatter(1, chosen, weights)  # [T, R]: 0 where it does not run
+    for e in range(len(down)):
+        y = y + per_expert[:, e, None] * ffn(x, gate_up[e], down[e])
+    return y
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Many tokens
+#
+# A slot is one choice of one token: token t's a-th choice is slot t * A + a. Sorted by the expert that they chose, the
+# slots of an expert are consecutive, and its work is two plain matrix products on as many rows as it has slots.
+
+
+def sort_by_expert(chosen: torch.Tensor, num_routed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """chosen [T, A] -> the slots in the order of the experts that they chose [T * A], and how many each expert has [R]."""
+    flat = chosen.flatten()
+    return flat.argsort(stable=True), flat.bincount(minlength=num_routed)
+
+
+def moe_grouped(y, x, gate_up, down, chosen, weights):
+    slots, counts = sort_by_expert(chosen, len(down))
+    out, start = x.new_empty(len(slots), x.shape[1]), 0  # a row for each sorted slot
+    for e, tokens in enumerate((slots // chosen.shape[1]).split(counts.tolist())):
+        if len(tokens):  # an expert at a time, so that its rows are still in the cache when they are needed again
+            part = out[start : start + len(tokens)]
+            start += len(tokens)
+            h = gated(linear(x.index_select(0, tokens), gate_up[e]))
+            if len(tokens) <= FEW or trains(h, down):
+                part.copy_(linear(h, down[e]))
+            else:
+                torch.mm(h, down[e].T, out=part)  # straight to its place
+    rank = torch.empty_like(slots).scatter_(0, slots, torch.arange(len(slots), device=x.device))  # where a slot lies
+    return y.add_(F.embedding_bag(rank.view_as(chosen), out, mode="sum", per_sample_weights=weights))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. One token
+
+
+def moe_decode(y, x, gate_up, down, chosen, weights):
+    experts = chosen[0].tolist()
+    h = gated(torch.cat([linear(x, gate_up[e]) for e in experts])).mul_(weights.T)  # [A, m]
+    for e, row in zip(experts, h.split(1)):
+        y.add_(linear(row, down[e]))
+    return y
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. CUDA
+#
+# Both kernels work on tiles: up to BLOCK_T consecutive sorted slots of one expert. An expert with n slots has
+# ceil(n / BLOCK_T) tiles, so that no expert is padded to the count of another. A program finds its tile's expert by
+# comparing the tile's number with the running total of tiles. The grid has the size that the total can have at most, and
+# the programs beyond it return at once: nothing waits until the counts have reached the CPU.
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on a CPU, for tests; it gets bfloat16 products wrong
+
+
+@functools.cache
+def has_triton() -> bool:
+    if triton is None:
+        warnings.warn("triton is not installed: MoE layers run expert by expert on this GPU, which is slower", stacklevel=2)
+    return triton is not None
+
+
+if triton:
+
+    @triton.jit
+    def find_tile(
+        slots, tile_end, slot_end, num_tiles, R: tl.constexpr, R_PADDED: tl.constexpr,
+        BLOCK_T: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        """What a program is to do -> its expert (R: there is nothing to do), its rows of sorted slots, the slots, which of
+        them are real, and its block of columns. Eight tiles take turns at the columns, while both are in the cache."""
+        group = tl.program_id(0) // (8 * COLUMNS)
+        height = min(num_tiles - 8 * group, 8)
+        tile = 8 * group + tl.program_id(0) % (8 * COLUMNS) % height
+        column = tl.program_id(0) % (8 * COLUMNS) // height
+        e = tl.arange(0, R_PADDED)
+        ends = tl.load(tile_end + e, mask=e < R, other=2147483647)
+        expert = tl.sum((ends <= tile).to(tl.int32))
+        after = (expert > 0) & (expert < R)
+        first_tile = tl.load(tile_end + expert - 1, mask=after, other=0)
+        first = tl.load(slot_end + expert - 1, mask=after, other=0)
+        last = tl.load(slot_end + expert, mask=expert < R, other=0)
+        row = first + (tile - first_tile) * BLOCK_T + tl.arange(0, BLOCK_T)
+        real = row < last
+        return expert.to(tl.int64), row, tl.load(slots + row, mask=real, other=0), real, column
+
+    @triton.jit
+    def gate_up_kernel(
+        x, gate_up, h, slots, tile_end, slot_end, num_tiles,
+        D: tl.constexpr, M: tl.constexpr, A: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr,
+        BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, FLOAT32: tl.constexpr,
+    ):  # fmt: skip
+        """h[row] = silu(W_gate x_t) * (W_up x_t), for the token t and the expert of each row of sorted slots."""
+        columns: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+        expert, row, slot, real, column = find_tile(
+            slots, tile_end, slot_end, num_tiles, R, R_PADDED, BLOCK_T, columns
+        )
+        if expert == R:
+            return
+        n = column * BLOCK_M + tl.arange(0, BLOCK_M)  # neurons of the expert
+        d = tl.arange(0, BLOCK_D)
+        x_tile = x + (slot // A).to(tl.int64)[:, None] * D + d[None, :]
+        w_tile = gate_up + (expert * 2 * M + n)[None, :] * D + d[:, None]
+        gate = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
+        up = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
+        for start in range(0, D, BLOCK_D):
+            inside = start + d < D
+            real_w = inside[:, None] & (n < M)[None, :]
+            xs = tl.load(x_tile + start, mask=real[:, None] & inside[None, :], other=0.0)
+            gs = tl.load(w_tile + start, mask=real_w, other=0.0)
+            us = tl.load(w_tile + M * D + start, mask=real_w, other=0.0)
+            if FLOAT32:
+                xs, gs, us = xs.to(tl.float32), gs.to(tl.float32), us.to(tl.float32)
+            gate = tl.dot(xs, gs, gate, input_precision="ieee")
+            up = tl.dot(xs, us, up, input_precision="ieee")
+        out = (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty)
+        tl.store(h + row.to(tl.int64)[:, None] * M + n[None, :], out, mask=real[:, None] & (n < M)[None, :])
+
+    @triton.jit
+    def down_kernel(
+        h, down, weights, out, slots, tile_end, slot_end, num_tiles,
+        D: tl.constexpr, M: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr,
+        BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, FLOAT32: tl.constexpr,
+    ):  # fmt: skip
+        """out[slot] = weight[slot] * W_down h[row]: from sorted slots back to the order of the tokens."""
+        columns: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+        expert, row, slot, real, column = find_tile(
+            slots, tile_end, slot_end, num_tiles, R, R_PADDED, BLOCK_T, columns
+        )
+        if expert == R:
+            return
+        d = column * BLOCK_D + tl.arange(0, BLOCK_D)
+        n = tl.arange(0, BLOCK_M)
+        h_tile = h + row.to(tl.int64)[:, None] * M + n[None, :]
+        w_tile = down + (expert * D + d)[None, :] * M + n[:, None]
+        y = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+        for start in range(0, M, BLOCK_M):
+            inside = start + n < M
+            hs = tl.load(h_tile + start, mask=real[:, None] & inside[None, :], other=0.0)
+            ws = tl.load(w_tile + start, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+            if FLOAT32:
+                hs, ws = hs.to(tl.float32), ws.to(tl.float32)
+            y = tl.dot(hs, ws, y, input_precision="ieee")
+        y *= tl.load(weights + slot, mask=real, other=0.0).to(tl.float32)[:, None]
+        y = y.to(out.dtype.element_ty)
+        tl.store(out + slot.to(tl.int64)[:, None] * D + d[None, :], y, mask=real[:, None] & (d < D)[None, :])
+
+
+def moe_triton(y, x, gate_up, down, chosen, weights):
+    (T, D), (R, _, m), A = x.shape, down.shape, chosen.shape[1]
+    slots, counts = sort_by_expert(chosen, R)
+    block_t = 128 if T * A >= 64 * R else 16
+    num_tiles = triton.cdiv(T * A, block_t) + R - 1  # at most: the last tile of each expert need not be full
+    tiles = (slots, ((counts + block_t - 1) // block_t).cumsum(0), counts.cumsum(0), num_tiles)
+    sizes = {"D": D, "M": m, "R": R, "R_PADDED": triton.next_power_of_2(R), "BLOCK_T": block_t}
+    sizes |= {"FLOAT32": INTERPRETED or x.dtype == torch.float32, "num_warps": 8}
+    h, out = x.new_empty(T * A, m), x.new_empty(T * A, D)
+    grid = (num_tiles * triton.cdiv(m, 64),)
+    gate_up_kernel[grid](x.contiguous(), gate_up.contiguous(), h, *tiles, A=A, BLOCK_M=64, BLOCK_D=64, **sizes)
+    grid = (num_tiles * triton.cdiv(D, 128),)
+    down_kernel[grid](h, down.contiguous(), weights.contiguous(), out, *tiles, BLOCK_M=64, BLOCK_D=128, **sizes)
+    return y.add_(out.view(T, A, D).sum(dim=1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which of them
+
+
+def moe(y, x, gate_up, down, chosen, weights):
+    """Add the routed experts to y, by the fastest path for the device and the number of tokens."""
+    if trains(y, x, gate_up, down, weights) or x.dtype == torch.float64:
+        path = moe_grouped  # the one that autograd sees through
+    elif x.is_cuda and has_triton():
+        path = moe_triton
+    else:
+        path = moe_decode if len(x) == 1 else moe_grouped
+    return path(y, x, gate_up, down, chosen, weights)
