@@ -1,23 +1,25 @@
 """How an FFN and the routed experts of an MoE layer run fast.
 
 An FFN is F(x) = W_down (silu(W_gate x) * (W_up x)). W_gate and W_up lie above each other in one matrix, so that one
-product makes both (`ffn`, `gated`). An MoE layer adds to the output y of its shared expert, for each token t and each
-of the A experts e that the token chose,
+product makes both (`ffn`, `gated`, `linear`). An MoE layer adds to the output y of its shared expert, for each token t
+and each of the A experts e that the token chose,
 
     y_t += weight[t, e] F_e(x_t).
 
 The functions below all compute that, and `moe` at the end picks one of them:
 
 1. `moe_reference`   the definition: every expert runs on every token, and a mask. The others are tested against it.
-2. `moe_grouped`     tokens sorted by expert: each expert is a product over the rows of the tokens that chose it.
-3. `moe_decode`      one token: what counts is how few weights are read and how few operations are started.
-4. `moe_triton`      the products of all experts as two Triton kernels, for CUDA.
+2. `moe_grouped`     tokens sorted by expert, so that each expert is a product over the rows of the tokens that chose it.
+                     For training: autograd sees through it.
+3. `moe_cpu`         the same for inference on a CPU, with an eye on memory.
+4. `moe_decode`      one token on a CPU: what counts is how few weights are read and how few operations are started.
+5. `moe_triton`      the products of all experts as two Triton kernels, for CUDA.
 
-Shapes in comments: T tokens, D hidden_size, R routed experts of m neurons, A of them active per token. All functions take
+Shapes in comments: T tokens, D hidden_size, R routed experts of m neurons, A of them active per token. All take
 
     y [T, D], x [T, D], gate_up [R, 2m, D], down [R, D, m], chosen [T, A] (expert numbers), weights [T, A]
 
-and return y [T, D], which all but the first change in place.
+and return y [T, D]; 3 to 5 change it in place.
 """
 
 import functools
@@ -57,10 +59,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
             finally:
                 torch.backends.mkldnn.enabled = True
     return F.linear(x, weight, bias)
-
-
-def trains(*tensors) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def gated(both: torch.Tensor) -> torch.Tensor:
@@ -111,22 +109,36 @@ def sort_by_expert(chosen: torch.Tensor, num_routed: int) -> tuple[torch.Tensor,
 
 def moe_grouped(y, x, gate_up, down, chosen, weights):
     slots, counts = sort_by_expert(chosen, len(down))
-    out, start = x.new_empty(len(slots), x.shape[1]), 0  # a row for each sorted slot
-    for e, tokens in enumerate((slots // chosen.shape[1]).split(counts.tolist())):
-        if len(tokens):  # an expert at a time, so that its rows are still in the cache when they are needed again
-            part = out[start : start + len(tokens)]
-            start += len(tokens)
-            h = gated(linear(x.index_select(0, tokens), gate_up[e]))
-            if len(tokens) <= FEW or trains(h, down):
-                part.copy_(linear(h, down[e]))
-            else:
-                torch.mm(h, down[e].T, out=part)  # straight to its place
-    rank = torch.empty_like(slots).scatter_(0, slots, torch.arange(len(slots), device=x.device))  # where a slot lies
+    tokens = slots // chosen.shape[1]
+    rows = x.index_select(0, tokens).split(counts.tolist())
+    out = torch.cat([ffn(*expert) for expert in zip(rows, gate_up, down)])
+    return y.index_add(0, tokens, out * weights.flatten()[slots, None])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Many tokens on a CPU
+#
+# The products take nearly all of the time, so that moving rows about is what can be saved. Each expert's rows are copied
+# when it runs, and are still in the cache when it needs them again; its output goes straight to its place; and one pass
+# (embedding_bag: a weighted sum of A rows of a table) brings the outputs back to the order of the tokens.
+
+
+def moe_cpu(y, x, gate_up, down, chosen, weights):
+    slots, counts = sort_by_expert(chosen, len(down))
+    counts, tokens = counts.tolist(), slots // chosen.shape[1]
+    out = x.new_empty(len(slots), x.shape[1])  # a row for each sorted slot
+    for mine, place, w_gate_up, w_down in zip(tokens.split(counts), out.split(counts), gate_up, down):
+        h = gated(linear(x.index_select(0, mine), w_gate_up))
+        if len(mine) > FEW:
+            torch.mm(h, w_down.T, out=place)
+        else:
+            place.copy_(linear(h, w_down))
+    rank = torch.empty_like(slots).scatter_(0, slots, torch.arange(len(slots)))  # where each slot lies
     return y.add_(F.embedding_bag(rank.view_as(chosen), out, mode="sum", per_sample_weights=weights))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. One token
+# 4. One token on a CPU
 
 
 def moe_decode(y, x, gate_up, down, chosen, weights):
@@ -138,7 +150,7 @@ def moe_decode(y, x, gate_up, down, chosen, weights):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. CUDA
+# 5. CUDA
 #
 # Both kernels work on tiles: up to BLOCK_T consecutive sorted slots of one expert. An expert with n slots has
 # ceil(n / BLOCK_T) tiles, so that no expert is padded to the count of another. A program finds its tile's expert by
@@ -263,10 +275,13 @@ def moe_triton(y, x, gate_up, down, chosen, weights):
 
 def moe(y, x, gate_up, down, chosen, weights):
     """Add the routed experts to y, by the fastest path for the device and the number of tokens."""
-    if trains(y, x, gate_up, down, weights) or x.dtype == torch.float64:
-        path = moe_grouped  # the one that autograd sees through
-    elif x.is_cuda and has_triton():
-        path = moe_triton
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, gate_up, down, weights))
+    if trains or x.dtype == torch.float64:
+        path = moe_grouped
+    elif x.is_cuda:
+        path = moe_triton if has_triton() else moe_grouped
+    elif x.is_cpu:
+        path = moe_decode if len(x) == 1 else moe_cpu
     else:
-        path = moe_decode if len(x) == 1 else moe_grouped
+        path = moe_grouped
     return path(y, x, gate_up, down, chosen, weights)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PATHS = [kernels.moe_grouped, kernels.moe]
+PATHS = [kernels.moe_grouped, kernels.moe_cpu, kernels.moe] if DEVICE == "cpu" else [kernels.moe_grouped, kernels.moe]
 if kernels.triton:  # interpreted where there is no GPU (conftest.py)
     PATHS.append(kernels.moe_triton)
 
@@ -127,7 +127,7 @@ def test_the_sorted_slots_are_those_of_each_expert():
 
 def test_which_path_is_taken(monkeypatch):
     taken = []
-    for name in ("moe_grouped", "moe_decode", "moe_triton"):
+    for name in ("moe_grouped", "moe_cpu", "moe_decode", "moe_triton"):
         monkeypatch.setattr(kernels, name, lambda *a, name=name: taken.append(name))
 
     def path(T=100, cuda=False, dtype=torch.float32, grad=False, triton=True):
@@ -136,11 +136,11 @@ def test_which_path_is_taken(monkeypatch):
 
         monkeypatch.setattr(kernels, "triton", object() if triton else None)
         kernels.has_triton.cache_clear()
-        tensor = Fake(requires_grad=grad, is_cuda=cuda, dtype=dtype)
+        tensor = Fake(requires_grad=grad, is_cuda=cuda, is_cpu=not cuda, dtype=dtype)
         kernels.moe(*[tensor] * 6)
         return taken.pop()
 
-    assert path() == path(dtype=torch.bfloat16) == "moe_grouped"
+    assert path() == path(dtype=torch.bfloat16) == "moe_cpu"
     assert path(T=1) == "moe_decode"
     assert path(cuda=True) == path(cuda=True, T=1) == "moe_triton"
     assert path(grad=True) == path(grad=True, cuda=True) == path(grad=True, T=1) == "moe_grouped"
