@@ -554,31 +554,35 @@ def model_speed(models: dict[str, lm.Decoder], what: str, ids: torch.Tensor, tur
 
 @torch.no_grad()
 def speed(args):
-    splits, rows = [Experts.parse(text) for text in args.experts], []
+    splits, file = [Experts.parse(text) for text in args.experts], args.json and Path(args.json)
+    rows = file and read_json(file) or []  # of other shapes or another machine, say
+    same = lambda r: [r[key] for key in ("what", "shape", "tokens", "batch", "dtype", "experts", "device")]
 
     def add(row):
-        rows.append(row)
+        rows[:] = [r for r in rows if same(r) != same(row)] + [row]
         print(speed_table([row]).splitlines()[-1], flush=True)
-        if args.json:
-            lm.write_json(Path(args.json), rows)
+        if file:
+            lm.write_json(file, rows)
+            file.with_suffix(".md").write_text(speed_table(rows), encoding="utf-8")
 
     print(*speed_table([]).splitlines(), sep="\n")
+    torch.manual_seed(0)
     for dtype in args.dtype:
         like = torch.empty(0, dtype=getattr(torch, dtype), device=args.device)
         for shape, tokens, experts in product(args.shape, args.tokens, splits):
-            if shape != "smollm2-135m" and int(shape.split("x")[1]) % experts.total == 0:
+            if "ffn" in args.what and shape != "smollm2-135m" and int(shape.split("x")[1]) % experts.total == 0:
                 add(ffn_speed(shape, tokens, experts, like, args.turns))
-        if "smollm2-135m" in args.shape:
+        whole = [what for what in ("prefill", "decode") if what in args.what]
+        if "smollm2-135m" in args.shape and whole:
             models = {"dense": lm.load_model(None, dtype, args.device)[0]}
             for experts in splits:
                 model, tokenizer = lm.load_model(None, dtype, args.device)
                 ids = lm.read_ids(model, tokenizer, "manual", "train")[:2048]
                 models[str(experts)] = ffn2moe.convert(model, ids, experts, first_dense=0)
             text = lm.read_ids(model, tokenizer, "manual", "test")
-            for batch in args.batch:
-                for row in model_speed(models, "prefill", text[: batch * 2048].view(batch, 2048), args.turns):
-                    add(row)
-                for row in model_speed(models, "decode", text[: batch * 256].view(batch, 256), args.turns):
+            for batch, what in product(args.batch, whole):
+                length = 2048 if what == "prefill" else 256
+                for row in model_speed(models, what, text[: batch * length].view(batch, length), args.turns):
                     add(row)
     if args.plot:
         plot_speed(rows, Path(args.plot))
@@ -653,15 +657,17 @@ def parse_args(argv):
     shapes = ["576x1536", "2048x8192", "smollm2-135m"] + ["4096x11008"] * (device == "cuda")
     tokens = [1, 1024, 2048, 4096, 8192, 16384] if device == "cuda" else [1, 2048]
     listed = f"(here: {' '.join(map(str, shapes))})"
+    kinds = ["ffn", "prefill", "decode"]
+    add("--what", nargs="+", choices=kinds, default=kinds, help="FFNs alone; the model on 2,048 tokens; one token at a time (all)")
     add("--shape", nargs="+", default=shapes, help=f"FFNs of DxQ, or the whole model 'smollm2-135m' {listed}")
     add("--tokens", nargs="+", type=int, default=tokens, help=f"for the FFNs (here: {' '.join(map(str, tokens))})")
-    add("--batch", nargs="+", type=int, default=[1, 8], help="for the model: prefill of 2,048, decoding of 128 tokens each (1 8)")
+    add("--batch", nargs="+", type=int, default=[1, 8], help="sequences at a time, for the model (1 8)")
     splits = ["S3A3E8", "S8A4E16", "S4A4E16", "S2A2E8", "S2A2E16"]
     add("--experts", nargs="+", default=splits, metavar="SnAnEn", help=f"({' '.join(splits)})")
     add("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"], help="(both)")
     add("--device", default=device, help="(here: %(default)s)")
     add("--turns", type=int, default=9, help="of which the median is taken (%(default)s)")
-    add("--json", metavar="FILE", help="write the rows")
+    add("--json", metavar="FILE", help="write the rows, beside those of other runs; a table beside it")
     add("--plot", metavar="FILE", help="draw speedup against active share, a PNG")
     return parser.parse_args(argv)
 
