@@ -563,7 +563,7 @@ def speed(args):
         print(speed_table([row]).splitlines()[-1], flush=True)
         if file:
             lm.write_json(file, rows)
-            file.with_suffix(".md").write_text(speed_table(rows), encoding="utf-8")
+            file.with_suffix(".md").write_text(f"{speed_overview(rows)}\n{speed_table(rows)}", encoding="utf-8")
 
     print(*speed_table([]).splitlines(), sep="\n")
     torch.manual_seed(0)
@@ -586,6 +586,20 @@ def speed(args):
                     add(row)
     if args.plot:
         plot_speed(rows, Path(args.plot))
+
+
+def speed_overview(rows: list[dict]) -> str:
+    """Markdown: a line for each workload, a column for each split."""
+    splits = {r["experts"]: f"{r['experts']}, ideal {r['ideal']:.2f}x" for r in rows}
+    lines = {}
+    for r in rows:
+        where = f"FFN {r['shape']}" if r["what"] == "ffn" else f"{r['shape']} {r['what']}, batch {r['batch']}"
+        tokens = f"{r['tokens']:,} token{'s'[: r['tokens'] != 1]}"
+        name = f"{where}, {tokens}, {r['dtype']}" + f", {r['device']}" * (r["device"] != "cpu")
+        line = lines.setdefault(name, {"dense": f"{r['dense_ms']:.3g}"})
+        line[r["experts"]] = f"{r['speedup']:.2f}x " + (f"of {r['bound']:.2f}x" if "bound" in r else f"({r['of_ideal']:.0%})")
+    cells = [[name, line["dense"], *(line.get(split, "") for split in splits)] for name, line in lines.items()]
+    return markdown(["", "dense, ms", *splits.values()], cells)
 
 
 def speed_table(rows: list[dict]) -> str:
