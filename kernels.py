@@ -121,19 +121,27 @@ def moe_grouped(y, x, gate_up, down, chosen, weights):
 # The products take nearly all of the time, so that moving rows about is what can be saved. Each expert's rows are copied
 # when it runs, and are still in the cache when it needs them again; its output goes straight to its place; and one pass
 # (embedding_bag: a weighted sum of A rows of a table) brings the outputs back to the order of the tokens.
+#
+# For each number of rows that it has not met, oneDNN compiles a product, which takes as long as the product itself. It
+# does the bfloat16 ones, whose numbers of rows are therefore rounded up.
 
 
 def moe_cpu(y, x, gate_up, down, chosen, weights):
     slots, counts = sort_by_expert(chosen, len(down))
-    counts, tokens = counts.tolist(), slots // chosen.shape[1]
-    out = x.new_empty(len(slots), x.shape[1])  # a row for each sorted slot
-    for mine, place, w_gate_up, w_down in zip(tokens.split(counts), out.split(counts), gate_up, down):
+    unit = 1 if x.dtype == torch.float32 else 16
+    padded = torch.where(counts > FEW, (counts + unit - 1) // unit * unit, counts)
+    ahead = (padded - counts).cumsum(0) - (padded - counts)  # padding before each expert's rows
+    place = torch.arange(len(slots)) + ahead.repeat_interleave(counts)  # of each sorted slot
+    padded = padded.tolist()
+    tokens = slots.new_zeros(sum(padded)).scatter_(0, place, slots // chosen.shape[1])  # token 0 is the padding
+    out = x.new_empty(len(tokens), x.shape[1])
+    for mine, part, w_gate_up, w_down in zip(tokens.split(padded), out.split(padded), gate_up, down):
         h = gated(linear(x.index_select(0, mine), w_gate_up))
         if len(mine) > FEW:
-            torch.mm(h, w_down.T, out=place)
+            torch.mm(h, w_down.T, out=part)
         else:
-            place.copy_(linear(h, w_down))
-    rank = torch.empty_like(slots).scatter_(0, slots, torch.arange(len(slots)))  # where each slot lies
+            part.copy_(linear(h, w_down))
+    rank = torch.empty_like(slots).scatter_(0, slots, place)
     return y.add_(F.embedding_bag(rank.view_as(chosen), out, mode="sum", per_sample_weights=weights))
 
 
