@@ -1,0 +1,184 @@
+"""The fine-tuning loop: what it trains, that it can be cut off anywhere, and that it leaves an ordinary model."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import LLAMA, random_model
+
+import ffn2moe
+import model as lm
+import train
+from model import InputError
+
+SMALL = {"samples": 24, "length": 16, "batch": 4, "rate": 1e-2, "rank": 2, "alpha": 4.0}
+
+
+def moe_model(dtype=torch.float32, seed=0) -> lm.Decoder:
+    ids = torch.randint(300, (512,), generator=torch.Generator().manual_seed(seed))
+    return ffn2moe.convert(random_model(LLAMA, seed, dtype), ids, "S1A2E8", first_dense=1, window=128)
+
+
+def text_ids(n=600):
+    return torch.randint(40, (n,), generator=torch.Generator().manual_seed(5))  # 40 of 300 tokens: there is something to learn
+
+
+def weights(model):
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_lora_starts_as_nothing_and_merges_into_what_it_was():
+    model, ids = moe_model(), torch.arange(40)[None]
+    before, logits = weights(model), model(ids)
+    train.prepare(model, train.settings(**SMALL))
+    assert torch.allclose(model.eval()(ids), logits, atol=1e-5)  # B is zero
+    expected = {}
+    for name, module in model.named_modules():
+        for weight in getattr(module, "parametrizations", ()):
+            lora = module.parametrizations[weight][0].requires_grad_(False)
+            torch.nn.init.normal_(lora.b, std=0.1)
+            parts = [lora.b[..., i, :, :] @ lora.a[..., i, :, :] for i in range(2 if weight == "gate_up_proj" else 1)]
+            expected[f"{name}.{weight}"] = before[f"{name}.{weight}"] + 4.0 / 2 * torch.cat(parts, dim=-2)
+    assert len(expected) == 3 * 4 + 2 + 2 * 4  # attention; a dense FFN; shared and routed experts of two layers
+    logits = model(ids)
+    train.merge(model)
+    after = weights(model)
+    assert after.keys() == before.keys() and not any(p.requires_grad for p in model.parameters())
+    for name, t in after.items():
+        assert torch.allclose(t, expected.get(name, before[name]), atol=1e-6), name
+    assert torch.allclose(model(ids), logits, atol=1e-5)
+
+
+def test_what_is_trained():
+    for changes, moved in (
+        ({}, ("_proj", "router_scale", "router_bias")),
+        ({"router": True}, ("_proj", "router")),
+        ({"bias_step": 0.0}, ("_proj", "router_scale")),
+        ({"full": True, "rate": 1e-3}, ("",)),
+    ):
+        model = moe_model()
+        before = weights(model)
+        train.finetune(model, text_ids(), train.settings(**SMALL | changes))
+        for name, t in weights(model).items():
+            wanted = any(part in name for part in moved)
+            assert torch.equal(t, before[name]) != wanted, (changes, name)
+
+
+@pytest.mark.parametrize("changes", [{}, {"full": True, "rate": 1e-3}])
+def test_loss_falls(changes):
+    model = moe_model()
+    log = train.finetune(model, text_ids(), train.settings(**SMALL | changes | {"samples": 240}))
+    assert len(log["loss"]) == 60 and sum(log["loss"][-5:]) < 0.8 * sum(log["loss"][:5])
+    ids = text_ids()
+    assert math.log(lm.perplexity(model, ids, 16)) < sum(log["loss"][:5]) / 5
+
+
+@pytest.mark.parametrize("changes", [{}, {"full": True}, {"checkpointing": True, "accumulate": 2, "router": True}])
+def test_a_run_that_is_cut_off_goes_on_to_the_same_weights(changes, tmp_path, monkeypatch):
+    s, ids, state = train.settings(**SMALL | changes), text_ids(), tmp_path / "state"
+    whole = moe_model()
+    expected = train.finetune(whole, ids, s)
+    cut, calls, balance = moe_model(), [], train.balance
+
+    def stop(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return balance(*args)
+
+    monkeypatch.setattr(train, "balance", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.finetune(cut, ids, s, state, save_every=1)
+    monkeypatch.setattr(train, "balance", balance)
+    torch.manual_seed(99)  # whatever happened in between
+    again = moe_model()
+    assert train.finetune(again, ids, s, state, save_every=1, resume=True) == expected
+    assert same(weights(again), weights(whole))
+    with pytest.raises(InputError, match="other settings"):
+        train.finetune(moe_model(), ids, train.settings(**SMALL | changes | {"seed": 1}), state, resume=True)
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(InputError, match="cannot be resumed"):
+        train.finetune(moe_model(), ids, s, state, resume=True)
+
+
+def test_checkpointing_and_accumulation_change_nothing_but_memory():
+    plain = SMALL | {"dropout": 0.0}
+    results = []
+    for changes in ({}, {"checkpointing": True}, {"batch": 2, "accumulate": 2}):
+        model = moe_model(torch.float64)
+        train.finetune(model, text_ids(), train.settings(**plain | changes))
+        results.append(weights(model))
+    for other in results[1:]:
+        for name, t in results[0].items():
+            assert torch.allclose(t, other[name], atol=1e-4), name
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(tmp_path):
+    state, model = tmp_path / "state", moe_model()
+    with pytest.raises(InputError, match="rate may be too high"):
+        train.finetune(model, text_ids(), train.settings(**SMALL | {"rate": 1e30, "warmup": 0.0, "clip": 1e30}), state, save_every=1)
+    saved = torch.load(state, weights_only=True)
+    assert all(math.isfinite(loss) for loss in saved["log"]["loss"])
+
+
+def test_float32_masters_add_up_what_bfloat16_would_lose():
+    model = moe_model(torch.bfloat16)
+    before = weights(model)
+    s = train.settings(**SMALL | {"full": True, "rate": 2e-4, "samples": 160, "schedule": "constant"})
+    train.finetune(model, text_ids(), s)
+    after = weights(model)
+    assert all(t.dtype == torch.bfloat16 for t in after.values())
+    name = "layers.0.self_attn.q_proj.weight"  # steps of 2e-4 on weights of about 0.3, whose bfloat16 neighbours are 1e-3 away
+    assert (after[name] - before[name]).abs().float().median() > 1e-3
+
+
+def test_balance_by_hand():
+    moe = moe_model().layers[1].mlp
+    counts = {moe: torch.tensor([4.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0])}
+    assert train.balance(counts, 0.25) == pytest.approx(2.0)  # 4 over a mean of 2
+    assert moe.router_bias.tolist() == [-0.25, 0.25, 0.25, 0, 0, 0, 0] and not counts[moe].any()
+
+
+def test_balancing_balances():
+    spread = {}
+    for step in (0.0, 0.005):
+        changes = {"batch": 24, "samples": 24 * 40, "rate": 0.0, "bias_step": step}
+        log = train.finetune(moe_model(), text_ids(), train.settings(**SMALL | changes))
+        spread[step] = sum(log["spread"][-10:]) / 10
+    assert spread[0.0] > 1.6 and spread[0.005] < 1.3, spread
+
+
+def test_rates_and_order():
+    s = train.settings(warmup=0.1)
+    factors = [train.rate_factor(step, 100, s) for step in range(100)]
+    assert factors[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)]) and factors[10] == 1
+    assert factors[55] == pytest.approx(0.55) and 0.1 < factors[99] < 0.11 and sorted(factors[10:], reverse=True) == factors[10:]
+    assert train.rate_factor(70, 100, train.settings(schedule="constant")) == 1
+    order = train.sample_order(10, train.settings(samples=25)).tolist()
+    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10)) and order[:10] != order[10:20] and len(set(order[20:])) == 5
+
+
+def test_command_line(checkpoint, text, tmp_path, capsys):
+    moe, out, result = tmp_path / "moe", tmp_path / "tuned", tmp_path / "result.json"
+    common = ["--window", "128", "--calib-tokens", "1024", "--eval-tokens", "256", "--first-dense", "1"]
+    argv = ["--model", str(checkpoint), "--calib", str(text), "--eval", str(text), "--experts", "S1A2E8", "--out", str(moe), *common]
+    assert ffn2moe.main(argv) == 0
+    argv = ["--model", str(moe), "--text", str(text), "--eval", str(text), "--eval-tokens", "256", "--dtype", "float32", "--out", str(out)]
+    argv += ["--json", str(result)]
+    for name, value in (SMALL | {"samples": 200}).items():
+        argv += ["--" + name, str(value)]
+    assert train.main(argv) == 0
+    found = json.loads(result.read_text())
+    assert found["perplexity"]["after"] < 0.9 * found["perplexity"]["before"] and len(found["log"]["loss"]) == 50
+    tuned, tokenizer = lm.load_model(out)
+    assert lm.perplexity(tuned, torch.tensor(tokenizer.encode(text.read_text()).ids)[:256], 128) == pytest.approx(found["perplexity"]["after"], rel=1e-5)
+    assert not (tmp_path / "tuned.state").exists() and tuned.layers[1].mlp.router_scale.any()
+    capsys.readouterr()
+    assert train.main([*argv, "--resume", "--force"]) == 2 and "no " in capsys.readouterr().err
+    assert train.main([*argv, "--force", "--schedule", "linear"]) == 2
+    assert train.main([*argv]) == 2 and "not empty" in capsys.readouterr().err

@@ -1,0 +1,341 @@
+"""Fine-tune a converted model on a few thousand samples, which brings back most of what the conversion lost.
+
+    python train.py                              convert SmolLM2-135M, fine-tune it, compare before and after
+    python train.py --model DIR --out OTHER      fine-tune a checkpoint that ffn2moe.py --out wrote
+
+What is trained (section numbers are the paper's):
+
+1. `LoRA` on all matrices of attention and experts: W + (alpha / rank) B A, merged into W at the end.
+2. The **gate scale** u of each expert, which weighs its output by 1 + p u (`model.MoE.route`), with its own rate.
+3. The **selection bias** b, without gradient: after each step it moves by a small constant against experts that got more
+   than their share of the tokens (`balance`).
+
+The rest is frozen, but for the router on demand, or everything is trained (--full). Trained weights are float32, and are
+cast to the model's dtype for products. The loop is `finetune`; the files are read and written in `run`.
+"""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import ffn2moe
+import model as lm
+from model import InputError, MoE
+
+# Settings, each a flag of the command line. The rates were chosen on windows held back from training text.
+SETTINGS = {
+    "samples": (2048, "sequences in all; a text that is shorter is gone through again"),
+    "length": (256, "tokens per sequence"),
+    "batch": (8, "sequences at a time"),
+    "accumulate": (1, "batches per step"),
+    "rate": (3e-4, "learning rate of LoRA, or of all weights"),
+    "scale_rate": (1e-3, "learning rate of the gate scale u"),
+    "bias_step": (1e-3, "by which the selection bias b moves after a step; 0: no balancing"),
+    "warmup": (0.05, "share of the steps in which the rates rise"),
+    "schedule": ("cosine", "of the rates after that: cosine, to a tenth, or constant"),
+    "clip": (1.0, "norm that gradients are cut down to"),
+    "rank": (8, "of LoRA"),
+    "alpha": (32.0, "of LoRA, whose product is scaled by alpha / rank"),
+    "dropout": (0.1, "of LoRA"),
+    "router": (False, "train the router too"),
+    "full": (False, "train all weights, without LoRA"),
+    "checkpointing": (False, "compute activations again in the backward pass rather than keep them"),
+    "seed": (0, "of the order of the samples, of LoRA and of dropout"),
+}
+
+
+def settings(**changes) -> SimpleNamespace:
+    return SimpleNamespace(**{name: default for name, (default, _) in SETTINGS.items()} | changes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. What is trained
+
+
+class LoRA(nn.Module):
+    """W -> W + (alpha / rank) B A: W [..., n, d], A [..., rank, d], B [..., n, rank], zero at first.
+
+    Gate and up lie in one W and have an A and a B each (`parts` = 2). Dropout falls on A, once per step, rather than on the
+    input of each token: so that the whole is one product, of any kernel.
+    """
+
+    def __init__(self, weight: torch.Tensor, parts: int, s: SimpleNamespace):
+        super().__init__()
+        *stack, n, d = weight.shape
+        self.a = nn.Parameter(torch.randn(*stack, parts, s.rank, d, device=weight.device) / d**0.5)
+        self.b = nn.Parameter(torch.zeros(*stack, parts, n // parts, s.rank, device=weight.device))
+        self.scale, self.dropout = s.alpha / s.rank, s.dropout
+
+    def forward(self, weight):
+        delta = self.b @ F.dropout(self.a, self.dropout, self.training)  # [..., parts, n / parts, d]
+        return (weight + self.scale * delta.view(weight.shape)).to(weight.dtype)
+
+
+class Master(nn.Module):
+    """float32 weights -> the dtype that products are in."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, weight):
+        return weight.to(self.dtype)
+
+
+def weights_of(model: lm.Decoder, wanted: Callable[[nn.Module, str], bool]) -> list[tuple[nn.Module, str]]:
+    """(module, name) of each parameter that is wanted."""
+    found = [(module, name) for module in model.modules() for name, _ in module.named_parameters(recurse=False)]
+    return [pair for pair in found if wanted(*pair)]
+
+
+def prepare(model: lm.Decoder, s: SimpleNamespace) -> list[dict]:
+    """Put LoRA, or float32 masters, before the weights that are trained -> the parameter groups of the optimizer."""
+    torch.manual_seed(s.seed)
+    model.requires_grad_(False)
+    dtype = model.embed_tokens.weight.dtype
+    masters = []
+    for module, name in weights_of(model, lambda module, name: name not in ("router_scale", "router_bias")):
+        weight = getattr(module, name)
+        if s.full or (s.router and name.startswith("router")):
+            weight.data = weight.data.float()
+            parametrize.register_parametrization(module, name, Master(dtype), unsafe=True)
+            masters.append(module.parametrizations[name].original.requires_grad_())
+        elif name in ("gate_up_proj", "down_proj") or (isinstance(module, nn.Linear) and name == "weight" and module is not getattr(model, "lm_head", None)):
+            parametrize.register_parametrization(module, name, LoRA(weight, 2 if name == "gate_up_proj" else 1, s))
+            masters += module.parametrizations[name][0].parameters()
+    scales = []
+    for moe in moes_of(model):
+        moe.router_scale.data, moe.router_bias.data = moe.router_scale.data.float(), moe.router_bias.data.float()
+        scales.append(moe.router_scale.requires_grad_())
+    return [{"params": masters, "lr": s.rate}, {"params": scales, "lr": s.scale_rate}]
+
+
+@torch.no_grad()
+def merge(model: lm.Decoder):
+    """Turn the model back into an ordinary one, with what was learned in its weights."""
+    dtype = model.embed_tokens.weight.dtype
+    for module in list(model.modules()):
+        for name in list(getattr(module, "parametrizations", ())):
+            weight = getattr(module, name).detach().clone()
+            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+            setattr(module, name, nn.Parameter(weight, requires_grad=False))
+    model.to(dtype).eval().requires_grad_(False)
+
+
+def moes_of(model: lm.Decoder) -> list[MoE]:
+    return [layer.mlp for layer in model.layers if isinstance(layer.mlp, MoE)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Balance without an auxiliary loss
+
+
+def count_load(model: lm.Decoder) -> tuple[dict[MoE, torch.Tensor], list]:
+    """From now on, count how many tokens each routed expert gets -> (counts [R] of each MoE layer, hooks to remove)."""
+    counts = {moe: torch.zeros(moe.experts.routed, device=moe.router_bias.device) for moe in moes_of(model)}
+
+    @torch.no_grad()
+    def count(moe, inputs):
+        chosen, _ = moe.route(inputs[0].flatten(0, -2))
+        counts[moe] += chosen.flatten().bincount(minlength=moe.experts.routed)
+
+    return counts, [moe.register_forward_pre_hook(count) for moe in counts]
+
+
+@torch.no_grad()
+def balance(counts: dict[MoE, torch.Tensor], step: float) -> float:
+    """b_e -= step for experts with more tokens than the mean, += step for those with fewer; counts start again.
+
+    Returns the largest load over the mean load, averaged over layers: 1 is perfect balance.
+    """
+    spread = 0.0
+    for moe, count in counts.items():
+        moe.router_bias -= step * (count - count.mean()).sign()
+        spread += (count.max() / count.mean()).item() / len(counts)
+        count.zero_()
+    return spread
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. The loop
+
+
+def rate_factor(step: int, steps: int, s: SimpleNamespace) -> float:
+    """Of the learning rates: up to 1 in a line, then down to a tenth along half a cosine, or constant."""
+    warmup = max(1, round(s.warmup * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    if s.schedule == "constant":
+        return 1.0
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def sample_order(num_windows: int, s: SimpleNamespace) -> torch.Tensor:
+    """Which window each sample is, [samples]: all in random order, then all in another one."""
+    random = torch.Generator().manual_seed(s.seed)
+    return torch.cat([torch.randperm(num_windows, generator=random) for _ in range(-(-s.samples // num_windows))])[: s.samples]
+
+
+def loss_of(model: lm.Decoder, ids: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of each next token. ids [B, T]."""
+    logits = model(ids)[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def finetune(model: lm.Decoder, ids: torch.Tensor, s: SimpleNamespace, state_file: Path | None = None, save_every: int = 50, resume: bool = False) -> dict:
+    """Fine-tune the model on token ids [N], in place -> {"loss": of each step, "spread": max / mean load of each step}.
+
+    With a state_file, the state is saved every `save_every` steps, and a run can go on from it to the same weights.
+    Raises InputError if the loss is not finite.
+    """
+    windows = lm.cut_windows(ids, s.length)
+    per_step = s.batch * s.accumulate
+    steps = s.samples // per_step
+    if not len(windows) or not steps:
+        raise InputError(f"{len(ids)} tokens and {s.samples} samples are too few for sequences of {s.length}, {per_step} per step")
+    optimizer = torch.optim.AdamW(prepare(model, s), betas=(0.9, 0.95), weight_decay=0.0)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    biases = [moe.router_bias for moe in moes_of(model)]
+    counts, hooks = count_load(model)
+    if s.checkpointing:
+        for layer in model.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    model.train()
+    order, start, log = sample_order(len(windows), s), 0, {"loss": [], "spread": []}
+    if resume:
+        start, log = load_state(state_file, s, optimizer, trained + biases)
+    bar = tqdm(range(start, steps), desc="fine-tuning", unit="step", initial=start, total=steps)
+    try:
+        for step in bar:
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * rate_factor(step, steps, s)
+            total = 0.0
+            for batch in order[step * per_step :][:per_step].split(s.batch):
+                loss = loss_of(model, windows[batch]) / s.accumulate
+                loss.backward()
+                total += loss.item()
+            norm = nn.utils.clip_grad_norm_(trained, s.clip)
+            if not math.isfinite(total) or not norm.isfinite():
+                kept = f"; {state_file} holds the state before" if state_file and state_file.exists() else ""
+                raise InputError(f"loss {total} and gradient norm {norm.item()} at step {step}: the rate may be too high{kept}")
+            optimizer.step()
+            optimizer.zero_grad()
+            log["loss"].append(total)
+            log["spread"].append(balance(counts, s.bias_step))
+            speed = f"{s.length * per_step * bar.format_dict['rate']:.0f}" if bar.format_dict["rate"] else "?"
+            bar.set_postfix_str(f"loss {total:.3f}, {speed} tokens/s, load max/mean {log['spread'][-1]:.2f}")
+            if state_file and ((step + 1) % save_every == 0 or step + 1 == steps):
+                save_state(state_file, s, step + 1, log, optimizer, trained + biases)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer in model.layers:
+            layer.__dict__.pop("forward", None)
+    merge(model)
+    return log
+
+
+def save_state(file: Path, s: SimpleNamespace, step: int, log: dict, optimizer, tensors: list[torch.Tensor]):
+    state = {"settings": vars(s), "step": step, "log": log, "optimizer": optimizer.state_dict()}
+    state |= {"tensors": [t.detach() for t in tensors], "random": torch.get_rng_state()}
+    if tensors[0].is_cuda:
+        state["cuda_random"] = torch.cuda.get_rng_state()
+    scratch = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    torch.save(state, scratch)
+    os.replace(scratch, file)
+
+
+def load_state(file: Path, s: SimpleNamespace, optimizer, tensors: list[torch.Tensor]) -> tuple[int, dict]:
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if state["settings"] != vars(s):
+            raise InputError(f"{file} is of a run with other settings: {state['settings']}")
+        for tensor, saved in zip(tensors, state["tensors"], strict=True):
+            tensor.data.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        if "cuda_random" in state:
+            torch.cuda.set_rng_state(state["cuda_random"])
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        raise error if isinstance(error, InputError) else InputError(f"{file} cannot be resumed from: {error}") from None
+    return state["step"], state["log"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        description="Fine-tune a checkpoint that ffn2moe.py wrote, and compare perplexity before and after. Without "
+        "arguments: convert SmolLM2-135M-Instruct and fine-tune it, on text that every Python carries.",
+    )
+    add = parser.add_argument
+    add("--model", metavar="SOURCE", help="a converted checkpoint, or a dense one, which is fine-tuned as it is")
+    add("--text", default="manual", help="training text: a file, 'wikitext2' or 'manual', as for ffn2moe.py (%(default)s)")
+    add("--eval", default="manual", metavar="TEXT", help="evaluation text (%(default)s)")
+    add("--eval-tokens", type=int, default=10 * 2048, metavar="N", help="first N of them; 0: all (%(default)s)")
+    add("--out", metavar="DIR", default="tuned", help="where to write the checkpoint (%(default)s)")
+    add("--force", action="store_true", help="replace the checkpoint in an --out that is not empty")
+    add("--save-every", type=int, default=50, metavar="N", help="steps between saves of the state, to OUT.state (%(default)s)")
+    add("--resume", action="store_true", help="go on from OUT.state")
+    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of frozen weights and products (%(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(here: %(default)s)")
+    add("--json", metavar="FILE", help="write results and settings")
+    for name, (default, what) in SETTINGS.items():
+        flag = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
+        add("--" + name.replace("_", "-"), **flag, help=what if default is False else f"{what} ({default})")
+    return parser.parse_args(argv)
+
+
+def run(args):
+    s = settings(**{name: getattr(args, name) for name in SETTINGS})
+    if min(s.samples, s.length - 1, s.batch, s.accumulate, s.rank, args.save_every) < 1 or s.schedule not in ("cosine", "constant"):
+        raise InputError("--samples, --batch, --accumulate, --rank and --save-every must be at least 1, --length at least 2, and --schedule cosine or constant")
+    out = Path(args.out)
+    lm.check_output(out, args.force)
+    state_file = out.with_name(out.name + ".state")
+    if args.resume and not state_file.exists():
+        raise InputError(f"there is no {state_file} to resume from")
+    model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
+    window = min(2048, model.config.max_position_embeddings)
+    ids, eval_ids = (lm.read_ids(model, tokenizer, text, split) for text, split in ((args.text, "train"), (args.eval, "test")))
+    eval_ids = lm.cut_windows(eval_ids[: args.eval_tokens or None], window).flatten()
+    measure = lambda name: lm.perplexity(model, eval_ids, window, partial(tqdm, desc=f"{name}: perplexity", unit="window"))
+    result = {}
+    if args.model is None:
+        result["dense"] = measure("dense")
+        calib = ffn2moe.draw(lm.cut_windows(ids, window), 32, s.seed)
+        ffn2moe.convert(model, calib, progress=partial(tqdm, desc="converting", unit="layer"))
+    result["before"] = measure("before")
+    log = finetune(model, ids, s, state_file, args.save_every, args.resume)
+    lm.save_model(model, tokenizer, out, args.force)
+    state_file.unlink(missing_ok=True)
+    result["after"] = measure("after")
+    print()
+    for name, value in result.items():
+        print(f"perplexity {name:<16}{value:>10.2f}")
+    print(f"\nwrote {out}")
+    if args.json:
+        lm.write_json(Path(args.json), vars(args) | {"perplexity": result, "log": log})
+
+
+def main(argv=None) -> int:
+    return lm.run_command("train", lambda: run(parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
