@@ -589,6 +589,10 @@ def speed(args):
         plot_speed(rows, Path(args.plot))
 
 
+def milliseconds(ms: float) -> str:
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
 def speed_overview(rows: list[dict]) -> str:
     """Markdown: a line for each workload, a column for each split."""
     splits = {r["experts"]: f"{r['experts']}, ideal {r['ideal']:.2f}x" for r in rows}
@@ -597,7 +601,7 @@ def speed_overview(rows: list[dict]) -> str:
         where = f"FFN {r['shape']}" if r["what"] == "ffn" else f"{r['shape']} {r['what']}, batch {r['batch']}"
         tokens = f"{r['tokens']:,} token{'s'[: r['tokens'] != 1]}"
         name = f"{where}, {tokens}, {r['dtype']}" + f", {r['device']}" * (r["device"] != "cpu")
-        line = lines.setdefault(name, {"dense": f"{r['dense_ms']:.3g}"})
+        line = lines.setdefault(name, {"dense": milliseconds(r["dense_ms"])})
         line[r["experts"]] = f"{r['speedup']:.2f}x " + (f"of {r['bound']:.2f}x" if "bound" in r else f"({r['of_ideal']:.0%})")
     cells = [[name, line["dense"], *(line.get(split, "") for split in splits)] for name, line in lines.items()]
     return markdown(["", "dense, ms", *splits.values()], cells)
@@ -611,7 +615,7 @@ def speed_table(rows: list[dict]) -> str:
     lines = []
     for r in rows:
         cells = [str(r[key]) for key in ("what", "shape", "tokens", "batch", "dtype", "experts")]
-        cells += [f"{r['dense_ms']:.4g}", f"{r['moe_ms']:.4g}", f"{r['speedup']:.2f}x", f"{r['ideal']:.2f}x"]
+        cells += [milliseconds(r["dense_ms"]), milliseconds(r["moe_ms"]), f"{r['speedup']:.2f}x", f"{r['ideal']:.2f}x"]
         cells += [f"{r['of_ideal']:.1%}", f"{r['spread']:.1%}"]
         cells.append(f"{r['bound']:.2f}x" if "bound" in r else "")
         peers = ("static_ms", "plain_dense_ms", "grouped_mm_ms", "transformers_ms")
