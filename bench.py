@@ -13,6 +13,7 @@ import argparse
 import copy
 import ctypes
 import json
+import platform
 import re
 import sys
 import time
@@ -386,9 +387,10 @@ def interleave(functions: dict[str, Callable], device: str, turns: int) -> dict[
             torch.cuda.synchronize()
         return 1e3 * (time.perf_counter() - start) / calls
 
-    first = {name: run(function) for name, function in functions.items()}  # warm up
-    calls = {name: max(1, round(20 / (ms if ms > 1000 else run(functions[name])))) for name, ms in first.items()}
-    turns = min(turns, 3) if sum(first.values()) > 20e3 else turns
+    ms = {name: run(function) for name, function in functions.items()}  # warm up
+    ms = {name: first if device == "cpu" and first > 1000 else run(functions[name]) for name, first in ms.items()}
+    calls = {name: max(1, round(20 / each)) for name, each in ms.items()}
+    turns = min(turns, 3) if sum(ms.values()) > 20e3 else turns
     times = [[run(function, calls[name]) for name, function in functions.items()] for _ in range(turns)]
     return dict(zip(functions, np.array(times).T))
 
@@ -409,6 +411,13 @@ def peak_memory(function: Callable, device: str) -> float | None:
         return max(0, status("VmHWM") - before)
     except (OSError, AttributeError, TypeError):
         return None
+
+
+def machine_name() -> str:
+    try:
+        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
 
 
 def random_layers(hidden_size: int, intermediate_size: int, experts: Experts, like: torch.Tensor) -> tuple[FFN, MoE, FFN]:
@@ -474,12 +483,17 @@ def transformers_layer(moe: MoE) -> nn.Module | None:
 
 
 def speed_row(what, shape, tokens, batch, like, experts, times, functions, weight_bytes) -> dict:
-    """One row of the table from the times of "dense", "MoE" and their peers, and the bytes of weights that one token reads."""
+    """One row of the table from the split of each layer, the times of "dense", "MoE" and their peers, and the bytes of
+    weights that one token reads."""
     device, ms = str(like.device), {name: float(np.median(t)) for name, t in times.items()}
     low, mid, high = np.quantile(times["dense"] / times["MoE"], [0.25, 0.5, 0.75])
-    speedup, ideal = ms["dense"] / ms["MoE"], experts.total / (experts.shared + experts.active)
+    shares = [1.0 if split is None else (split.shared + split.active) / split.total for split in experts]
+    speedup, ideal = ms["dense"] / ms["MoE"], len(shares) / sum(shares)
+    machine = machine_name() if device == "cpu" else torch.cuda.get_device_name()
     row = {"what": what, "shape": shape, "tokens": tokens, "batch": batch, "dtype": str(like.dtype).removeprefix("torch.")}
-    row |= {"experts": str(experts), "device": device, "dense_ms": ms["dense"], "moe_ms": ms["MoE"], "speedup": speedup}
+    row |= {"experts": str(next(filter(None, experts))), "first_dense": experts.count(None), "device": device}
+    row |= {"machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__.split("+")[0]}
+    row |= {"dense_ms": ms["dense"], "moe_ms": ms["MoE"], "speedup": speedup}
     row |= {"ideal": ideal, "of_ideal": speedup / ideal, "spread": (high - low) / mid}
     for name in ("dense", "MoE"):
         row[f"{name.lower()}_peak_bytes"] = peak_memory(functions[name], device)
@@ -509,7 +523,7 @@ def ffn_speed(shape: str, tokens: int, experts: Experts, like: torch.Tensor, tur
     moe = layers[0][1]
     idle = (experts.routed - experts.active) * (moe.gate_up_proj[0].numel() + moe.down_proj[0].numel()) * like.element_size()
     read = {"dense": bytes_of(layers[0][0]), "MoE": bytes_of(moe) - idle}
-    return speed_row("ffn", shape, tokens, 1, like, experts, times, functions, read)
+    return speed_row("ffn", shape, tokens, 1, like, [experts], times, functions, read)
 
 
 def model_speed(models: dict[str, lm.Decoder], what: str, ids: torch.Tensor, turns: int) -> list[dict]:
@@ -524,10 +538,9 @@ def model_speed(models: dict[str, lm.Decoder], what: str, ids: torch.Tensor, tur
         for t in range(half, 2 * half):
             model(ids[:, t : t + 1], cache, t)
 
-    bare = copy.copy(models["dense"])  # without FFNs: what no conversion can make faster
-    bare._modules = {**bare._modules, "layers": nn.ModuleList(map(copy.copy, bare.layers))}
+    bare = copy.deepcopy(models["dense"])  # without FFNs: what no conversion can make faster
     for layer in bare.layers:
-        layer._modules = {**layer._modules, "mlp": nn.Identity()}
+        layer.mlp = nn.Identity()
     functions = {}
     for name, model in {**models, "bare": bare}.items():
         functions[name] = partial(prefill, model)
@@ -541,12 +554,10 @@ def model_speed(models: dict[str, lm.Decoder], what: str, ids: torch.Tensor, tur
     rows = []
     for name, model in models.items():
         if name != "dense":
-            two = {"dense": "dense", "MoE": name}
-            select = lambda of, two=two: {label: of[key] for label, key in two.items()}
-            timed = {label: t / steps for label, t in select(times).items()}
+            pair = lambda of, name=name: {"dense": of["dense"], "MoE": of[name]}
             tokens = ids.shape[1] if what == "prefill" else half
-            experts = next(filter(None, model.config.experts))
-            row = speed_row(what, "smollm2-135m", tokens, len(ids), like, experts, timed, select(functions), select(read))
+            timed = pair({key: t / steps for key, t in times.items()})
+            row = speed_row(what, "smollm2-135m", tokens, len(ids), like, model.config.experts, timed, pair(functions), pair(read))
             without = float(np.median(times["bare"])) / steps
             rows.append(row | {"bound": row["dense_ms"] / (without + (row["dense_ms"] - without) / row["ideal"])})
     return rows
@@ -556,7 +567,7 @@ def model_speed(models: dict[str, lm.Decoder], what: str, ids: torch.Tensor, tur
 def speed(args):
     splits, file = [Experts.parse(text) for text in args.experts], args.json and Path(args.json)
     rows = file and read_json(file) or []  # of other shapes or another machine, say
-    same = lambda r: [r[key] for key in ("what", "shape", "tokens", "batch", "dtype", "experts", "device")]
+    same = lambda r: [r[key] for key in ("what", "shape", "tokens", "batch", "dtype", "experts", "first_dense", "machine")]
 
     def add(row):
         at = [same(r) for r in rows].index(same(row)) if same(row) in map(same, rows) else len(rows)
@@ -579,7 +590,7 @@ def speed(args):
             for experts in splits:
                 model, tokenizer = lm.load_model(None, dtype, args.device)
                 ids = lm.read_ids(model, tokenizer, "manual", "train")[:2048]
-                models[str(experts)] = ffn2moe.convert(model, ids, experts, first_dense=0)
+                models[str(experts)] = ffn2moe.convert(model, ids, experts, first_dense=args.first_dense)
             text = lm.read_ids(model, tokenizer, "manual", "test")
             for batch, what in product(args.batch, whole):
                 length = 2048 if what == "prefill" else 256
@@ -595,15 +606,17 @@ def milliseconds(ms: float) -> str:
 
 def speed_overview(rows: list[dict]) -> str:
     """Markdown: a line for each workload, a column for each split."""
-    splits = {r["experts"]: f"{r['experts']}, ideal {r['ideal']:.2f}x" for r in rows}
+    column = lambda r: r["experts"] + f", first {r['first_dense']} dense" * (r["first_dense"] > 0)
+    splits = {column(r): f"{column(r)}, ideal {r['ideal']:.2f}x" for r in rows}
     lines = {}
     for r in rows:
         where = f"FFN {r['shape']}" if r["what"] == "ffn" else f"{r['shape']} {r['what']}, batch {r['batch']}"
         tokens = f"{r['tokens']:,} token{'s'[: r['tokens'] != 1]}"
         name = f"{where}, {tokens}, {r['dtype']}" + f", {r['device']}" * (r["device"] != "cpu")
-        line = lines.setdefault(name, {"dense": milliseconds(r["dense_ms"])})
-        line[r["experts"]] = f"{r['speedup']:.2f}x " + (f"of {r['bound']:.2f}x" if "bound" in r else f"({r['of_ideal']:.0%})")
-    cells = [[name, line["dense"], *(line.get(split, "") for split in splits)] for name, line in lines.items()]
+        line = lines.setdefault(name, {"dense": []})
+        line["dense"].append(r["dense_ms"])
+        line[column(r)] = f"{r['speedup']:.2f}x " + (f"of {r['bound']:.2f}x" if "bound" in r else f"({r['of_ideal']:.0%})")
+    cells = [[name, milliseconds(float(np.median(line["dense"]))), *(line.get(split, "") for split in splits)] for name, line in lines.items()]
     return markdown(["", "dense, ms", *splits.values()], cells)
 
 
@@ -622,7 +635,7 @@ def speed_table(rows: list[dict]) -> str:
         cells += [f"{r['dense_ms'] / r[key]:.2f}x" if key in r else "" for key in peers]
         for key in ("peak_bytes", "weight_bytes_per_token"):
             pair = [r[f"{name}_{key}"] for name in ("dense", "moe")]
-            cells.append("" if None in pair else f"{pair[0] / 1e6:.3g} → {pair[1] / 1e6:.3g} MB")
+            cells.append("" if None in pair else f"{pair[0] / 1e6:,.0f} → {pair[1] / 1e6:,.0f} MB")
         lines.append(cells)
     return markdown(head, lines)
 
@@ -683,6 +696,7 @@ def parse_args(argv):
     add("--batch", nargs="+", type=int, default=[1, 8], help="sequences at a time, for the model (1 8)")
     splits = ["S3A3E8", "S8A4E16", "S4A4E16", "S2A2E8", "S2A2E16"]
     add("--experts", nargs="+", default=splits, metavar="SnAnEn", help=f"({' '.join(splits)})")
+    add("--first-dense", type=int, default=0, metavar="N", help="layers of the model that stay dense (%(default)s)")
     add("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"], help="(both)")
     add("--device", default=device, help="(here: %(default)s)")
     add("--turns", type=int, default=9, help="of which the median is taken (%(default)s)")

@@ -44,7 +44,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
     For a few rows, the time is what it takes to read W from memory, and there F.linear leaves a CPU idle. In float32 it
     reads with one core (MKL): cut into slices, W is a batch of products, which all cores share. In bfloat16 and for one
-    row, oneDNN reaches a third of what PyTorch's own product does.
+    row, oneDNN reads about half as fast as PyTorch's own product.
     """
     n, d = weight.shape
     if x.is_cpu and 0 < x.numel() <= FEW * d:
@@ -67,13 +67,13 @@ def gated(both: torch.Tensor) -> torch.Tensor:
     if both.requires_grad:
         return F.silu(gate) * up
     if both.is_cuda and has_triton():
-        return compiled_gated(both)
+        return compiled_gated(both.flatten(0, -2)).view(*both.shape[:-1], -1)
     return F.silu(gate, inplace=True).mul_(up)  # fresh memory would cost more than the arithmetic
 
 
 @functools.partial(torch.compile, dynamic=True)
 def compiled_gated(both):
-    """One pass over memory in place of two; only CUDA has the compiler that this takes at hand (triton)."""
+    """One pass over memory in place of two; only CUDA has the compiler that this takes at hand (triton). both [T, 2m]."""
     gate, up = both.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -104,7 +104,8 @@ def moe_reference(y, x, gate_up, down, chosen, weights):
 def sort_by_expert(chosen: torch.Tensor, num_routed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """chosen [T, A] -> the slots in the order of the experts that they chose [T * A], and how many each expert has [R]."""
     flat = chosen.flatten()
-    return flat.argsort(stable=True), flat.bincount(minlength=num_routed)
+    counts = flat.new_zeros(num_routed).scatter_add_(0, flat, torch.ones_like(flat))  # on CUDA, bincount would wait
+    return flat.argsort(stable=True), counts
 
 
 def moe_grouped(y, x, gate_up, down, chosen, weights):
@@ -120,7 +121,8 @@ def moe_grouped(y, x, gate_up, down, chosen, weights):
 #
 # The products take nearly all of the time, so that moving rows about is what can be saved. Each expert's rows are copied
 # when it runs, and are still in the cache when it needs them again; its output goes straight to its place; and one pass
-# (embedding_bag: a weighted sum of A rows of a table) brings the outputs back to the order of the tokens.
+# (embedding_bag: a weighted sum of A rows of a table) brings the outputs back to the order of the tokens. PyTorch's
+# grouped_mm (bench.py has it as a peer) would be one call for all experts, but on large ones it is some percent slower.
 #
 # For each number of rows that it has not met, oneDNN compiles a product, which takes as long as the product itself. It
 # does the bfloat16 ones, whose numbers of rows are therefore rounded up.
@@ -165,7 +167,7 @@ def moe_decode(y, x, gate_up, down, chosen, weights):
 # comparing the tile's number with the running total of tiles. The grid has the size that the total can have at most, and
 # the programs beyond it return at once: nothing waits until the counts have reached the CPU.
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on a CPU, for tests; it gets bfloat16 products wrong
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on a CPU, for tests; needs CAST: it gets bfloat16 products wrong
 
 
 @functools.cache
@@ -203,7 +205,7 @@ if triton:
     def gate_up_kernel(
         x, gate_up, h, slots, tile_end, slot_end, num_tiles,
         D: tl.constexpr, M: tl.constexpr, A: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr,
-        BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, FLOAT32: tl.constexpr,
+        BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CAST: tl.constexpr,
     ):  # fmt: skip
         """h[row] = silu(W_gate x_t) * (W_up x_t), for the token t and the expert of each row of sorted slots."""
         columns: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
@@ -224,7 +226,7 @@ if triton:
             xs = tl.load(x_tile + start, mask=real[:, None] & inside[None, :], other=0.0)
             gs = tl.load(w_tile + start, mask=real_w, other=0.0)
             us = tl.load(w_tile + M * D + start, mask=real_w, other=0.0)
-            if FLOAT32:
+            if CAST:
                 xs, gs, us = xs.to(tl.float32), gs.to(tl.float32), us.to(tl.float32)
             gate = tl.dot(xs, gs, gate, input_precision="ieee")
             up = tl.dot(xs, us, up, input_precision="ieee")
@@ -235,7 +237,7 @@ if triton:
     def down_kernel(
         h, down, weights, out, slots, tile_end, slot_end, num_tiles,
         D: tl.constexpr, M: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr,
-        BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, FLOAT32: tl.constexpr,
+        BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CAST: tl.constexpr,
     ):  # fmt: skip
         """out[slot] = weight[slot] * W_down h[row]: from sorted slots back to the order of the tokens."""
         columns: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -253,7 +255,7 @@ if triton:
             inside = start + n < M
             hs = tl.load(h_tile + start, mask=real[:, None] & inside[None, :], other=0.0)
             ws = tl.load(w_tile + start, mask=inside[:, None] & (d < D)[None, :], other=0.0)
-            if FLOAT32:
+            if CAST:
                 hs, ws = hs.to(tl.float32), ws.to(tl.float32)
             y = tl.dot(hs, ws, y, input_precision="ieee")
         y *= tl.load(weights + slot, mask=real, other=0.0).to(tl.float32)[:, None]
@@ -268,12 +270,13 @@ def moe_triton(y, x, gate_up, down, chosen, weights):
     num_tiles = triton.cdiv(T * A, block_t) + R - 1  # at most: the last tile of each expert need not be full
     tiles = (slots, ((counts + block_t - 1) // block_t).cumsum(0), counts.cumsum(0), num_tiles)
     sizes = {"D": D, "M": m, "R": R, "R_PADDED": triton.next_power_of_2(R), "BLOCK_T": block_t}
-    sizes |= {"FLOAT32": INTERPRETED or x.dtype == torch.float32, "num_warps": 8}
+    sizes |= {"CAST": INTERPRETED, "num_warps": 8}
+    depth = 32 if x.dtype == torch.float32 else 64  # of the blocks along the summed dimension: 32 KiB a stage
     h, out = x.new_empty(T * A, m), x.new_empty(T * A, D)
     grid = (num_tiles * triton.cdiv(m, 64),)
-    gate_up_kernel[grid](x.contiguous(), gate_up.contiguous(), h, *tiles, A=A, BLOCK_M=64, BLOCK_D=64, **sizes)
+    gate_up_kernel[grid](x.contiguous(), gate_up.contiguous(), h, *tiles, A=A, BLOCK_M=64, BLOCK_D=depth, **sizes)
     grid = (num_tiles * triton.cdiv(D, 128),)
-    down_kernel[grid](h, down.contiguous(), weights.contiguous(), out, *tiles, BLOCK_M=64, BLOCK_D=128, **sizes)
+    down_kernel[grid](h, down.contiguous(), weights.contiguous(), out, *tiles, BLOCK_M=depth, BLOCK_D=128, **sizes)
     return y.add_(out.view(T, A, D).sum(dim=1))
 
 

@@ -531,6 +531,8 @@ def load_model(source=None, dtype=torch.float32, device="cpu") -> tuple[Decoder,
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     try:
         torch.zeros(1, device=device).item()
+        if torch.device(device).type == "cuda" and torch.device(device).index:
+            torch.cuda.set_device(device)  # where Triton launches
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {str(device)!r} is not usable here: {first_line(error)}") from None
     config, tensors, tokenizer = open_checkpoint(source)

@@ -1,11 +1,11 @@
-"""Fine-tune a converted model on a few thousand samples, which brings back most of what the conversion lost.
+"""Fine-tune a converted model on a few thousand samples.
 
     python train.py                              convert SmolLM2-135M, fine-tune it, compare before and after
     python train.py --model DIR --out OTHER      fine-tune a checkpoint that ffn2moe.py --out wrote
 
 What is trained (section numbers are the paper's):
 
-1. `LoRA` on all matrices of attention and experts: W + (alpha / rank) B A, merged into W at the end.
+1. `LoRA` on all matrices of attention, experts and dense FFNs: W + (alpha / rank) B A, merged into W at the end.
 2. The **gate scale** u of each expert, which weighs its output by 1 + p u (`model.MoE.route`), with its own rate.
 3. The **selection bias** b, without gradient: after each step it moves by a small constant against experts that got more
    than their share of the tokens (`balance`).
@@ -15,10 +15,11 @@ cast to the model's dtype for products. The loop is `finetune`; the files are re
 """
 
 import argparse
+import hashlib
 import math
 import os
+import pickle
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +35,7 @@ import ffn2moe
 import model as lm
 from model import InputError, MoE
 
-# Settings, each a flag of the command line. The rates were chosen on windows held back from training text.
+# Settings, each a flag of the command line
 SETTINGS = {
     "samples": (2048, "sequences in all; a text that is shorter is gone through again"),
     "length": (256, "tokens per sequence"),
@@ -67,8 +68,9 @@ def settings(**changes) -> SimpleNamespace:
 class LoRA(nn.Module):
     """W -> W + (alpha / rank) B A: W [..., n, d], A [..., rank, d], B [..., n, rank], zero at first.
 
-    Gate and up lie in one W and have an A and a B each (`parts` = 2). Dropout falls on A, once per step, rather than on the
-    input of each token: so that the whole is one product, of any kernel.
+    Gate and up lie in one W and have an A and a B each (`parts` = 2). W + ... is made anew for each batch, so that all else
+    works as ever; its gradient is as large as W, which costs the time but not the memory of training W. Dropout falls on A,
+    anew for each batch, rather than on the input of each token.
     """
 
     def __init__(self, weight: torch.Tensor, parts: int, s: SimpleNamespace):
@@ -94,44 +96,39 @@ class Master(nn.Module):
         return weight.to(self.dtype)
 
 
-def weights_of(model: lm.Decoder, wanted: Callable[[nn.Module, str], bool]) -> list[tuple[nn.Module, str]]:
-    """(module, name) of each parameter that is wanted."""
-    found = [(module, name) for module in model.modules() for name, _ in module.named_parameters(recurse=False)]
-    return [pair for pair in found if wanted(*pair)]
-
-
 def prepare(model: lm.Decoder, s: SimpleNamespace) -> list[dict]:
     """Put LoRA, or float32 masters, before the weights that are trained -> the parameter groups of the optimizer."""
     torch.manual_seed(s.seed)
     model.requires_grad_(False)
     dtype = model.embed_tokens.weight.dtype
     masters = []
-    for module, name in weights_of(model, lambda module, name: name not in ("router_scale", "router_bias")):
+    every = [(module, name) for module in model.modules() for name, _ in module.named_parameters(recurse=False)]
+    for module, name in every:
         weight = getattr(module, name)
-        if s.full or (s.router and name.startswith("router")):
+        if name in ("router_scale", "router_bias"):
+            weight.data = weight.data.float()
+        elif s.full or (s.router and name.startswith("router")):
             weight.data = weight.data.float()
             parametrize.register_parametrization(module, name, Master(dtype), unsafe=True)
             masters.append(module.parametrizations[name].original.requires_grad_())
-        elif name in ("gate_up_proj", "down_proj") or (isinstance(module, nn.Linear) and name == "weight" and module is not getattr(model, "lm_head", None)):
+        elif name in ("gate_up_proj", "down_proj") or (isinstance(module, lm.Linear) and name == "weight"):
             parametrize.register_parametrization(module, name, LoRA(weight, 2 if name == "gate_up_proj" else 1, s))
             masters += module.parametrizations[name][0].parameters()
-    scales = []
-    for moe in moes_of(model):
-        moe.router_scale.data, moe.router_bias.data = moe.router_scale.data.float(), moe.router_bias.data.float()
-        scales.append(moe.router_scale.requires_grad_())
+    scales = [moe.router_scale.requires_grad_() for moe in moes_of(model)]
     return [{"params": masters, "lr": s.rate}, {"params": scales, "lr": s.scale_rate}]
 
 
 @torch.no_grad()
 def merge(model: lm.Decoder):
     """Turn the model back into an ordinary one, with what was learned in its weights."""
+    model.eval()  # no dropout in what becomes the weights
     dtype = model.embed_tokens.weight.dtype
     for module in list(model.modules()):
         for name in list(getattr(module, "parametrizations", ())):
             weight = getattr(module, name).detach().clone()
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
             setattr(module, name, nn.Parameter(weight, requires_grad=False))
-    model.to(dtype).eval().requires_grad_(False)
+    model.to(dtype).requires_grad_(False)
 
 
 def moes_of(model: lm.Decoder) -> list[MoE]:
@@ -143,7 +140,8 @@ def moes_of(model: lm.Decoder) -> list[MoE]:
 
 
 def count_load(model: lm.Decoder) -> tuple[dict[MoE, torch.Tensor], list]:
-    """From now on, count how many tokens each routed expert gets -> (counts [R] of each MoE layer, hooks to remove)."""
+    """From now on, count how many tokens each routed expert gets -> (counts [R] of each MoE layer, hooks to remove). With
+    checkpointing each token counts twice, which changes no ratio."""
     counts = {moe: torch.zeros(moe.experts.routed, device=moe.router_bias.device) for moe in moes_of(model)}
 
     @torch.no_grad()
@@ -194,83 +192,98 @@ def loss_of(model: lm.Decoder, ids: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
-def finetune(model: lm.Decoder, ids: torch.Tensor, s: SimpleNamespace, state_file: Path | None = None, save_every: int = 50, resume: bool = False) -> dict:
+def fingerprint(model: lm.Decoder, ids: torch.Tensor) -> str:
+    """Of a model and a text, to tell whether a saved state is of the same run."""
+    sums = [t.sum(dtype=torch.float64).item() for t in model.state_dict().values()]
+    return hashlib.sha256(repr((sums, model.embed_tokens.weight.dtype, ids.tolist())).encode()).hexdigest()
+
+
+def finetune(model: lm.Decoder, ids: torch.Tensor, s: SimpleNamespace, state_file: Path | None = None, save_every=50, resume=False) -> dict:
     """Fine-tune the model on token ids [N], in place -> {"loss": of each step, "spread": max / mean load of each step}.
 
-    With a state_file, the state is saved every `save_every` steps, and a run can go on from it to the same weights.
-    Raises InputError if the loss is not finite.
+    With a state_file, the state is saved every `save_every` steps, and a run can go on from it to the same weights. What is
+    saved is the state before a step, once its loss is known to be finite. Raises InputError if a loss is not. However it
+    ends, the model is an ordinary one again.
     """
-    windows = lm.cut_windows(ids, s.length)
-    per_step = s.batch * s.accumulate
+    windows, per_step = lm.cut_windows(ids, s.length), s.batch * s.accumulate
     steps = s.samples // per_step
-    if not len(windows) or not steps:
-        raise InputError(f"{len(ids)} tokens and {s.samples} samples are too few for sequences of {s.length}, {per_step} per step")
-    optimizer = torch.optim.AdamW(prepare(model, s), betas=(0.9, 0.95), weight_decay=0.0)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    biases = [moe.router_bias for moe in moes_of(model)]
-    counts, hooks = count_load(model)
-    if s.checkpointing:
-        for layer in model.layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    model.train()
+    if not steps:
+        raise InputError(f"{s.samples} samples are too few for steps of {per_step}")
     order, start, log = sample_order(len(windows), s), 0, {"loss": [], "spread": []}
-    if resume:
-        start, log = load_state(state_file, s, optimizer, trained + biases)
-    bar = tqdm(range(start, steps), desc="fine-tuning", unit="step", initial=start, total=steps)
+    run, hooks = {"settings": vars(s), "of": fingerprint(model, ids)}, []
     try:
+        optimizer = torch.optim.AdamW(prepare(model, s), betas=(0.9, 0.95), weight_decay=0.0)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        tensors = trained + [moe.router_bias for moe in moes_of(model)]
+        counts, hooks = count_load(model)
+        if s.checkpointing:
+            for layer in model.layers:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        model.train()
+        if resume:
+            start, log = load_state(state_file, run, optimizer, tensors)
+        bar = tqdm(range(start, steps), desc="fine-tuning", unit="step", initial=start, total=steps)
         for step in bar:
+            random, total = random_state(), 0.0
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * rate_factor(step, steps, s)
-            total = 0.0
             for batch in order[step * per_step :][:per_step].split(s.batch):
                 loss = loss_of(model, windows[batch]) / s.accumulate
                 loss.backward()
                 total += loss.item()
-            norm = nn.utils.clip_grad_norm_(trained, s.clip)
-            if not math.isfinite(total) or not norm.isfinite():
-                kept = f"; {state_file} holds the state before" if state_file and state_file.exists() else ""
-                raise InputError(f"loss {total} and gradient norm {norm.item()} at step {step}: the rate may be too high{kept}")
+            norm = nn.utils.clip_grad_norm_(trained, s.clip).item()
+            if not math.isfinite(total) or not math.isfinite(norm):
+                raise InputError(f"step {step}: the loss is {total}, its gradient {norm}; the learning rate may be too high")
+            if state_file and step > start and step % save_every == 0:
+                save_state(state_file, run, step, log, optimizer, tensors, random)
             optimizer.step()
             optimizer.zero_grad()
             log["loss"].append(total)
             log["spread"].append(balance(counts, s.bias_step))
-            speed = f"{s.length * per_step * bar.format_dict['rate']:.0f}" if bar.format_dict["rate"] else "?"
-            bar.set_postfix_str(f"loss {total:.3f}, {speed} tokens/s, load max/mean {log['spread'][-1]:.2f}")
-            if state_file and ((step + 1) % save_every == 0 or step + 1 == steps):
-                save_state(state_file, s, step + 1, log, optimizer, trained + biases)
+            speed = s.length * per_step * (bar.format_dict["rate"] or 0)
+            bar.set_postfix_str(f"loss {total:.3f}, {speed:.0f} tokens/s, load max/mean {log['spread'][-1]:.2f}")
+        if state_file:
+            save_state(state_file, run, steps, log, optimizer, tensors, random_state())
     finally:
         for hook in hooks:
             hook.remove()
         for layer in model.layers:
             layer.__dict__.pop("forward", None)
-    merge(model)
+        merge(model)
     return log
 
 
-def save_state(file: Path, s: SimpleNamespace, step: int, log: dict, optimizer, tensors: list[torch.Tensor]):
-    state = {"settings": vars(s), "step": step, "log": log, "optimizer": optimizer.state_dict()}
-    state |= {"tensors": [t.detach() for t in tensors], "random": torch.get_rng_state()}
-    if tensors[0].is_cuda:
-        state["cuda_random"] = torch.cuda.get_rng_state()
+def random_state() -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def save_state(file: Path, run: dict, step: int, log: dict, optimizer, tensors: list[torch.Tensor], random: list):
+    """All of the file or nothing."""
+    state = {**run, "step": step, "log": log, "optimizer": optimizer.state_dict(), "random": random}
+    state["tensors"] = [t.detach() for t in tensors]
+    file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     torch.save(state, scratch)
     os.replace(scratch, file)
 
 
-def load_state(file: Path, s: SimpleNamespace, optimizer, tensors: list[torch.Tensor]) -> tuple[int, dict]:
+def load_state(file: Path, run: dict, optimizer, tensors: list[torch.Tensor]) -> tuple[int, dict]:
+    """-> the step to go on with, and the log so far."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        if state["settings"] != vars(s):
-            raise InputError(f"{file} is of a run with other settings: {state['settings']}")
-        for tensor, saved in zip(tensors, state["tensors"], strict=True):
-            tensor.data.copy_(saved)
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
-        if "cuda_random" in state:
-            torch.cuda.set_rng_state(state["cuda_random"])
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise error if isinstance(error, InputError) else InputError(f"{file} cannot be resumed from: {error}") from None
+        same = all(state[key] == run[key] for key in run)
+        if same:
+            for tensor, saved in zip(tensors, state["tensors"], strict=True):
+                tensor.data.copy_(saved)
+            optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["random"][0])
+            if state["random"][1:]:
+                torch.cuda.set_rng_state_all(state["random"][1:])
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{file} cannot be resumed from: {lm.first_line(error)}") from None
+    if not same:
+        raise InputError(f"{file} is of a run with other settings, another model or another text: {state['settings']}")
     return state["step"], state["log"]
 
 
@@ -305,11 +318,13 @@ def run(args):
     s = settings(**{name: getattr(args, name) for name in SETTINGS})
     if min(s.samples, s.length - 1, s.batch, s.accumulate, s.rank, args.save_every) < 1 or s.schedule not in ("cosine", "constant"):
         raise InputError("--samples, --batch, --accumulate, --rank and --save-every must be at least 1, --length at least 2, and --schedule cosine or constant")
-    out = Path(args.out)
+    out = Path(args.out).absolute()
     lm.check_output(out, args.force)
     state_file = out.with_name(out.name + ".state")
     if args.resume and not state_file.exists():
         raise InputError(f"there is no {state_file} to resume from")
+    if state_file.exists() and not args.resume and not args.force:
+        raise InputError(f"{state_file} is of a run that was cut off: --resume goes on with it, --force starts over")
     model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
     window = min(2048, model.config.max_position_embeddings)
     ids, eval_ids = (lm.read_ids(model, tokenizer, text, split) for text, split in ((args.text, "train"), (args.eval, "test")))
@@ -328,7 +343,7 @@ def run(args):
     print()
     for name, value in result.items():
         print(f"perplexity {name:<16}{value:>10.2f}")
-    print(f"\nwrote {out}")
+    print(f"\nwrote {args.out}")
     if args.json:
         lm.write_json(Path(args.json), vars(args) | {"perplexity": result, "log": log})
 

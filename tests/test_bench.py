@@ -10,6 +10,7 @@ from test_method import random_ffn
 
 import bench
 import ffn2moe
+import kernels
 import model as lm
 from model import Experts
 
@@ -159,6 +160,19 @@ def test_the_layers_and_peers_of_the_speed_table_compute_what_they_stand_for():
     assert torch.allclose(bench.moe_by_grouped_mm(moe, x), moe(x), atol=1e-5)
     everything = bench.random_layers(16, 64, Experts.parse("S2A6E8"), torch.empty(0))
     assert torch.allclose(everything[1](x), everything[0](x), atol=1e-5)
+
+
+def test_the_transformers_peer_runs_the_same_experts():
+    pytest.importorskip("transformers")
+    moe, x = bench.random_layers(16, 64, SPLIT, torch.empty(0))[1], torch.randn(9, 16)
+    chosen, _ = moe.route(x)
+    p = moe.scores(x).softmax(-1)
+    nothing = torch.zeros(9, 16)
+    weights = p.gather(1, chosen)
+    routed = kernels.moe_reference(nothing, x, moe.gate_up_proj, moe.down_proj, chosen, weights)
+    out = bench.transformers_layer(moe)(x[None])
+    out = out[0] if isinstance(out, tuple) else out
+    assert torch.allclose(out[0], moe.shared_expert(x) / 2 + routed, atol=1e-5)
 
 
 def test_speed_rows(tmp_path, capsys):

@@ -101,9 +101,9 @@ def test_many_tokens_for_one_large_tile():
         assert torch.allclose(run(path, arguments).double(), expected, rtol=1e-4, atol=1e-5), path
 
 
-def test_no_tokens_at_all():
-    arguments = random_layer(0, 8, 4, 3, 2)
-    assert kernels.moe(*arguments).shape == (0, 8)
+@pytest.mark.parametrize("path", [kernels.moe_reference, *PATHS], ids=lambda path: path.__name__)
+def test_no_tokens_at_all(path):
+    assert run(path, random_layer(0, 8, 4, 3, 2)).shape == (0, 8)
 
 
 @pytest.mark.parametrize("R, A", [(5, 3), (4, 1)])
@@ -117,6 +117,15 @@ def test_gradients_are_exact(R, A):
     ours, definition = (torch.autograd.grad(through(f)(*tensors).sin().sum(), tensors) for f in (kernels.moe, kernels.moe_reference))
     for a, b in zip(ours, definition):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_gradients_of_few_rows_in_float32(rows):
+    x, weight, bias = (torch.randn(*shape, device=DEVICE).requires_grad_() for shape in ((rows, 24), (64, 24), (64,)))
+    found = torch.autograd.grad(kernels.linear(x, weight, bias).sin().sum(), (x, weight, bias))
+    double = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    for a, b in zip(found, torch.autograd.grad(F.linear(*double).sin().sum(), double)):
+        assert torch.allclose(a.double(), b, atol=1e-4)
 
 
 def test_the_sorted_slots_are_those_of_each_expert():

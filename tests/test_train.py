@@ -54,6 +54,22 @@ def test_lora_starts_as_nothing_and_merges_into_what_it_was():
     assert torch.allclose(model(ids), logits, atol=1e-5)
 
 
+def test_the_merged_weights_are_those_without_dropout(monkeypatch):
+    model, ids, seen = moe_model(), text_ids(40)[None], []
+    merge = train.merge
+    monkeypatch.setattr(train, "merge", lambda model: (seen.append(model.eval()(ids)), model.train(), merge(model)))
+    train.finetune(model, text_ids(), train.settings(**SMALL | {"dropout": 0.5}))
+    assert torch.allclose(model(ids), seen[0], atol=1e-5)
+
+
+def test_a_dense_model_is_trained_as_well():
+    model = random_model(LLAMA)
+    before = weights(model)
+    log = train.finetune(model, text_ids(), train.settings(**SMALL))
+    moved = {name for name, t in weights(model).items() if not torch.equal(t, before[name])}
+    assert moved == {name for name in before if "_proj" in name} and log["spread"] == [0.0] * 6
+
+
 def test_what_is_trained():
     for changes, moved in (
         ({}, ("_proj", "router_scale", "router_bias")),
@@ -78,8 +94,9 @@ def test_loss_falls(changes):
     assert math.log(lm.perplexity(model, ids, 16)) < sum(log["loss"][:5]) / 5
 
 
+@pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("changes", [{}, {"full": True}, {"checkpointing": True, "accumulate": 2, "router": True}])
-def test_a_run_that_is_cut_off_goes_on_to_the_same_weights(changes, tmp_path, monkeypatch):
+def test_a_run_that_is_cut_off_goes_on_to_the_same_weights(changes, every, tmp_path, monkeypatch):
     s, ids, state = train.settings(**SMALL | changes), text_ids(), tmp_path / "state"
     whole = moe_model()
     expected = train.finetune(whole, ids, s)
@@ -88,19 +105,22 @@ def test_a_run_that_is_cut_off_goes_on_to_the_same_weights(changes, tmp_path, mo
     def stop(*args):
         calls.append(1)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt  # after two steps and a half
         return balance(*args)
 
     monkeypatch.setattr(train, "balance", stop)
     with pytest.raises(KeyboardInterrupt):
-        train.finetune(cut, ids, s, state, save_every=1)
+        train.finetune(cut, ids, s, state, save_every=every)
+    assert weights(cut).keys() == weights(moe_model()).keys()  # an ordinary model again
     monkeypatch.setattr(train, "balance", balance)
     torch.manual_seed(99)  # whatever happened in between
     again = moe_model()
-    assert train.finetune(again, ids, s, state, save_every=1, resume=True) == expected
+    assert train.finetune(again, ids, s, state, save_every=every, resume=True) == expected
     assert same(weights(again), weights(whole))
-    with pytest.raises(InputError, match="other settings"):
-        train.finetune(moe_model(), ids, train.settings(**SMALL | changes | {"seed": 1}), state, resume=True)
+    others = (moe_model(), ids, train.settings(**SMALL | changes | {"seed": 1})), (moe_model(), ids + 1, s), (moe_model(seed=1), ids, s)
+    for other in others:
+        with pytest.raises(InputError, match="other settings, another model or another text"):
+            train.finetune(*other, state, resume=True)
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(InputError, match="cannot be resumed"):
         train.finetune(moe_model(), ids, s, state, resume=True)
@@ -118,12 +138,20 @@ def test_checkpointing_and_accumulation_change_nothing_but_memory():
             assert torch.allclose(t, other[name], atol=1e-4), name
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(tmp_path):
-    state, model = tmp_path / "state", moe_model()
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, monkeypatch):
+    s, ids, state = train.settings(**SMALL), text_ids(), tmp_path / "state"
+    whole = moe_model()
+    expected = train.finetune(whole, ids, s)
+    calls, loss_of = [], train.loss_of
+    monkeypatch.setattr(train, "loss_of", lambda *a: calls.append(1) or loss_of(*a) * (torch.inf if len(calls) > 3 else 1))
+    with pytest.raises(InputError, match="step 3: the loss is inf"):
+        train.finetune(moe_model(), ids, s, state, save_every=1)
+    assert torch.load(state, weights_only=True)["step"] == 2
+    monkeypatch.setattr(train, "loss_of", loss_of)
+    again = moe_model()
+    assert train.finetune(again, ids, s, state, resume=True) == expected and same(weights(again), weights(whole))
     with pytest.raises(InputError, match="rate may be too high"):
-        train.finetune(model, text_ids(), train.settings(**SMALL | {"rate": 1e30, "warmup": 0.0, "clip": 1e30}), state, save_every=1)
-    saved = torch.load(state, weights_only=True)
-    assert all(math.isfinite(loss) for loss in saved["log"]["loss"])
+        train.finetune(moe_model(), ids, train.settings(**SMALL | {"rate": 1e30, "warmup": 0.0, "clip": 1e30}))
 
 
 def test_float32_masters_add_up_what_bfloat16_would_lose():
@@ -179,6 +207,9 @@ def test_command_line(checkpoint, text, tmp_path, capsys):
     assert lm.perplexity(tuned, torch.tensor(tokenizer.encode(text.read_text()).ids)[:256], 128) == pytest.approx(found["perplexity"]["after"], rel=1e-5)
     assert not (tmp_path / "tuned.state").exists() and tuned.layers[1].mlp.router_scale.any()
     capsys.readouterr()
-    assert train.main([*argv, "--resume", "--force"]) == 2 and "no " in capsys.readouterr().err
+    assert train.main([*argv, "--resume", "--force"]) == 2 and "to resume from" in capsys.readouterr().err
+    (tmp_path / "fresh.state").write_text("of a run that was cut off")
+    assert train.main([*argv, "--out", str(tmp_path / "fresh")]) == 2 and "--resume goes on" in capsys.readouterr().err
+    assert train.main([*argv, "--out", str(tmp_path / "fresh"), "--resume"]) == 2 and "cannot be resumed" in capsys.readouterr().err
     assert train.main([*argv, "--force", "--schedule", "linear"]) == 2
     assert train.main([*argv]) == 2 and "not empty" in capsys.readouterr().err
