@@ -33,6 +33,7 @@ from tqdm import tqdm
 import ffn2moe
 import kernels
 import model as lm
+import train
 from ffn2moe import joint_layer, joint_moe, joint_partition, paper_layer, refit_moe
 from model import FFN, Experts, InputError, MoE
 
@@ -251,6 +252,13 @@ def quality(args):
     print(table)
 
 
+def replace_by_row(model: lm.Decoder, row: Row, windows: torch.Tensor, title: str):
+    """Convert the model as the row says, in place."""
+    split = Experts.parse(row.experts)
+    replace = lambda i, ffn, x: ffn if i < row.first_dense else row.layer(ffn, x, split)
+    ffn2moe.replace_ffns(model, windows, replace, partial(tqdm, desc=f"{title}: convert", unit="layer"))
+
+
 def measure_rows(args, rows: list[Row], done: dict, file: Path):
     """Convert and evaluate once for each row; add the results to `done` and write it to the file after each."""
     model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
@@ -274,8 +282,7 @@ def measure_rows(args, rows: list[Row], done: dict, file: Path):
         if row.layer:
             if len(windows) < row.calib_windows:
                 print(f"warning: {args.calib} has {len(windows)} calibration windows, not {row.calib_windows}", file=sys.stderr)
-            replace = lambda i, ffn, x, row=row, split=split: ffn if i < row.first_dense else row.layer(ffn, x, split)
-            ffn2moe.replace_ffns(model, windows, replace, partial(tqdm, desc=f"{title}: convert", unit="layer"))
+            replace_by_row(model, row, windows, title)
         seconds = time.perf_counter() - start
         if isinstance(model.layers[-1].mlp, Oracle):  # it computes everything; what it stands for is this
             sparse = (split.shared + split.active) / split.total
@@ -664,6 +671,89 @@ def plot_speed(rows: list[dict], file: Path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# 3. Fine-tuning
+
+
+def finetune_rows() -> list[tuple[str, Row, dict]]:
+    """(name, how to convert, settings of train.py that differ): the methods at three sizes, then ablations at one.
+
+    The dense model has the same fine-tune: the text teaches it something too.
+    """
+    rows = {(row.name, row.percent): row for row in quality_rows()}
+    names = ["paper", "static pruning, refit", "joint"]
+    table = [("dense", rows["dense", 100], {})]
+    table += [(name, rows[name, percent], {}) for percent in (75, 50, 25) for name in names]
+    joint = rows["joint", 50]
+    blank = joint._replace(layer=blank_router_layer)
+    return table + [
+        ("paper, no shared expert", rows["paper, no shared expert", 50], {}),
+        ("joint, no balancing", joint, {"bias_step": 0.0}),
+        ("joint, router trained too", joint, {"router": True}),
+        ("joint, router learned from nothing", blank, {"router": True}),
+    ]
+
+
+def blank_router_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> MoE:
+    """The joint method's experts under a router that has everything to learn."""
+    moe, _ = joint_layer(ffn, x, experts)
+    moe.router_weight.normal_(generator=torch.Generator().manual_seed(0)).div_(len(x[0]) ** 0.5)
+    moe.router_intercept.zero_()
+    return moe
+
+
+def finetune(args):
+    file, s = Path(args.json), train.settings(samples=args.samples, length=args.length, rate=args.rate, seed=args.seed)
+    settings = {"model": args.model or Path(lm.WHEEL_MEMBER).name, "dtype": args.dtype, "device": args.device}
+    settings |= {"text": Path(args.text).stem, "eval": Path(args.eval).stem, "eval_tokens": args.eval_tokens, **vars(s)}
+    done = read_json(file) or {"settings": settings, "rows": []}
+    if done["settings"] != settings:
+        raise InputError(f"{file} was made with other settings, {done['settings']}: choose another --json")
+    rows = [row for row in finetune_rows() if args.only is None or row[0] in args.only]
+    for n, (name, row, changes) in enumerate(rows):
+        key = {"name": name, "percent": row.percent, "experts": row.experts, "first_dense": row.first_dense, **changes}
+        if key in [r["key"] for r in done["rows"]]:
+            continue
+        title = f"{n + 1}/{len(rows)} {name}, {row.percent} %"
+        model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
+        ids, eval_ids = (lm.read_ids(model, tokenizer, text, split) for text, split in ((args.text, "train"), (args.eval, "test")))
+        window = min(2048, model.config.max_position_embeddings)
+        if args.eval == HELD_BACK:
+            ids, eval_ids = ids[: -10 * window], ids[-8 * window :]
+        dense_ffn = lm.active_parameters(model)[0]
+        if row.layer:
+            calib = lm.cut_windows(ids, window)
+            replace_by_row(model, row, ffn2moe.draw(calib, len(calib), args.seed)[: row.calib_windows], title)
+        bar = partial(tqdm, desc=f"{title}: evaluate", unit="window")
+        measure = partial(lm.perplexity, model, eval_ids[: args.eval_tokens or None], window, bar)
+        result = {"key": key, "active_ffn": lm.active_parameters(model)[0] / dense_ffn, "before": measure()}
+        start = time.perf_counter()
+        log = train.finetune(model, ids, train.settings(**vars(s) | changes))
+        result |= {"seconds": time.perf_counter() - start, "after": measure()}
+        last = len(log["loss"]) // 10 + 1
+        result |= {"loss": [float(np.mean(log["loss"][:last])), float(np.mean(log["loss"][-last:]))]}
+        result |= {"spread": [float(np.mean(log["spread"][:last])), float(np.mean(log["spread"][-last:]))]}
+        done["rows"] = [r for r in done["rows"] if (r["key"]["name"], r["key"]["percent"]) != (name, row.percent)] + [result]
+        lm.write_json(file, done)
+        print(f"{title}: {result['before']:.2f} -> {result['after']:.2f}", flush=True)
+    table = finetune_table(done)
+    file.with_suffix(".md").write_text(table, encoding="utf-8")
+    print(table)
+
+
+def finetune_table(done: dict) -> str:
+    """Markdown: perplexity before and after, and after as a multiple of the dense model's after the same fine-tune."""
+    results = {(r["key"]["name"], r["key"]["percent"]): r for r in done["rows"]}
+    dense, lines = results.get(("dense", 100)), []
+    for name, row, _ in finetune_rows():
+        r = results.get((name, row.percent))
+        if r:
+            cells = [name, "" if r is dense else row.experts, f"{r['active_ffn']:.1%}", f"{r['before']:.2f}", f"{r['after']:.2f}"]
+            cells.append(f"{r['after'] / dense['after']:.2f}" if dense else "")
+            lines.append([*cells, "" if r is dense or not r["spread"][0] else f"{r['spread'][0]:.2f} → {r['spread'][1]:.2f}"])
+    return markdown(["", "split", "active FFN", "before", "after", "after / dense", "load, max / mean"], lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
@@ -702,12 +792,26 @@ def parse_args(argv):
     add("--turns", type=int, default=9, help="of which the median is taken (%(default)s)")
     add("--json", metavar="FILE", help="write the rows, beside those of other runs; a table beside it")
     add("--plot", metavar="FILE", help="draw speedup against active share, a PNG")
+
+    add = commands.add_parser("finetune", help="perplexity before and after the fine-tune of train.py, the dense model's too").add_argument
+    add("--model", metavar="SOURCE", help="as for ffn2moe.py")
+    add("--text", default="manual", help=f"for calibration and fine-tuning: {text} (%(default)s)")
+    add("--eval", default="manual", metavar="TEXT", help=f"evaluation text, or {HELD_BACK} (%(default)s)")
+    add("--eval-tokens", type=int, default=0, metavar="N", help="first N tokens of it; 0: all (%(default)s)")
+    add("--only", nargs="+", metavar="ROW", help="only the rows of these names")
+    for name in ("samples", "length", "rate"):
+        default, what = train.SETTINGS[name]
+        add("--" + name, type=type(default), default=default, help=f"{what} (%(default)s)")
+    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="(%(default)s)")
+    add("--device", default=device, help="(here: %(default)s)")
+    add("--seed", type=int, default=0, help="(%(default)s)")
+    add("--json", default="results/finetune.json", metavar="FILE", help="raw results; a table beside it (%(default)s)")
     return parser.parse_args(argv)
 
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    return lm.run_command("bench", lambda: {"quality": quality, "speed": speed}[args.command](args))
+    return lm.run_command("bench", lambda: {"quality": quality, "speed": speed, "finetune": finetune}[args.command](args))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from conftest import LLAMA, random_model
+from conftest import LLAMA, random_model, write_checkpoint
 from test_method import random_ffn
 
 import bench
@@ -210,3 +210,28 @@ def test_functions_run_in_turns():
     functions = {name: lambda name=name: called.append(name) or time.sleep(0.03) for name in "ab"}
     times = bench.interleave(functions, "cpu", turns=3)
     assert called == ["a", "b"] + ["a", "b"] + ["a", "b"] * 3 and all(t.shape == (3,) and (t > 29).all() for t in times.values())
+
+
+# --- Fine-tuning
+
+
+def test_finetune_rows(tokenizer, text, tmp_path, capsys):
+    raw = LLAMA | {"num_hidden_layers": 5}  # of which the joint method leaves 3 alone
+    checkpoint, file = write_checkpoint(tmp_path / "five", random_model(raw), tokenizer, raw), tmp_path / "finetune.json"
+    argv = ["finetune", "--model", str(checkpoint), "--text", str(text), "--eval", str(text), "--dtype", "float32", "--json", str(file)]
+    argv += ["--samples", "80", "--length", "32", "--rate", "0.01", "--eval-tokens", "512"]
+    argv += ["--only", "dense", "joint", "joint, no balancing", "joint, router learned from nothing"]
+    assert bench.main(argv) == 0
+    rows = {(r["key"]["name"], r["key"]["percent"]): r for r in json.loads(file.read_text())["rows"]}
+    assert len(rows) == 6
+    for r in rows.values():
+        assert r["after"] < r["before"] and r["loss"][1] < r["loss"][0]
+    joint, blank = rows["joint", 50], rows["joint, router learned from nothing", 50]
+    assert joint["before"] == rows["joint, no balancing", 50]["before"] != blank["before"] and joint["active_ffn"] == blank["active_ffn"]
+    dense, tokenizer = lm.load_model(checkpoint)
+    ids = torch.tensor(tokenizer.encode(text.read_text()).ids)[:512]
+    assert rows["dense", 100]["before"] == pytest.approx(lm.perplexity(dense, ids, 128), rel=1e-6)
+    capsys.readouterr()
+    before = file.read_text()
+    assert bench.main(argv) == 0 and file.read_text() == before  # nothing is done again
+    assert f"{joint['after'] / rows['dense', 100]['after']:.2f}" in capsys.readouterr().out
