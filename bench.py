@@ -58,10 +58,14 @@ def static_layer(ffn: FFN, x: torch.Tensor, experts: Experts, refit: bool) -> FF
         bin_of = torch.ones_like(down[0], dtype=torch.long).index_fill_(0, keep, 0)
         always = lambda block: torch.tensor([1.0, 0.0], device=x.device).expand(len(block), 2)
         down = ffn2moe.refit_down(ffn, x, always, bin_of).to(down)
-    small = FFN(ffn.gate_proj.shape[1], width).to(x).requires_grad_(False)
-    small.gate_proj.copy_(ffn.gate_proj[keep])
-    small.up_proj.copy_(ffn.up_proj[keep])
-    small.down_proj.copy_(down[:, keep])
+    return narrow_ffn(ffn, keep, down[:, keep])
+
+
+def narrow_ffn(ffn: FFN, keep: torch.Tensor, down: torch.Tensor) -> FFN:
+    """The FFN of the neurons `keep` [n] alone, with down [D, n]."""
+    small = FFN(ffn.gate_proj.shape[1], len(keep)).to(down).requires_grad_(False)
+    small.gate_up_proj.copy_(torch.cat([ffn.gate_proj[keep], ffn.up_proj[keep]]))
+    small.down_proj.copy_(down)
     return small
 
 
@@ -439,10 +443,7 @@ def random_layers(hidden_size: int, intermediate_size: int, experts: Experts, li
     weight = torch.randn(experts.routed, hidden_size).to(like)
     moe = ffn2moe.build_moe(ffn, partition, experts, {"router_weight": weight, "router_intercept": weight.new_zeros(len(weight))})
     width = (experts.shared + experts.active) * m
-    static = FFN(hidden_size, width).to(like).requires_grad_(False)
-    static.gate_proj.copy_(ffn.gate_proj[:width])
-    static.up_proj.copy_(ffn.up_proj[:width])
-    static.down_proj.copy_(ffn.down_proj[:, :width])
+    static = narrow_ffn(ffn, neurons[:width], ffn.down_proj[:, :width])
     return ffn, moe, static
 
 
