@@ -7,6 +7,7 @@
                above it are the controls that ffn2moe.py has no use for. Raw results go to a JSON file after each row,
                and a run that is cut off goes on from there; table and plot are made from that file.
 2. `speed`     FFN layers alone, and the whole model in prefill and decode, in turns with the dense one.
+3. `finetune`  The same fine-tune (train.py) after each way to convert, and of the dense model.
 """
 
 import argparse
@@ -234,18 +235,28 @@ def read_json(file: Path):
         raise InputError(f"{file} is not a JSON file that this program wrote; delete it to start over") from None
 
 
+def read_results(file: Path, settings: dict) -> dict:
+    """The rows that an earlier run with the same settings left in the file, or none yet."""
+    done = read_json(file) or {"settings": settings, "rows": []}
+    if done["settings"] != settings:
+        raise InputError(f"{file} was made with other settings, {done['settings']}: choose another --json")
+    return done
+
+
+def check_only(only: list[str] | None, names: set[str]):
+    if only and set(only) - names:
+        raise InputError(f"--only: no such row; there are {sorted(names)}")
+
+
 def quality(args):
     rows = [row for row in quality_rows() if args.only is None or row.name in args.only]
-    if args.only and set(args.only) - {row.name for row in rows}:
-        raise InputError(f"--only: no such row; there are {sorted({row.name for row in quality_rows()})}")
+    check_only(args.only, {row.name for row in quality_rows()})
     file, names = Path(args.json), [Path(text).stem for text in args.eval]
     if len(set(names)) < len(names):
         raise InputError("two evaluation texts have the same name")
     settings = {"model": args.model or Path(lm.WHEEL_MEMBER).name, "dtype": args.dtype, "device": args.device, "seed": args.seed}
     settings |= {"calib": Path(args.calib).stem, "eval": names, "first_tokens": args.eval_tokens, "window": args.window}
-    done = read_json(file) or {"settings": settings, "rows": []}
-    if done["settings"] != settings:
-        raise InputError(f"{file} was made with other settings, {done['settings']}: choose another --json")
+    done = read_results(file, settings)
     keys = [r["key"] for r in done["rows"]]
     pending = [row for row in rows if row.key(names, args.whole) not in keys]
     if pending:
@@ -706,10 +717,9 @@ def finetune(args):
     file, s = Path(args.json), train.settings(samples=args.samples, length=args.length, rate=args.rate, seed=args.seed)
     settings = {"model": args.model or Path(lm.WHEEL_MEMBER).name, "dtype": args.dtype, "device": args.device}
     settings |= {"text": Path(args.text).stem, "eval": Path(args.eval).stem, "eval_tokens": args.eval_tokens, **vars(s)}
-    done = read_json(file) or {"settings": settings, "rows": []}
-    if done["settings"] != settings:
-        raise InputError(f"{file} was made with other settings, {done['settings']}: choose another --json")
+    done = read_results(file, settings)
     rows = [row for row in finetune_rows() if args.only is None or row[0] in args.only]
+    check_only(args.only, {name for name, _, _ in finetune_rows()})
     for n, (name, row, changes) in enumerate(rows):
         key = {"name": name, "percent": row.percent, "experts": row.experts, "first_dense": row.first_dense, **changes}
         if key in [r["key"] for r in done["rows"]]:
