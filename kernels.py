@@ -108,12 +108,29 @@ def sort_by_expert(chosen: torch.Tensor, num_routed: int) -> tuple[torch.Tensor,
     return flat.argsort(stable=True), counts
 
 
+def rows_by_expert(chosen: torch.Tensor, num_routed: int, dtype: torch.dtype):
+    """The rows of x that the experts run on, one expert after another: chosen [T, A] -> the token of each row, the number
+    of rows of each expert (a list), and the row of each slot [T, A].
+
+    For each number of rows that it has not met, oneDNN compiles a product, which takes as long as the product itself. It
+    does the ones of two bytes, whose numbers of rows are therefore rounded up.
+    """
+    slots, counts = sort_by_expert(chosen, num_routed)
+    unit = 16 if dtype.itemsize == 2 else 1
+    padded = torch.where(counts > FEW, (counts + unit - 1) // unit * unit, counts)
+    ahead = (padded - counts).cumsum(0) - (padded - counts)  # padding before each expert's rows
+    place = torch.arange(len(slots), device=slots.device) + ahead.repeat_interleave(counts)  # of each sorted slot
+    padded = padded.tolist()
+    tokens = slots.new_zeros(sum(padded)).scatter_(0, place, slots // chosen.shape[1])  # token 0 is the padding
+    return tokens, padded, torch.empty_like(slots).scatter_(0, slots, place).view_as(chosen)
+
+
 def moe_grouped(y, x, gate_up, down, chosen, weights):
-    slots, counts = sort_by_expert(chosen, len(down))
-    tokens = slots // chosen.shape[1]
-    rows = x.index_select(0, tokens).split(counts.tolist())
+    tokens, counts, row = rows_by_expert(chosen, len(down), x.dtype)
+    rows = x.index_select(0, tokens).split(counts)
     out = torch.cat([ffn(*expert) for expert in zip(rows, gate_up, down)])
-    return y.index_add(0, tokens, out * weights.flatten()[slots, None])
+    out = out.index_select(0, row.flatten()).view(*chosen.shape, x.shape[1])  # [T, A, D]
+    return y + (out * weights[..., None]).sum(dim=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -123,28 +140,18 @@ def moe_grouped(y, x, gate_up, down, chosen, weights):
 # when it runs, and are still in the cache when it needs them again; its output goes straight to its place; and one pass
 # (embedding_bag: a weighted sum of A rows of a table) brings the outputs back to the order of the tokens. PyTorch's
 # grouped_mm (bench.py has it as a peer) would be one call for all experts, but on large ones it is some percent slower.
-#
-# For each number of rows that it has not met, oneDNN compiles a product, which takes as long as the product itself. It
-# does the bfloat16 ones, whose numbers of rows are therefore rounded up.
 
 
 def moe_cpu(y, x, gate_up, down, chosen, weights):
-    slots, counts = sort_by_expert(chosen, len(down))
-    unit = 1 if x.dtype == torch.float32 else 16
-    padded = torch.where(counts > FEW, (counts + unit - 1) // unit * unit, counts)
-    ahead = (padded - counts).cumsum(0) - (padded - counts)  # padding before each expert's rows
-    place = torch.arange(len(slots)) + ahead.repeat_interleave(counts)  # of each sorted slot
-    padded = padded.tolist()
-    tokens = slots.new_zeros(sum(padded)).scatter_(0, place, slots // chosen.shape[1])  # token 0 is the padding
+    tokens, counts, row = rows_by_expert(chosen, len(down), x.dtype)
     out = x.new_empty(len(tokens), x.shape[1])
-    for mine, part, w_gate_up, w_down in zip(tokens.split(padded), out.split(padded), gate_up, down):
+    for mine, part, w_gate_up, w_down in zip(tokens.split(counts), out.split(counts), gate_up, down):
         h = gated(linear(x.index_select(0, mine), w_gate_up))
         if len(mine) > FEW:
             torch.mm(h, w_down.T, out=part)
         else:
             part.copy_(linear(h, w_down))
-    rank = torch.empty_like(slots).scatter_(0, slots, place)
-    return y.add_(F.embedding_bag(rank.view_as(chosen), out, mode="sum", per_sample_weights=weights))
+    return y.add_(F.embedding_bag(row, out, mode="sum", per_sample_weights=weights))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -38,8 +38,8 @@ from model import InputError, MoE
 # Settings, each a flag of the command line
 SETTINGS = {
     "samples": (2048, "sequences in all; a text that is shorter is gone through again"),
-    "length": (256, "tokens per sequence"),
-    "batch": (8, "sequences at a time"),
+    "length": (128, "tokens per sequence"),
+    "batch": (16, "sequences at a time"),
     "accumulate": (1, "batches per step"),
     "rate": (3e-4, "learning rate of LoRA, or of all weights"),
     "scale_rate": (1e-3, "learning rate of the gate scale u"),
@@ -186,10 +186,19 @@ def sample_order(num_windows: int, s: SimpleNamespace) -> torch.Tensor:
     return torch.cat([torch.randperm(num_windows, generator=random) for _ in range(-(-s.samples // num_windows))])[: s.samples]
 
 
-def loss_of(model: lm.Decoder, ids: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of each next token. ids [B, T]."""
-    logits = model(ids)[:, :-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+def backward(model: lm.Decoder, ids: torch.Tensor, scale: float = 1.0) -> float:
+    """Add up the gradients of scale * loss, the mean cross-entropy of each next token -> scale * loss. ids [B, T].
+
+    Logits are made and given up in blocks of tokens: all of them would be larger than everything else together.
+    """
+    x, targets = model.hidden_states(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    blocks, total = [block.detach().requires_grad_() for block in x.split(128)], 0.0
+    for block, target in zip(blocks, targets.split(128)):
+        loss = F.cross_entropy(model.logits(block).float(), target, reduction="sum") * (scale / len(targets))
+        loss.backward()
+        total += loss.item()
+    x.backward(torch.cat([block.grad for block in blocks]))
+    return total
 
 
 def fingerprint(model: lm.Decoder, ids: torch.Tensor) -> str:
@@ -229,9 +238,7 @@ def finetune(model: lm.Decoder, ids: torch.Tensor, s: SimpleNamespace, state_fil
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * rate_factor(step, steps, s)
             for batch in order[step * per_step :][:per_step].split(s.batch):
-                loss = loss_of(model, windows[batch]) / s.accumulate
-                loss.backward()
-                total += loss.item()
+                total += backward(model, windows[batch], 1 / s.accumulate)
             norm = nn.utils.clip_grad_norm_(trained, s.clip).item()
             if not math.isfinite(total) or not math.isfinite(norm):
                 raise InputError(f"step {step}: the loss is {total}, its gradient {norm}; the learning rate may be too high")

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import LLAMA, random_model
 
 import ffn2moe
@@ -138,16 +139,26 @@ def test_checkpointing_and_accumulation_change_nothing_but_memory():
             assert torch.allclose(t, other[name], atol=1e-4), name
 
 
+def test_the_loss_in_blocks_has_the_gradients_of_the_whole():
+    ids = text_ids()[:400].view(4, 100)  # 396 predictions: three blocks and a rest
+    model, plain = moe_model(torch.float64).requires_grad_(True), moe_model(torch.float64).requires_grad_(True)
+    loss = F.cross_entropy(plain(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    (loss / 3).backward()
+    assert train.backward(model, ids, 1 / 3) == pytest.approx(loss.item() / 3, rel=1e-6)
+    for (name, p), (_, q) in zip(model.named_parameters(), plain.named_parameters()):
+        assert (p.grad is None and q.grad is None) or torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-8), name
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, monkeypatch):
     s, ids, state = train.settings(**SMALL), text_ids(), tmp_path / "state"
     whole = moe_model()
     expected = train.finetune(whole, ids, s)
-    calls, loss_of = [], train.loss_of
-    monkeypatch.setattr(train, "loss_of", lambda *a: calls.append(1) or loss_of(*a) * (torch.inf if len(calls) > 3 else 1))
+    calls, backward = [], train.backward
+    monkeypatch.setattr(train, "backward", lambda *a: calls.append(1) or backward(*a) * (torch.inf if len(calls) > 3 else 1))
     with pytest.raises(InputError, match="step 3: the loss is inf"):
         train.finetune(moe_model(), ids, s, state, save_every=1)
     assert torch.load(state, weights_only=True)["step"] == 2
-    monkeypatch.setattr(train, "loss_of", loss_of)
+    monkeypatch.setattr(train, "backward", backward)
     again = moe_model()
     assert train.finetune(again, ids, s, state, resume=True) == expected and same(weights(again), weights(whole))
     with pytest.raises(InputError, match="rate may be too high"):
