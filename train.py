@@ -43,7 +43,7 @@ SETTINGS = {
     "accumulate": (1, "batches per step"),
     "rate": (3e-4, "learning rate of LoRA, or of all weights"),
     "scale_rate": (1e-3, "learning rate of the gate scale u"),
-    "bias_step": (1e-3, "by which the selection bias b moves after a step; 0: no balancing"),
+    "bias_step": (0.02, "by which the selection bias b moves after a step, in standard deviations of p; 0: no balancing"),
     "warmup": (0.05, "share of the steps in which the rates rise"),
     "schedule": ("cosine", "of the rates after that: cosine, to a tenth, or constant"),
     "clip": (1.0, "norm that gradients are cut down to"),
@@ -132,37 +132,53 @@ def merge(model: lm.Decoder):
 
 
 def moes_of(model: lm.Decoder) -> list[MoE]:
-    return [layer.mlp for layer in model.layers if isinstance(layer.mlp, MoE)]
+    return [module for module in model.modules() if isinstance(module, MoE)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Balance without an auxiliary loss
 
 
-def count_load(model: lm.Decoder) -> tuple[dict[MoE, torch.Tensor], list]:
-    """From now on, count how many tokens each routed expert gets -> (counts [R] of each MoE layer, hooks to remove). With
-    checkpointing each token counts twice, which changes no ratio."""
-    counts = {moe: torch.zeros(moe.experts.routed, device=moe.router_bias.device) for moe in moes_of(model)}
+class Load:
+    """What an MoE layer's router did since the last `balance`: tokens per routed expert [R], and how far apart its p are."""
+
+    def __init__(self, moe: MoE):
+        self.counts, self.squares = torch.zeros(len(moe.spec.experts), device=moe.router_bias.device), 0.0
 
     @torch.no_grad()
-    def count(moe, inputs):
-        chosen, _ = moe.route(inputs[0].flatten(0, -2))
-        counts[moe] += chosen.flatten().bincount(minlength=moe.experts.routed)
+    def __call__(self, moe, inputs):  # a forward hook; with checkpointing it counts twice, which changes no ratio
+        x, R = inputs[0].flatten(0, -2), len(self.counts)
+        self.counts += moe.route(x)[0].flatten().bincount(minlength=R)
+        p = moe.scores(x).softmax(dim=-1, dtype=torch.float32)
+        self.squares += (p - 1 / R).square().sum() * moe.spec.active / R
 
-    return counts, [moe.register_forward_pre_hook(count) for moe in counts]
+    def deviation(self):
+        """The standard deviation of p."""
+        return (self.squares / self.counts.sum()).sqrt()
+
+
+def watch_load(model: lm.Decoder) -> tuple[dict[MoE, Load], list]:
+    """-> what each MoE layer's router does from now on, and hooks to remove."""
+    loads = {moe: Load(moe) for moe in moes_of(model)}
+    return loads, [moe.register_forward_pre_hook(load) for moe, load in loads.items()]
 
 
 @torch.no_grad()
-def balance(counts: dict[MoE, torch.Tensor], step: float) -> float:
+def balance(loads: dict[MoE, Load], step: float) -> float:
     """b_e -= step for experts with more tokens than the mean, += step for those with fewer; counts start again.
 
+    The step is in standard deviations of p, since those of a router may be far apart or close together (the paper's is 1e-3).
     Returns the largest load over the mean load, averaged over layers: 1 is perfect balance.
     """
     spread = 0.0
-    for moe, count in counts.items():
-        moe.router_bias -= step * (count - count.mean()).sign()
-        spread += (count.max() / count.mean()).item() / len(counts)
-        count.zero_()
+    for moe, load in loads.items():
+        counts = load.counts
+        if not counts.any():  # an expert's own router, and no token came
+            continue
+        moe.router_bias -= step * load.deviation() * (counts - counts.mean()).sign()
+        spread += (counts.max() / counts.mean()).item() / len(loads)
+        counts.zero_()
+        load.squares = 0.0
     return spread
 
 
@@ -225,7 +241,7 @@ def finetune(model: lm.Decoder, ids: torch.Tensor, s: SimpleNamespace, state_fil
         rates = [group["lr"] for group in optimizer.param_groups]
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         tensors = trained + [moe.router_bias for moe in moes_of(model)]
-        counts, hooks = count_load(model)
+        loads, hooks = watch_load(model)
         if s.checkpointing:
             for layer in model.layers:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -247,7 +263,7 @@ def finetune(model: lm.Decoder, ids: torch.Tensor, s: SimpleNamespace, state_fil
             optimizer.step()
             optimizer.zero_grad()
             log["loss"].append(total)
-            log["spread"].append(balance(counts, s.bias_step))
+            log["spread"].append(balance(loads, s.bias_step))
             speed = s.length * per_step * (bar.format_dict["rate"] or 0)
             bar.set_postfix_str(f"loss {total:.3f}, {speed:.0f} tokens/s, load max/mean {log['spread'][-1]:.2f}")
         if state_file:
@@ -309,6 +325,7 @@ def parse_args(argv):
     add("--eval", default="manual", metavar="TEXT", help="evaluation text (%(default)s)")
     add("--eval-tokens", type=int, default=10 * 2048, metavar="N", help="first N of them; 0: all (%(default)s)")
     add("--out", metavar="DIR", default="tuned", help="where to write the checkpoint (%(default)s)")
+    add("--format", choices=["standard", "native"], help="of --out: Qwen2-MoE, if possible, or our own")
     add("--force", action="store_true", help="replace the checkpoint in an --out that is not empty")
     add("--save-every", type=int, default=50, metavar="N", help="steps between saves of the state, to OUT.state (%(default)s)")
     add("--resume", action="store_true", help="go on from OUT.state")
@@ -333,6 +350,8 @@ def run(args):
     if state_file.exists() and not args.resume and not args.force:
         raise InputError(f"{state_file} is of a run that was cut off: --resume goes on with it, --force starts over")
     model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
+    if args.format == "standard" and (s.scale_rate or s.bias_step):
+        raise InputError("--format standard has no place for gate scales and selection biases: add --scale-rate 0 --bias-step 0")
     window = min(2048, model.config.max_position_embeddings)
     ids, eval_ids = (lm.read_ids(model, tokenizer, text, split) for text, split in ((args.text, "train"), (args.eval, "test")))
     eval_ids = lm.cut_windows(eval_ids[: args.eval_tokens or None], window).flatten()
@@ -344,6 +363,7 @@ def run(args):
         ffn2moe.convert(model, calib, progress=partial(tqdm, desc="converting", unit="layer"))
     result["before"] = measure("before")
     log = finetune(model, ids, s, state_file, args.save_every, args.resume)
+    model = lm.in_format(model, args.format)
     lm.save_model(model, tokenizer, out, args.force)
     state_file.unlink(missing_ok=True)
     result["after"] = measure("after")

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 sys.path.insert(0, str(Path(__file__).parent.parent))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels.py, where triton is installed
+import ffn2moe
 import model as lm
 
 torch.set_num_threads(1)  # the tensors are tiny
@@ -39,6 +40,17 @@ CONFIGS = {
     "qwen2": LLAMA | {"model_type": "qwen2", "rope_theta": 1e6, "tie_word_embeddings": True},
     "qwen3": LLAMA | {"model_type": "qwen3", "head_dim": 12},
 }
+MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None}
+QWEN_MOE = LLAMA | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
+QWEN2_MOE = QWEN_MOE | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 40}
+QWEN3_MOE = QWEN_MOE | {"model_type": "qwen3_moe", "head_dim": 12}
+MOES = {
+    "mixtral": MIXTRAL,
+    "qwen2_moe": QWEN2_MOE | {"decoder_sparse_step": 2},
+    "qwen2_moe, renormalised": QWEN2_MOE | {"norm_topk_prob": True, "mlp_only_layers": [0]},
+    "qwen3_moe": QWEN3_MOE,
+    "qwen3_moe, renormalised": QWEN3_MOE | {"norm_topk_prob": True, "mlp_only_layers": [1]},
+}
 
 
 def random_model(raw: dict, seed=0, dtype=torch.float32) -> lm.Decoder:
@@ -47,20 +59,36 @@ def random_model(raw: dict, seed=0, dtype=torch.float32) -> lm.Decoder:
     random = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=random)
+        if name.endswith(("router_scale", "router_bias")):
+            continue  # other models have none
         p.data = 1 + 0.3 * noise if "norm" in name else 0.3 * noise if p.dim() == 1 else noise * 1.5 / p.shape[-1] ** 0.5
     return model.to(dtype).eval().requires_grad_(False)
 
 
 def checkpoint_tensors(model: lm.Decoder) -> dict[str, torch.Tensor]:
-    """The parameters of a dense model by the names that Hugging Face gives them; gate and up are views of one parameter."""
-    tensors = {}
+    """The parameters of a model that is not ours by the names that Hugging Face gives them; many are views of one parameter."""
+    tensors, mixtral = {}, model.config.raw["model_type"] == "mixtral"
     for name, t in model.state_dict().items():
-        if name.endswith("mlp.gate_up_proj"):
-            stem, q = name.removesuffix("gate_up_proj"), model.config.intermediate_size
-            tensors |= {stem + "gate_proj.weight": t[:q], stem + "up_proj.weight": t[q:]}
-        else:
-            tensors[name + ".weight" if name.endswith("mlp.down_proj") else name] = t
+        stem, _, last = name.rpartition(".")
+        stem = stem.replace(".mlp", ".block_sparse_moe") if mixtral else stem
+        gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+        experts = [(f"{stem}.experts.{e}", w) for e, w in enumerate(t)] if t.dim() == 3 else [(stem, t)]
+        if last == "gate_up_proj":
+            for expert, w in experts:
+                tensors |= {f"{expert}.{gate}.weight": w[: len(w) // 2], f"{expert}.{up}.weight": w[len(w) // 2 :]}
+        elif last == "down_proj":
+            tensors |= {f"{expert}.{down}.weight": w for expert, w in experts}
+        elif last == "router_weight":
+            tensors[f"{stem}.gate.weight"] = t
+        elif last not in ("router_scale", "router_bias"):
+            tensors[name + ".weight" * (last == "shared_expert_gate")] = t
     return tensors
+
+
+@pytest.fixture
+def even_weights(monkeypatch):
+    """The joint method's experts all run with weight 1 / A, whatever their scores."""
+    monkeypatch.setattr(ffn2moe, "ROUTER_SCALE", 1e-7)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ from test_method import random_ffn
 
 import bench
 import ffn2moe
-import kernels
 import model as lm
 from model import Experts
 
@@ -49,7 +48,7 @@ def test_static_pruning_keeps_what_contributes_most_and_the_refit_makes_the_most
     assert error(refitted, ffn, x) < 1.01 * ((best - ffn(x)) ** 2).sum() < 0.9 * error(pruned, ffn, x)
 
 
-def test_oracles_know_more_than_routers(layer):
+def test_oracles_know_more_than_routers(layer, even_weights):
     ffn, x = layer
     joint = error(ffn2moe.joint_layer(ffn, x, SPLIT)[0], ffn, x)
     oracle = bench.oracle_router_layer(ffn, x, SPLIT)
@@ -159,20 +158,16 @@ def test_the_layers_and_peers_of_the_speed_table_compute_what_they_stand_for():
     assert torch.allclose(bench.plain_ffn(ffn, x), ffn(x), atol=1e-5)
     assert torch.allclose(bench.moe_by_grouped_mm(moe, x), moe(x), atol=1e-5)
     everything = bench.random_layers(16, 64, Experts.parse("S2A6E8"), torch.empty(0))
+    everything[1].router_weight.zero_()  # all weights are 1 / A
     assert torch.allclose(everything[1](x), everything[0](x), atol=1e-5)
 
 
 def test_the_transformers_peer_runs_the_same_experts():
     pytest.importorskip("transformers")
     moe, x = bench.random_layers(16, 64, SPLIT, torch.empty(0))[1], torch.randn(9, 16)
-    chosen, _ = moe.route(x)
-    p = moe.scores(x).softmax(-1)
-    nothing = torch.zeros(9, 16)
-    weights = p.gather(1, chosen)
-    routed = kernels.moe_reference(nothing, x, moe.gate_up_proj, moe.down_proj, chosen, weights)
     out = bench.transformers_layer(moe)(x[None])
     out = out[0] if isinstance(out, tuple) else out
-    assert torch.allclose(out[0], moe.shared_expert(x) / 2 + routed, atol=1e-5)
+    assert torch.allclose(out[0], moe(x) - moe.shared_expert(x) / 2, atol=1e-5)
 
 
 def test_speed_rows(tmp_path, capsys):
@@ -188,7 +183,7 @@ def test_speed_rows(tmp_path, capsys):
         assert r["speedup"] == pytest.approx(r["dense_ms"] / r["moe_ms"]) and r["of_ideal"] == pytest.approx(r["speedup"] / r["ideal"])
         assert r["dense_weight_bytes_per_token"] == 3 * 16 * 64 * 4
     assert [r["ideal"] for r in rows] == pytest.approx([8 / 6, 4.0] * 2)
-    router = 4 * (14 * 16 + 3 * 14)  # router_weight, intercept, scale and bias
+    router = 4 * (14 * 16 + 2 * 14)  # router_weight, scale and bias
     assert rows[1]["moe_weight_bytes_per_token"] == 3 * 16 * 64 * 4 // 4 + router
     assert plot.read_bytes()[:4] == b"\x89PNG"
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ffn")]) == 4
@@ -235,3 +230,24 @@ def test_finetune_rows(tokenizer, text, tmp_path, capsys):
     before = file.read_text()
     assert bench.main(argv) == 0 and file.read_text() == before  # nothing is done again
     assert f"{joint['after'] / rows['dense', 100]['after']:.2f}" in capsys.readouterr().out
+
+
+def test_levels(checkpoint, text, tmp_path, capsys):
+    out = tmp_path / "levels.json"
+    argv = ["levels", "--model", str(checkpoint), "--calib", str(text), "--eval", str(text), "--eval-tokens", "256", "--turns", "2"]
+    argv += ["--levels", "S2A2E4", "S1A1E4", "--flat", "S16A16E64", "--first-dense", "1", "--device", "cpu", "--json", str(out)]
+    assert bench.main(argv) == 0
+    dense, one, two, flat = json.loads(out.read_text())["rows"]
+    ffn, tiny = 3 * 32 * 64, lm.load_model(checkpoint)[0]
+    assert dense["perplexity"] == pytest.approx(lm.perplexity(tiny.bfloat16(), lm.read_ids(tiny, lm.load_model(checkpoint)[1], str(text), "test")[:256], 128))
+    assert dense["ffn_parameters"] == 3 * ffn and one["ffn_parameters"] > two["ffn_parameters"] > 2 * ffn
+    assert one["speedup"] > 0 and two["splits"] == ["S2A2E4", "S1A1E4"] and flat["splits"] == ["S16A16E64"]
+    assert "| two levels | S2A2E4, then S1A1E4 |" in capsys.readouterr().out
+
+
+def test_memory(tmp_path, capsys):
+    out = tmp_path / "memory.json"
+    argv = ["memory", "--shape", "128x256", "--layers", "2", "--vocab-size", "500", "--calib-tokens", "4096", "--first-dense", "1"]
+    assert bench.main([*argv, "--device", "cpu", "--json", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["model_bytes"] == 2 * (128 * (500 + 1) + 2 * (3 * 128 * 128 + 3 * 128 * 256 + 2 * 128)) and "times the model" in capsys.readouterr().out

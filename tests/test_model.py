@@ -15,6 +15,7 @@ import torch
 from conftest import (
     CONFIGS,
     LLAMA,
+    MOES,
     TEXT,
     checkpoint_tensors,
     random_model,
@@ -27,6 +28,8 @@ from tokenizers import Tokenizer
 import ffn2moe
 import model as lm
 from model import InputError
+
+FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
 # --- The decoder
 
@@ -85,25 +88,47 @@ def numpy_logits(model: lm.Decoder, ids) -> np.ndarray:
                 mixed.append(sum(a * heads["v", other, s] for s, a in enumerate(weights / weights.sum())))
             x[t] = x[t] + p("self_attn.o_proj.weight") @ np.concatenate(mixed) + p("self_attn.o_proj.bias")
             h = norm(x[t], p("post_attention_layernorm.weight"))
-            gate = p("mlp.gate_proj.weight") @ h
-            x[t] = x[t] + p("mlp.down_proj.weight") @ (gate / (1 + np.exp(-gate)) * (p("mlp.up_proj.weight") @ h))
+            x[t] = x[t] + numpy_mlp(p, h, c.raw)
     head = w["embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"]
     assert x.shape == (T, D)
     return np.stack([head @ norm(v, w["norm.weight"]) for v in x])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+def numpy_mlp(p, h, raw):
+    sigmoid = lambda v: 1 / (1 + np.exp(-v))
+
+    def ffn(name, gate="gate_proj", up="up_proj", down="down_proj"):
+        v = p(f"{name}.{gate}.weight") @ h
+        return p(f"{name}.{down}.weight") @ (v * sigmoid(v) * (p(f"{name}.{up}.weight") @ h))
+
+    mixtral = raw["model_type"] == "mixtral"
+    name = "block_sparse_moe" if mixtral else "mlp"
+    if np.isscalar(p(f"{name}.gate.weight")):  # there is none
+        return ffn(name)
+    probabilities = np.exp(p(f"{name}.gate.weight") @ h)
+    probabilities /= probabilities.sum()
+    chosen = np.argsort(-probabilities)[: raw["num_experts_per_tok"]]
+    weights = probabilities[chosen] / (probabilities[chosen].sum() if mixtral or raw.get("norm_topk_prob") else 1)
+    parts = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    y = sum(weight * ffn(f"{name}.experts.{e}", *parts) for e, weight in zip(chosen, weights))
+    if raw["model_type"] == "qwen2_moe":
+        y += sigmoid(p(f"{name}.shared_expert_gate.weight") @ h) * ffn(f"{name}.shared_expert")
+    return y
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *MOES])
 def test_logits_equal_the_numpy_decoder(name):
-    model, ids = random_model(CONFIGS[name]), torch.randint(300, (40,), generator=torch.Generator().manual_seed(1))
+    model, ids = random_model((CONFIGS | MOES)[name]), torch.randint(300, (40,), generator=torch.Generator().manual_seed(1))
     expected = numpy_logits(model, ids.numpy())
     assert np.abs(expected).max() > 1
     assert np.allclose(model(ids[None])[0].numpy(), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *MOES])
 def test_logits_equal_transformers(name, tmp_path, tokenizer):
     transformers = pytest.importorskip("transformers")  # a development check, not a dependency
-    path = write_checkpoint(tmp_path / name, random_model(CONFIGS[name]), tokenizer, CONFIGS[name])
+    raw = (CONFIGS | MOES)[name]
+    path = write_checkpoint(tmp_path / name, random_model(raw), tokenizer, raw)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     ours, _ = lm.load_model(path)
     ids = torch.arange(100).view(1, 100)
@@ -173,6 +198,11 @@ def test_what_the_model_cannot_run_is_refused():
         lm.generate(model, [], 1)
 
 
+def converted(router, *splits):
+    conversions = [{"router": router, "experts": list(splits)}]
+    return {"model_type": "ffn2moe", "base_model_type": "llama", "conversions": conversions}
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -201,11 +231,17 @@ def test_what_the_model_cannot_run_is_refused():
         ({"hidden_size": 10**8}, "head_dim"),
         ({"num_hidden_layers": 10**4}, "no tensors for layer"),
         ({"num_hidden_layers": 10**8}, "num_hidden_layers = 100000000"),
-        ({"model_type": "ffn2moe", "base_model_type": "llama"}, "no 'experts'"),
-        ({"model_type": "ffn2moe", "base_model_type": "llama", "experts": "S1A1E7"}, "divisible"),
-        ({"model_type": "ffn2moe", "base_model_type": "llama", "experts": [None, "S1A1E8"]}, "2 of 3 layers"),
-        ({"model_type": "ffn2moe", "base_model_type": "llama", "experts": [None, None, 8]}, "experts 8"),
-        ({"model_type": "ffn2moe", "base_model_type": "llama", "experts": "S1A1E8", "router": "magic"}, "router 'magic'"),
+        ({"model_type": "ffn2moe", "base_model_type": "llama"}, "no 'conversions'"),
+        (converted("linear", "S1A1E7", "S1A1E7", "S1A1E7"), "divisible"),
+        (converted("linear", None, "S1A1E8"), "no conversion of 3 layers"),
+        (converted("linear", None, None, 8), "experts 8"),
+        (converted("magic", None, None, "S1A1E8"), "magic"),
+        (converted("linear", None, None, {"shared": None, "routed": ["S1A1E8"]}), "do not fit"),
+        ({"model_type": "ffn2moe", "base_model_type": "llama", "conversions": [7]}, "no conversion of 3 layers"),
+        ({"model_type": "mixtral"}, "no 'num_experts_per_tok'"),
+        ({"model_type": "mixtral", "num_experts_per_tok": 2}, "num_experts = None"),
+        ({"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 5}, "num_experts = 4"),
+        ({"model_type": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2}, "no 'moe_intermediate_size'"),
     ],
 )
 def test_configs_that_are_refused(checkpoint, change, message):
@@ -247,7 +283,7 @@ def test_save_and_load_bit_for_bit(name, dtype, tmp_path, tokenizer):
         assert loaded.state_dict().keys() == model.state_dict().keys()
         assert torch.equal(loaded(ids), model(ids))
         assert loaded_tokenizer.to_str() == tokenizer.to_str()
-        assert replace(loaded.config, raw={}) == replace(model.config, raw={})
+        assert replace(loaded.config, raw={}, files={}) == replace(model.config, raw={}, files={})
 
 
 def test_shards(checkpoint):
@@ -348,7 +384,7 @@ def test_a_forced_save_that_fails_midway_keeps_the_new_checkpoint(checkpoint, mo
     with pytest.raises(InputError, match="no config.json"):
         lm.load_model(checkpoint)
     (scratch,) = checkpoint.glob(".tiny.*")
-    assert {p.name for p in scratch.iterdir()} == {"tokenizer.json", "config.json"}  # the weights are in place
+    assert {p.name for p in scratch.iterdir()} == {"tokenizer.json", "tokenizer_config.json", "config.json"}  # the weights are in place
 
 
 def test_saving_into_an_empty_directory(checkpoint, tmp_path):
@@ -356,7 +392,7 @@ def test_saving_into_an_empty_directory(checkpoint, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     lm.save_model(model, tokenizer, tmp_path / "link")
-    assert sorted(p.name for p in (tmp_path / "real").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(p.name for p in (tmp_path / "real").iterdir()) == FILES
 
 
 def test_loading_needs_little_more_than_the_weights(tmp_path, tokenizer):
