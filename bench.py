@@ -775,14 +775,14 @@ def random_ffn(hidden_size: int, spec: int | lm.MoESpec, like: torch.Tensor) -> 
     return ffn
 
 
-def ffn_levels(levels: list[str], like: torch.Tensor, turns: int) -> list[dict]:
-    """An FFN of 2048 x 8192 on 2,048 tokens, split once and twice."""
-    one = lm.split_spec(8192, levels[0], "linear")
+def ffn_levels(levels: list[str], like: torch.Tensor, turns: int, hidden_size=2048, intermediate_size=8192) -> list[dict]:
+    """A random FFN on 2,048 tokens, split once and twice."""
+    one = lm.split_spec(intermediate_size, levels[0], "linear")
     two = lm.split_spec(one, {"shared": levels[1], "routed": [levels[1]] * len(one.experts)}, "linear")
-    x, specs = torch.randn(2048, 2048).to(like), {"dense": 8192, "one level": one, "two levels": two}
-    functions = {name: partial(random_ffn(2048, spec, like), x) for name, spec in specs.items()}
+    x, specs = torch.randn(2048, hidden_size).to(like), {"dense": intermediate_size, "one level": one, "two levels": two}
+    functions = {name: partial(random_ffn(hidden_size, spec, like), x) for name, spec in specs.items()}
     ms = {name: float(np.median(t)) for name, t in interleave(functions, like.device.type, turns).items()}
-    dtype, ideal = str(like.dtype).removeprefix("torch."), {name: 8192 / lm.active_neurons(spec) for name, spec in specs.items()}
+    dtype, ideal = str(like.dtype).removeprefix("torch."), {name: intermediate_size / lm.active_neurons(spec) for name, spec in specs.items()}
     return [{"dtype": dtype, "name": name, "ms": ms[name], "speedup": ms["dense"] / ms[name], "ideal": ideal[name]} for name in specs]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -232,7 +233,8 @@ def test_finetune_rows(tokenizer, text, tmp_path, capsys):
     assert f"{joint['after'] / rows['dense', 100]['after']:.2f}" in capsys.readouterr().out
 
 
-def test_levels(checkpoint, text, tmp_path, capsys):
+def test_levels(checkpoint, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "ffn_levels", partial(bench.ffn_levels, hidden_size=32, intermediate_size=256))
     out = tmp_path / "levels.json"
     argv = ["levels", "--model", str(checkpoint), "--calib", str(text), "--eval", str(text), "--eval-tokens", "256", "--turns", "2"]
     argv += ["--levels", "S2A2E4", "S1A1E4", "--flat", "S16A16E64", "--first-dense", "1", "--device", "cpu", "--json", str(out)]
