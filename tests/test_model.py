@@ -560,6 +560,14 @@ def test_gguf_first_token(tmp_path, tokenizer):
         assert (lm.load_model(tmp_path / "m.gguf")[1].encode("The").ids[0] == 299) == adds
 
 
+def test_gguf_chat_template_and_special_tokens_are_saved(tmp_path, tokenizer):
+    meta = {"tokenizer.ggml.eos_token_id": 299, "tokenizer.chat_template": "{{ messages }}"}
+    make_gguf(tmp_path / "m.gguf", tokenizer, extra_meta=meta)
+    lm.save_model(*lm.load_model(tmp_path / "m.gguf"), tmp_path / "out")
+    about = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert about["chat_template"] == "{{ messages }}" and about["eos_token"] == tokenizer.id_to_token(299)
+
+
 def test_gguf_sentencepiece_tokenizer(tmp_path, tokenizer):
     """Merge order is by score: "▁ab" is built from "▁a" + "b" or "▁" + "ab", whichever piece scores best."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "b", "c", "ab", "▁a", "bc", "▁ab"]
