@@ -441,12 +441,18 @@ def machine_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def random_ffn(hidden_size: int, spec: int | lm.MoESpec, like: torch.Tensor) -> FFN | MoE:
+    ffn = lm.make_ffn(hidden_size, spec).to(like).requires_grad_(False)
+    for name, p in ffn.named_parameters():
+        if not name.endswith(("router_scale", "router_bias")):
+            p.normal_().div_(p.shape[-1] ** 0.5)
+    return ffn
+
+
 def random_layers(hidden_size: int, intermediate_size: int, experts: Experts, like: torch.Tensor) -> tuple[FFN, MoE, FFN]:
     """A dense FFN of random weights, the same neurons in experts under a random router, and a static slice as wide as what
     runs of them."""
-    ffn = FFN(hidden_size, intermediate_size).to(like).requires_grad_(False)
-    for p in ffn.parameters():
-        p.normal_().div_(p.shape[1] ** 0.5)
+    ffn = random_ffn(hidden_size, intermediate_size, like)
     m = lm.expert_size(intermediate_size, experts)
     neurons = torch.arange(intermediate_size)
     partition = ffn2moe.Partition(neurons[: experts.shared * m], neurons[experts.shared * m :].view(experts.routed, m))
@@ -501,8 +507,8 @@ def transformers_layer(moe: MoE) -> nn.Module | None:
 
 
 def speed_row(what, shape, tokens, batch, like, experts, ffns, times, functions, weight_bytes) -> dict:
-    """One row of the table from what the layers are (`ffns`, specs of model.py), the times of "dense", "MoE" and their peers, and the bytes of
-    weights that one token reads."""
+    """One row of the table from what the layers are (`ffns`, specs of model.py), the times of "dense", "MoE" and their peers,
+    and the bytes of weights that one token reads."""
     device, ms = str(like.device), {name: float(np.median(t)) for name, t in times.items()}
     low, mid, high = np.quantile(times["dense"] / times["MoE"], [0.25, 0.5, 0.75])
     speedup = ms["dense"] / ms["MoE"]
@@ -765,14 +771,6 @@ def finetune_table(done: dict) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Two levels
-
-
-def random_ffn(hidden_size: int, spec: int | lm.MoESpec, like: torch.Tensor) -> FFN | MoE:
-    ffn = lm.make_ffn(hidden_size, spec).to(like).requires_grad_(False)
-    for name, p in ffn.named_parameters():
-        if not name.endswith(("router_scale", "router_bias")):
-            p.normal_().div_(p.shape[-1] ** 0.5)
-    return ffn
 
 
 def ffn_levels(levels: list[str], like: torch.Tensor, turns: int, hidden_size=2048, intermediate_size=8192) -> list[dict]:

@@ -439,9 +439,9 @@ def joint_partition(ffn: FFN, x: torch.Tensor, experts: Experts, rounds: int = 8
 def ridge_router(ffn: FFN, x: torch.Tensor, bin_of: torch.Tensor, num_routed: int) -> dict[str, torch.Tensor]:
     """The router of a partition: ridge regression from x to the norm of each expert's unpredicted energy. x [T, D].
 
-    Without an intercept, for which standard MoE layers have no place, and which is worth nothing: x is never far from its
-    mean. What all experts have in common moves no choice: scores are made to have mean 0 over the experts, which spares
-    bfloat16 digits. They are scaled to a root mean square of ROUTER_SCALE.
+    Without an intercept, for which standard MoE layers have no place; the README says what that costs. What all experts have
+    in common moves no choice: scores are made to have mean 0 over the experts, which spares bfloat16 digits. They are scaled
+    to a root mean square of ROUTER_SCALE.
     """
     x = sample(x)
     norms = expert_norms(unpredicted_energy(ffn, x, bin_of), bin_of[bin_of > 0], num_routed)  # [T, R]

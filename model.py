@@ -1128,8 +1128,8 @@ def check_standard(c: Config, trained: bool = False, again: bool = False):
 
 
 def standard_form(model: Decoder) -> Decoder:
-    """A model converted by the joint method as a Qwen2-MoE, which transformers, vLLM, SGLang and llama.cpp run as it is. It
-    shares with `model` the weights that need no change. Raises InputError if there is no such form.
+    """A model converted by the joint method as a Qwen2-MoE, which transformers runs as it is. It shares with `model` the
+    weights that need no change. Raises InputError if there is no such form.
 
     Our routers and experts are Qwen2-MoE's already. What it has besides: biases of q, k and v, here 0; and a gate on the
     shared expert, which with weights of 0 is sigmoid(0) = 1/2, so that the shared W_down is stored twice as large.
@@ -1201,11 +1201,11 @@ def save_model(model: Decoder, tokenizer: Tokenizer, out, force=False):
         shards, room = [{}], SHARD_BYTES
         for ours, parameter in model.state_dict().items():
             for name, tensor in checkpoint_parts(ours, parameter).items():
+                if ours.endswith(("router_scale", "router_bias")) and model.config.raw["model_type"] != "ffn2moe":
+                    continue  # no other model has them, and here they are 0
                 if shards[-1] and tensor.nbytes > room:
                     shards, room = [*shards, {}], SHARD_BYTES
                 room -= tensor.nbytes
-                if ours.endswith(("router_scale", "router_bias")) and model.config.raw["model_type"] != "ffn2moe":
-                    continue  # no other model has them, and here they are 0
                 name = mixtral_name(name) if model.config.raw["model_type"] == "mixtral" else name
                 shards[-1][name if name.startswith("lm_head.") else f"model.{name}"] = tensor
         files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]

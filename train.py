@@ -349,9 +349,9 @@ def run(args):
         raise InputError(f"there is no {state_file} to resume from")
     if state_file.exists() and not args.resume and not args.force:
         raise InputError(f"{state_file} is of a run that was cut off: --resume goes on with it, --force starts over")
-    model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
     if args.format == "standard" and (s.scale_rate or s.bias_step):
         raise InputError("--format standard has no place for gate scales and selection biases: add --scale-rate 0 --bias-step 0")
+    model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
     window = min(2048, model.config.max_position_embeddings)
     ids, eval_ids = (lm.read_ids(model, tokenizer, text, split) for text, split in ((args.text, "train"), (args.eval, "test")))
     eval_ids = lm.cut_windows(eval_ids[: args.eval_tokens or None], window).flatten()
