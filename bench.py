@@ -398,7 +398,7 @@ def plot_quality(done: dict, file: Path):
 
 def interleave(functions: dict[str, Callable], device: str, turns: int) -> dict[str, np.ndarray]:
     """Call the functions in turns, each for at least 20 ms -> the milliseconds per call in each turn. Of turns that take
-    longer than 20 seconds there are three at most."""
+    longer than 30 seconds there are three at most."""
 
     def run(function, calls=1):
         start = time.perf_counter()
@@ -411,7 +411,7 @@ def interleave(functions: dict[str, Callable], device: str, turns: int) -> dict[
     ms = {name: run(function) for name, function in functions.items()}  # warm up
     ms = {name: first if device == "cpu" and first > 1000 else run(functions[name]) for name, first in ms.items()}
     calls = {name: max(1, round(20 / each)) for name, each in ms.items()}
-    turns = min(turns, 3) if sum(ms.values()) > 20e3 else turns
+    turns = min(turns, 3) if sum(ms.values()) > 30e3 else turns
     times = [[run(function, calls[name]) for name, function in functions.items()] for _ in range(turns)]
     return dict(zip(functions, np.array(times).T))
 
@@ -506,6 +506,19 @@ def transformers_layer(moe: MoE) -> nn.Module | None:
     return layer
 
 
+run_compiled = torch.compile(lambda module, x: module(x))
+
+
+def faster(times: dict[str, np.ndarray], functions: dict[str, Callable]):
+    """Where something was timed compiled too, keep the faster of the two, so that the dense model has its best as well."""
+    for name in [name for name in times if f"{name} compiled" in times]:
+        compiled, plain = times.pop(f"{name} compiled"), times[name]
+        if np.median(compiled) < np.median(plain):
+            times[name], functions[name] = compiled, functions[f"{name} compiled"]
+        if name == "MoE":
+            times["uncompiled"] = plain
+
+
 def speed_row(what, shape, tokens, batch, like, experts, ffns, times, functions, weight_bytes) -> dict:
     """One row of the table from what the layers are (`ffns`, specs of model.py), the times of "dense", "MoE" and their peers,
     and the bytes of weights that one token reads."""
@@ -538,12 +551,18 @@ def ffn_speed(shape: str, tokens: int, experts: Experts, like: torch.Tensor, tur
     if names["MoE"][0].down_proj.shape[-1] * like.element_size() % 16 == 0:  # what grouped_mm can do
         names["grouped_mm"] = [partial(moe_by_grouped_mm, moe) for moe in names["MoE"]]
     names["transformers"] = [partial(peer, x[None]) if peer else None for peer in map(transformers_layer, names["MoE"])]
+    if tokens == 1:
+        torch.compiler.reset()
+        names |= {f"{name} compiled": [partial(run_compiled, m) for m in names[name]] for name in ("dense", "MoE", "static")}
+        for name in ("dense", "MoE", "static"):
+            names[f"{name} compiled"][0](x)  # the first takes as long as compiling does
     functions = {}
     for name, modules in names.items():
         if modules[0] is not None:
             turn = cycle(modules)
             functions[name] = (lambda turn=turn: next(turn)()) if name == "transformers" else (lambda turn=turn: next(turn)(x))
     times = interleave(functions, like.device.type, turns)
+    faster(times, functions)
     moe = layers[0][1]
     idle = (experts.routed - experts.active) * (moe.gate_up_proj[0].numel() + moe.down_proj[0].numel()) * like.element_size()
     read = {"dense": bytes_of(layers[0][0]), "MoE": bytes_of(moe) - idle}
@@ -558,7 +577,8 @@ def model_speed(models: dict[str, lm.Decoder], what: str, ids: torch.Tensor, tur
     def prefill(model):
         return model.logits(model.hidden_states(ids)[:, -1])
 
-    def decode(model, cache):
+    def decode(model, cache, compiled=False):
+        model.compiled = compiled
         for t in range(half, 2 * half):
             model(ids[:, t : t + 1], cache, t)
 
@@ -572,7 +592,13 @@ def model_speed(models: dict[str, lm.Decoder], what: str, ids: torch.Tensor, tur
             cache = model.new_cache(len(ids), 2 * half)
             model(ids[:, :half], cache)
             functions[name] = partial(decode, model, cache)
+            if len(ids) == 1:
+                functions[f"{name} compiled"] = partial(decode, model, cache, True)
+                model.compiled = True
+                for t in range(half, half + 2):  # the first tokens take as long as compiling does
+                    model(ids[:, t : t + 1], cache, t)
     times = interleave(functions, like.device.type, turns)
+    faster(times, functions)
     steps = half if what == "decode" else 1
     read = {name: lm.active_parameters(model)[1] * like.element_size() for name, model in models.items()}
     rows = []
@@ -601,6 +627,7 @@ def speed(args):
             lm.write_json(file, rows)
             file.with_suffix(".md").write_text(f"{speed_overview(rows)}\n{speed_table(rows)}", encoding="utf-8")
 
+    torch._dynamo.config.recompile_limit = 64  # shapes that are compiled, of all splits together
     print(*speed_table([]).splitlines(), sep="\n")
     torch.manual_seed(0)
     for dtype in args.dtype:
@@ -648,14 +675,14 @@ def speed_table(rows: list[dict]) -> str:
     """Markdown. Peers are given as speedups over dense too; the bound of a whole model is what it would reach if its FFNs
     were as fast as ideal."""
     head = ["what", "shape", "tokens", "batch", "dtype", "experts", "dense, ms", "MoE, ms", "speedup", "ideal", "of ideal", "spread", "bound"]
-    head += ["static", "plain dense", "grouped_mm", "transformers", "peak memory", "weights read per token"]
+    head += ["static", "plain dense", "grouped_mm", "transformers", "not compiled", "peak memory", "weights read per token"]
     lines = []
     for r in rows:
         cells = [str(r[key]) for key in ("what", "shape", "tokens", "batch", "dtype", "experts")]
         cells += [milliseconds(r["dense_ms"]), milliseconds(r["moe_ms"]), f"{r['speedup']:.2f}x", f"{r['ideal']:.2f}x"]
         cells += [f"{r['of_ideal']:.1%}", f"{r['spread']:.1%}"]
         cells.append(f"{r['bound']:.2f}x" if "bound" in r else "")
-        peers = ("static_ms", "plain_dense_ms", "grouped_mm_ms", "transformers_ms")
+        peers = ("static_ms", "plain_dense_ms", "grouped_mm_ms", "transformers_ms", "uncompiled_ms")
         cells += [f"{r['dense_ms'] / r[key]:.2f}x" if key in r else "" for key in peers]
         for key in ("peak_bytes", "weight_bytes_per_token"):
             pair = [r[f"{name}_{key}"] for name in ("dense", "moe")]

@@ -12,7 +12,8 @@ The functions below all compute that, and `moe` at the end picks one of them:
 2. `moe_grouped`     tokens sorted by expert, so that each expert is a product over the rows of the tokens that chose it.
                      For training: autograd sees through it.
 3. `moe_cpu`         the same for inference on a CPU, with an eye on memory.
-4. `moe_decode`      one token on a CPU: what counts is how few weights are read and how few operations are started.
+4. `moe_decode`    one token on a CPU: what counts is how few weights are read and how few operations are started. `moe_compiled`
+                     is what torch.compile makes one loop of.
 5. `moe_triton`      the products of all experts as two Triton kernels, for CUDA.
 
 Shapes in comments: T tokens, D hidden_size, R routed experts of m neurons, A of them active per token. All take
@@ -44,9 +45,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
     For a few rows, the time is what it takes to read W from memory, and there F.linear leaves a CPU idle. In float32 it
     reads with one core (MKL): cut into slices, W is a batch of products, which all cores share. In bfloat16 and for one
-    row, oneDNN reads about half as fast as PyTorch's own product.
+    row, oneDNN reads about half as fast as PyTorch's own product. torch.compile makes a loop of its own of a sum.
     """
     n, d = weight.shape
+    if torch.compiler.is_compiling() and x.numel() == d:
+        y = (weight * x.reshape(d).float()).sum(-1).to(x.dtype).view(*x.shape[:-1], n)
+        return y if bias is None else y + bias
     if x.is_cpu and 0 < x.numel() <= FEW * d:
         if x.dtype == torch.float32 and n % 8 == 0:
             y = torch.bmm(weight.view(8, -1, d), x.reshape(-1, d).T.expand(8, d, -1))  # [8, N / 8, rows]
@@ -64,7 +68,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 def gated(both: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, of a product [T, 2m] that holds gate and up side by side and is not needed after -> [T, m]."""
     gate, up = both.chunk(2, dim=-1)
-    if both.requires_grad:
+    if both.requires_grad or torch.compiler.is_compiling():
         return F.silu(gate) * up
     if both.is_cuda and has_triton():
         return compiled_gated(both.flatten(0, -2)).view(*both.shape[:-1], -1)
@@ -167,7 +171,17 @@ def moe_cpu(y, x, gate_up, down, chosen, weights):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. One token on a CPU
+# 4. One token
+#
+# All of its time is that of reading the weights of the experts that it runs, and of starting operations: some thirty, of a few
+# microseconds each, which outweigh a small FFN. Compiled, they are three or four, and the experts' weights are read where
+# they lie (`model.Decoder.compiled`).
+
+
+def moe_compiled(y, x, gate_up, down, chosen, weights):
+    chosen, weights, x = chosen[0], weights[0].float(), x[0].float()
+    h = gated((gate_up[chosen] * x).sum(-1)) * weights[:, None]  # [A, m]
+    return y + (down[chosen] * h[:, None]).sum(-1).sum(0).to(y.dtype)
 
 
 def moe_decode(y, x, gate_up, down, chosen, weights):
@@ -306,7 +320,9 @@ def moe_triton(y, x, gate_up, down, chosen, weights):
 def moe(y, x, gate_up, down, chosen, weights):
     """Add the routed experts to y, by the fastest path for the device and the number of tokens."""
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, gate_up, down, weights))
-    if trains or x.dtype == torch.float64:
+    if torch.compiler.is_compiling() and len(x) == 1:
+        path = moe_compiled
+    elif trains or x.dtype == torch.float64:
         path = moe_grouped
     elif x.is_cuda:
         path = moe_triton if has_triton() else moe_grouped

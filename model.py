@@ -493,8 +493,17 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+compiled_layer = torch.compile(Layer.forward)  # as soon as it is called
+
+
 class Decoder(nn.Module):
-    """The model: `model(input_ids [B, T]) -> logits [B, T, vocab_size]`."""
+    """The model: `model(input_ids [B, T]) -> logits [B, T, vocab_size]`.
+
+    With `compiled` = True, single tokens go through torch.compile, which takes some seconds at the first of them, and a
+    compiler for C++ (on CUDA, triton).
+    """
+
+    compiled = False
 
     def __init__(self, config: Config):
         super().__init__()
@@ -524,8 +533,10 @@ class Decoder(nn.Module):
         """The normalised output of the last layer, [B, T, D]; `start` tokens are in the cache already."""
         rope = self.rope(start, start + input_ids.shape[1])
         x = self.embed_tokens(input_ids)
+        compiled = self.compiled and input_ids.numel() == 1 and not self.training
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, cache[i] if cache else None, start)
+            run = compiled_layer if compiled and not hasattr(layer.mlp, "experts") else Layer.__call__
+            x = run(layer, x, rope, cache[i] if cache else None, start)
         return self.norm(x)
 
     def logits(self, x):

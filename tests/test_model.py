@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -154,6 +156,21 @@ def test_cache_filled_in_pieces():
     cache = model.new_cache(2, 30)
     pieces = [model(ids[:, a:b], cache, a) for a, b in ((0, 11), (11, 12), (12, 30))]
     assert torch.allclose(torch.cat(pieces, 1), model(ids), rtol=0, atol=1e-12)
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a compiler for C++")
+@pytest.mark.parametrize("router", ["linear", "neurons"])
+def test_compiled_decoding_equals_plain(router):
+    """Dense layers and MoE layers, at positions that change; the prompt and other batches are not compiled."""
+    raw = LLAMA | {"model_type": "ffn2moe", "base_model_type": "llama"}
+    model = random_model(raw | {"conversions": [{"router": router, "experts": [None, "S2A3E8", "S2A3E8"]}]})
+    ids = torch.arange(20).view(1, -1) * 7 % 300
+    with torch.no_grad():
+        expected, cache = model(ids), model.new_cache(1, 20)
+        model.compiled = True
+        found = [model(ids[:, :16], cache)] + [model(ids[:, t : t + 1], cache, t) for t in range(16, 20)]
+    assert torch.allclose(torch.cat(found, dim=1), expected, rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
 
 
 def test_sampling():
