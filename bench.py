@@ -10,6 +10,7 @@
 3. `finetune`  The same fine-tune (train.py) after each way to convert, and of the dense model.
 4. `levels`    A conversion of a conversion, beside one in one level that is as sparse.
 5. `memory`    What a conversion needs at its peak.
+6. `figures`   Pictures of what the method does to one model.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
@@ -803,7 +805,7 @@ def finetune_table(done: dict) -> str:
 def ffn_levels(levels: list[str], like: torch.Tensor, turns: int, hidden_size=2048, intermediate_size=8192) -> list[dict]:
     """A random FFN on 2,048 tokens, split once and twice."""
     one = lm.split_spec(intermediate_size, levels[0], "linear")
-    two = lm.split_spec(one, {"shared": levels[1], "routed": [levels[1]] * len(one.experts)}, "linear")
+    two = lm.split_spec(one, levels[1], "linear")
     x, specs = torch.randn(2048, hidden_size).to(like), {"dense": intermediate_size, "one level": one, "two levels": two}
     functions = {name: partial(random_ffn(hidden_size, spec, like), x) for name, spec in specs.items()}
     ms = {name: float(np.median(t)) for name, t in interleave(functions, like.device.type, turns).items()}
@@ -890,6 +892,85 @@ def memory(args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# 6. Figures
+
+
+def plot_partition(ffn: FFN, x: torch.Tensor, experts: Experts, file: Path):
+    """What the router's first choice says about where a token's energy is, before and after the joint alternation."""
+    R, x = experts.routed, ffn2moe.sample(x)
+    energy = ffn2moe.stored_energy(ffn, x, slice(None), partial(ffn2moe.hidden, ffn))
+    inputs = x.float()
+    solve = ffn2moe.ridge_solver(inputs.T @ inputs, ffn2moe.ROUTER_RIDGE)
+    figure = Figure(figsize=(7.6, 3.7), layout="constrained")
+    bins = {"before": ffn2moe.first_bins(energy, experts), "after": joint_partition(ffn, x, experts)}
+    for ax, (when, bin_of) in zip(figure.subplots(1, 2), bins.items()):
+        norms = ffn2moe.expert_norms(energy, bin_of, R)
+        chosen = (inputs @ solve(inputs.T @ norms)).topk(experts.active, dim=-1).indices
+        gain = ffn2moe.energy_gain(energy, ffn2moe.active_bins(chosen, R))  # [q, 1 + R]
+        captured = ffn2moe.captured_energy(gain, bin_of) / gain[:, 0].sum(dtype=torch.float64).item()
+        first = F.one_hot(chosen[:, 0], R).float()  # [T, R]
+        mean = first.T @ norms.square() / first.sum(dim=0).clamp_min(1)[:, None] / norms.square().mean(dim=0)
+        order = mean.diagonal().argsort(descending=True)
+        image = ax.imshow(mean[order][:, order].log2().clamp(-2, 2).cpu().numpy(), cmap="RdBu_r", vmin=-2, vmax=2)
+        ax.set_title(f"{when}: {captured:.0%} of the energy runs", fontsize=9)
+        ax.set(xlabel="expert", xticks=[], yticks=[])
+    figure.axes[0].set_ylabel("tokens whose first choice is this expert")
+    ticks = {-2: "1/4", -1: "1/2", 0: "1", 1: "2", 2: "4"}
+    bar = figure.colorbar(image, ax=figure.axes, ticks=list(ticks))
+    bar.set_ticklabels(list(ticks.values()))
+    bar.set_label("expert's energy / its mean")
+    figure.savefig(file, dpi=120)
+
+
+def plot_words(model: lm.Decoder, tokenizer: Tokenizer, text: str, windows: torch.Tensor, layer: int, file: Path):
+    """Which routed experts run for the words of a text, and which words each is for."""
+    shown = lm.as_ids(model, lm.encode(tokenizer, text))
+    word = lambda i: tokenizer.decode([i]).strip()
+    R = len(model.layers[layer].mlp.spec.experts)
+    words = list(map(word, windows.flatten().tolist()))
+    likes = ffn2moe.favourite_words(words, ffn2moe.chosen_experts(model, windows, layer), R, 5)
+    ran = F.one_hot(ffn2moe.chosen_experts(model, shown[None], layer), R).sum(dim=1).T.cpu()  # [R, T]
+    figure = Figure(figsize=(3.4 + 0.24 * len(shown), 1.2 + 0.19 * R), layout="constrained")
+    ax = figure.subplots()
+    ax.imshow(ran.numpy(), cmap="Blues", aspect="auto", vmax=1.4)
+    ax.set_xticks(range(len(shown)), list(map(word, shown.tolist())), rotation=90, fontsize=8)
+    ax.set_yticks(range(R), [", ".join(of) for of in likes], fontsize=7)
+    ax.set_xticks([i + 0.5 for i in range(len(shown) - 1)], minor=True)
+    ax.set_yticks([e + 0.5 for e in range(R - 1)], minor=True)
+    ax.grid(which="minor", color="white", linewidth=1.5)
+    ax.tick_params(which="both", length=0)
+    ax.set_ylabel("routed expert: the words that it is for", fontsize=9)
+    figure.savefig(file, dpi=120)
+
+
+@torch.no_grad()
+def figures(args):
+    """The three figures of the README, from one conversion."""
+    out, split = Path(args.out), Experts.parse(args.experts)
+    lm.check_writable(out / "x.png")
+    model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
+    window = min(2048, model.config.max_position_embeddings)
+    calib, test = (lm.cut_windows(lm.read_ids(model, tokenizer, *source), window) for source in ((args.calib, "train"), (args.eval, "test")))
+    out.mkdir(parents=True, exist_ok=True)
+    reports = []
+
+    def replace(i, ffn, x):
+        if i in args.layers:
+            markers = ffn2moe.neuron_markers(ffn, ffn2moe.sample(x), 10)
+            partition, _ = ffn2moe.partition_neurons(markers, split)
+            reports.append(ffn2moe.LayerReport(i, partition, ffn2moe.activation_rates(markers), None))
+        if i == args.layer:
+            plot_partition(ffn, x, split, out / "partition.png")
+        return ffn if i < args.first_dense else joint_layer(ffn, x, split)[0]
+
+    windows = ffn2moe.draw(calib, 32, seed=0)
+    ffn2moe.replace_ffns(model, windows, replace, partial(tqdm, desc="converting", unit="layer"))
+    ffn2moe.plot_rates(reports, out / "activation_rates.png")
+    plot_words(model, tokenizer, args.text, test[:20], args.layer, out / "words.png")
+    print(ffn2moe.explain(model, tokenizer, lm.as_ids(model, lm.encode(tokenizer, args.text)), test[:20], args.layer))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
@@ -897,81 +978,84 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description="Quality and speed of the conversion, beside its controls.")
     commands = parser.add_subparsers(dest="command", required=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add = commands.add_parser("quality", help="perplexity, KL divergence and agreement at 75, 50 and 25 %% active FFN").add_argument
     text = "a text file, 'wikitext2' or 'manual', as for ffn2moe.py"
-    add("--model", metavar="SOURCE", help="as for ffn2moe.py; splits and first layers are chosen for the default, SmolLM2")
-    add("--calib", default="manual", metavar="TEXT", help=f"calibration text: {text} (%(default)s)")
-    add("--eval", nargs="+", default=["manual"], metavar="TEXT", help=f"evaluation texts; {HELD_BACK}: the end of the calibration text (%(default)s)")
-    add("--eval-tokens", type=int, default=10 * 2048, metavar="N", help="first N tokens of each (%(default)s)")
+    shared = {
+        "model": {"metavar": "SOURCE", "help": "as for ffn2moe.py; splits and first layers are chosen for the default, SmolLM2"},
+        "calib": {"default": "manual", "metavar": "TEXT", "help": f"calibration text: {text} (%(default)s)"},
+        "eval": {"default": "manual", "metavar": "TEXT", "help": "evaluation text (%(default)s)"},
+        "eval-tokens": {"type": int, "default": 10 * 2048, "metavar": "N", "help": "first N tokens of it; 0: all (%(default)s)"},
+        "only": {"nargs": "+", "metavar": "ROW", "help": "only the rows of these names"},
+        "first-dense": {"type": int, "metavar": "N", "help": "layers that stay dense (%(default)s)"},
+        "turns": {"type": int, "default": 5, "help": "of which the median is taken (%(default)s)"},
+        "dtype": {"choices": ["float32", "bfloat16"], "default": "bfloat16", "help": "(%(default)s)"},
+        "device": {"default": device, "help": "(here: %(default)s)"},
+        "seed": {"type": int, "default": 0, "help": "picks the calibration windows (%(default)s)"},
+    }
+
+    def command(name, what, flags, **changes):
+        add = commands.add_parser(name, help=what).add_argument
+        for flag in flags.split():
+            add(f"--{flag}", **shared[flag] | changes.get(flag.replace("-", "_"), {}))
+        return add
+
+    several = {"nargs": "+", "default": ["manual"], "help": f"evaluation texts; {HELD_BACK}: the end of the calibration text (manual)"}
+    add = command("quality", "perplexity, KL divergence and agreement at 75, 50 and 25 %% active FFN",
+                  "model calib eval eval-tokens only dtype device seed", eval=several)  # fmt: skip
     add("--whole", action="store_true", help="the main rows on the whole of the first text as well")
-    add("--only", nargs="+", metavar="ROW", help="only the rows of these names")
     add("--window", type=int, default=2048, metavar="N", help="tokens per sequence (%(default)s)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="(%(default)s)")
-    add("--device", default=device, help="(here: %(default)s)")
-    add("--seed", type=int, default=0, help="picks the calibration windows (%(default)s)")
     add("--json", default="results/quality.json", metavar="FILE", help="raw results; table and plot beside it (%(default)s)")
 
-    add = commands.add_parser("speed", help="dense FFN layers and models against converted ones").add_argument
+    both = {"nargs": "+", "default": ["float32", "bfloat16"], "help": "(both)"}
+    add = command("speed", "dense FFN layers and models against converted ones", "first-dense turns dtype device",
+                  first_dense={"default": 0}, turns={"default": 9}, dtype=both)  # fmt: skip
     shapes = ["576x1536", "2048x8192", "smollm2-135m"] + ["4096x11008"] * (device == "cuda")
     tokens = [1, 1024, 2048, 4096, 8192, 16384] if device == "cuda" else [1, 2048]
-    listed = f"(here: {' '.join(map(str, shapes))})"
     kinds = ["ffn", "prefill", "decode"]
+    splits = ["S3A3E8", "S8A4E16", "S4A4E16", "S2A2E8", "S2A2E16"]
     add("--what", nargs="+", choices=kinds, default=kinds, help="FFNs alone; the model on 2,048 tokens; one token at a time (all)")
-    add("--shape", nargs="+", default=shapes, help=f"FFNs of DxQ, or the whole model 'smollm2-135m' {listed}")
+    add("--shape", nargs="+", default=shapes, help=f"FFNs of DxQ, or the whole model 'smollm2-135m' (here: {' '.join(shapes)})")
     add("--tokens", nargs="+", type=int, default=tokens, help=f"for the FFNs (here: {' '.join(map(str, tokens))})")
     add("--batch", nargs="+", type=int, default=[1, 8], help="sequences at a time, for the model (1 8)")
-    splits = ["S3A3E8", "S8A4E16", "S4A4E16", "S2A2E8", "S2A2E16"]
     add("--experts", nargs="+", default=splits, metavar="SnAnEn", help=f"({' '.join(splits)})")
-    add("--first-dense", type=int, default=0, metavar="N", help="layers of the model that stay dense (%(default)s)")
-    add("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"], help="(both)")
-    add("--device", default=device, help="(here: %(default)s)")
-    add("--turns", type=int, default=9, help="of which the median is taken (%(default)s)")
     add("--json", metavar="FILE", help="write the rows, beside those of other runs; a table beside it")
     add("--plot", metavar="FILE", help="draw speedup against active share, a PNG")
 
-    add = commands.add_parser("finetune", help="perplexity before and after the fine-tune of train.py, the dense model's too").add_argument
-    add("--model", metavar="SOURCE", help="as for ffn2moe.py")
+    add = command("finetune", "perplexity before and after the fine-tune of train.py, the dense model's too",
+                  "model eval eval-tokens only dtype device seed", eval_tokens={"default": 0})  # fmt: skip
     add("--text", default="manual", help=f"for calibration and fine-tuning: {text} (%(default)s)")
-    add("--eval", default="manual", metavar="TEXT", help=f"evaluation text, or {HELD_BACK} (%(default)s)")
-    add("--eval-tokens", type=int, default=0, metavar="N", help="first N tokens of it; 0: all (%(default)s)")
-    add("--only", nargs="+", metavar="ROW", help="only the rows of these names")
     for name in ("samples", "length", "rate"):
         default, what = train.SETTINGS[name]
         add("--" + name, type=type(default), default=default, help=f"{what} (%(default)s)")
-    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="(%(default)s)")
-    add("--device", default=device, help="(here: %(default)s)")
-    add("--seed", type=int, default=0, help="(%(default)s)")
     add("--json", default="results/finetune.json", metavar="FILE", help="raw results; a table beside it (%(default)s)")
 
-    add = commands.add_parser("levels", help="a conversion of a conversion, beside one in one level").add_argument
-    add("--model", metavar="SOURCE", help="as for ffn2moe.py")
-    add("--calib", default="manual", metavar="TEXT", help=f"calibration text: {text} (%(default)s)")
-    add("--eval", default="manual", metavar="TEXT", help="evaluation text (%(default)s)")
-    add("--eval-tokens", type=int, default=10 * 2048, metavar="N", help="first N tokens of it; 0: all (%(default)s)")
+    add = command("levels", "a conversion of a conversion, beside one in one level",
+                  "model calib eval eval-tokens first-dense turns dtype device seed", first_dense={"default": 3})  # fmt: skip
     add("--levels", nargs=2, default=["S2A4E8", "S3A3E8"], metavar="SnAnEn", help="of all FFNs, and of each expert (S2A4E8 S3A3E8)")
     add("--flat", default="S9A9E32", metavar="SnAnEn", help="one level that is as sparse (%(default)s)")
-    add("--first-dense", type=int, default=3, metavar="N", help="layers that stay dense (%(default)s)")
-    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="(%(default)s)")
-    add("--device", default=device, help="(here: %(default)s)")
-    add("--turns", type=int, default=5, help="of which the median is taken (%(default)s)")
-    add("--seed", type=int, default=0, help="picks the calibration windows (%(default)s)")
     add("--json", default="results/levels.json", metavar="FILE", help="raw results; a table beside it (%(default)s)")
 
-    add = commands.add_parser("memory", help="peak memory of a conversion, of a model of random weights").add_argument
+    add = command("memory", "peak memory of a conversion, of a model of random weights", "first-dense device", first_dense={"default": 4})
     add("--shape", default="2048x8192", metavar="DxQ", help="of its FFNs (%(default)s, with the rest as in Llama-3.2-1B)")
     add("--layers", type=int, default=16, metavar="N", help="(%(default)s)")
     add("--vocab-size", type=int, default=128256, metavar="N", help="(%(default)s)")
     add("--calib-tokens", type=int, default=32 * 2048, metavar="N", help="(%(default)s)")
     add("--experts", default="S10A10E32", metavar="SnAnEn", help="(%(default)s)")
-    add("--first-dense", type=int, default=4, metavar="N", help="layers that stay dense (%(default)s)")
-    add("--device", default=device, help="(here: %(default)s)")
     add("--json", metavar="FILE", help="write the result")
+
+    add = command("figures", "the pictures of the README", "model calib eval first-dense dtype device", first_dense={"default": 3})
+    add("--experts", default="S7A7E32", metavar="SnAnEn", help="(%(default)s)")
+    add("--layer", type=int, default=15, metavar="N", help="for partition and words (%(default)s)")
+    add("--layers", type=int, nargs="+", default=[0, 15, 29], metavar="N", help="for activation rates (0 15 29)")
+    sentences = "The river rose in 1913, and the old bridge was carried away by the water. She sings better than he does."
+    add("--text", default=sentences, help="to show the experts of (%(default)s)")
+    add("--out", default="figures", metavar="DIR", help="(%(default)s)")
     return parser.parse_args(argv)
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    return lm.run_command("bench", lambda: {"quality": quality, "speed": speed, "finetune": finetune, "levels": levels, "memory": memory}[args.command](args))
+    jobs = {"quality": quality, "speed": speed, "finetune": finetune, "levels": levels, "memory": memory, "figures": figures}
+    return lm.run_command("bench", lambda: jobs[args.command](args))
 
 
 if __name__ == "__main__":

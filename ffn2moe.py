@@ -23,7 +23,7 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure  # not pyplot: it would set the caller's backend
+from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
@@ -96,7 +97,7 @@ def split_shared(rates: torch.Tensor, num_shared_neurons: int) -> tuple[torch.Te
 # 3. Routed experts: balanced k-means on the columns of M
 
 
-def balanced_assignment(cost, capacity) -> np.ndarray:
+def balanced_assignment(cost: np.ndarray, capacity: Sequence[int]) -> np.ndarray:
     """Put n items into k bins at the least total cost, exactly capacity[b] of them into bin b. Exact; O(n k) memory.
 
     Every item starts in its cheapest bin. That is the cheapest assignment of all, but for its loads. Then, while a bin is
@@ -347,7 +348,7 @@ def captured_energy(gain: torch.Tensor, bin_of: torch.Tensor) -> float:
     return gain.gather(1, bin_of[:, None]).sum(dtype=torch.float64).item()
 
 
-def best_bins(gain: torch.Tensor, capacity) -> torch.Tensor:
+def best_bins(gain: torch.Tensor, capacity: Sequence[int]) -> torch.Tensor:
     """The assignment that captures the most energy, with capacity[b] neurons in bin b: gain [n, k] -> bin_of [n].
 
     All neurons would like the shared bin best, and handing them on one by one takes long. So each bin first gets a price:
@@ -363,7 +364,9 @@ def best_bins(gain: torch.Tensor, capacity) -> torch.Tensor:
     return torch.from_numpy(balanced_assignment(cost, capacity)).to(gain.device)
 
 
-def alternate(energy: torch.Tensor, x: torch.Tensor, bin_of: torch.Tensor, capacity, active: int, rounds: int):
+def alternate(
+    energy: torch.Tensor, x: torch.Tensor, bin_of: torch.Tensor, capacity: Sequence[int], active: int, rounds: int
+) -> torch.Tensor:
     """Improve an assignment of neurons to bins, by two steps in turn, each solved exactly:
 
         router, given the experts    ridge regression from x to the norm of each expert; the top `active` run
@@ -384,6 +387,18 @@ def alternate(energy: torch.Tensor, x: torch.Tensor, bin_of: torch.Tensor, capac
             return best
         best, captured = bin_of, now
         bin_of = best_bins(gain, capacity)
+    return bin_of
+
+
+def first_bins(energy: torch.Tensor, experts: Experts) -> torch.Tensor:
+    """To start with, the neurons of most energy are shared, and the others are dealt out to the experts in turn:
+    energy [T, q] -> bin_of [q]."""
+    total = energy_gain(energy, torch.ones(len(energy), 1, device=energy.device))[:, 0]
+    if not total.isfinite().all():
+        raise InputError("hidden activations overflow: choose another dtype")
+    routed = total.argsort(descending=True)[experts.shared * expert_size(len(total), experts) :]
+    bin_of = torch.zeros(len(total), dtype=torch.long, device=energy.device)
+    bin_of[routed] = torch.arange(len(routed), device=energy.device) % experts.routed + 1
     return bin_of
 
 
@@ -419,14 +434,7 @@ def joint_partition(ffn: FFN, x: torch.Tensor, experts: Experts, rounds: int = 8
     """Which bin each neuron goes into: x [T, D], inputs of the FFN -> bin_of [q]."""
     R, m, x = experts.routed, expert_size(ffn.gate_proj.shape[0], experts), sample(x)
     energy = stored_energy(ffn, x, slice(None), partial(hidden, ffn))  # [T, q]
-    total = energy_gain(energy, torch.ones(len(x), 1, device=x.device))[:, 0]
-    if not total.isfinite().all():
-        raise InputError("hidden activations overflow: choose another dtype")
-    # To start with, the neurons of most energy are shared, and the others are dealt out to the experts in turn.
-    order = total.argsort(descending=True)
-    bin_of = torch.zeros_like(order)
-    bin_of[order[experts.shared * m :]] = torch.arange(R * m, device=x.device) % R + 1
-    bin_of = alternate(energy, x, bin_of, [experts.shared * m] + [m] * R, experts.active, rounds)
+    bin_of = alternate(energy, x, first_bins(energy, experts), [experts.shared * m] + [m] * R, experts.active, rounds)
     # Then the routed experts once more, among themselves, by what the shared expert cannot make up for.
     del energy  # before there is another
     routed, energy = bin_of > 0, unpredicted_energy(ffn, x, bin_of)
@@ -453,6 +461,7 @@ def ridge_router(ffn: FFN, x: torch.Tensor, bin_of: torch.Tensor, num_routed: in
 
 
 @torch.no_grad()
+@fast_products()
 def refit_down(ffn: FFN, x: torch.Tensor, active: Callable, bin_of: torch.Tensor) -> torch.Tensor:
     """The W_down' that makes the most of the neurons that run, h~ = h * active[bin_of]. Costs nothing at inference.
 
@@ -467,9 +476,8 @@ def refit_down(ffn: FFN, x: torch.Tensor, active: Callable, bin_of: torch.Tensor
         h = hidden(ffn, block)  # [t, q]
         running = h * active(block)[:, bin_of]
         missing = F.linear(h.sub_(running).to(x), ffn.down_proj).float()  # [t, D]
-        with fast_products():
-            hh.addmm_(running.T, running)
-            hy.addmm_(running.T, missing)
+        hh.addmm_(running.T, running)
+        hy.addmm_(running.T, missing)
     return ffn.down_proj + ridge_solver(hh, HIDDEN_RIDGE)(hy).T
 
 
@@ -594,7 +602,7 @@ def replace_ffns(model: lm.Decoder, calib_ids: torch.Tensor, replace: Callable, 
 @torch.no_grad()
 def convert(
     model: lm.Decoder,
-    calib_ids,
+    calib_ids: torch.Tensor | list[int],
     experts: Experts | str | None = None,
     method: str = "joint",
     first_dense: int | None = None,
@@ -612,7 +620,7 @@ def convert(
     """
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    config, (convert_layer, router, default, _, _) = model.config, METHODS[method]
+    config, (convert_layer, _, default, _, _) = model.config, METHODS[method]
     experts = Experts.parse(str(experts or default))
     first_dense = default_first_dense(model, method) if first_dense is None else first_dense
     check_convertible(model, experts, method, first_dense, k_act)
@@ -636,11 +644,54 @@ def convert(
         return moe
 
     replace_ffns(model, calib_ids, replace, progress)
-    before, config.ffns = config.ffns, [lm.spec_of(layer.mlp) for layer in model.layers]
-    done = {"router": router, "experts": list(map(lm.split_between, before, config.ffns))}
-    raw = lm.native_raw(config.raw)
-    config.raw = {**raw, "conversions": [*raw["conversions"], done]}
+    config.ffns = [lm.spec_of(layer.mlp) for layer in model.layers]
+    config.raw = lm.native_raw(config)
     return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. What experts are for
+
+
+@torch.no_grad()
+def chosen_experts(model: lm.Decoder, windows: torch.Tensor, layer: int) -> torch.Tensor:
+    """The routed experts that run in a layer for each token: windows [B, T] -> [B * T, A]."""
+    moe, chosen = model.layers[layer].mlp, []
+    hook = moe.register_forward_pre_hook(lambda moe, inputs: chosen.append(moe.route(inputs[0].flatten(0, -2))[0]))
+    try:
+        for window in windows:
+            model.hidden_states(window[None])
+    finally:
+        hook.remove()
+    return torch.cat(chosen)
+
+
+def favourite_words(words: list[str], chosen: torch.Tensor, num_routed: int, n: int = 8) -> list[list[str]]:
+    """The words that choose each expert most clearly: of a word that occurs c times, z = (c_e - c p_e) / sqrt(c p_e (1 - p_e))
+    says by how much its choices of expert e exceed those of all words, p_e. words [T], chosen [T, A] -> n words of each expert.
+    """
+    kinds = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    kind = torch.tensor([kinds[word] for word in words])
+    ran = torch.zeros(len(words), num_routed).scatter_(1, chosen.cpu(), 1.0)  # [T, R]
+    count = torch.bincount(kind).double()[:, None]  # [words, 1]
+    together = torch.zeros(len(kinds), num_routed).index_add_(0, kind, ran).double()  # [words, R]
+    p = ran.double().mean(dim=0).clamp(1e-6, 1 - 1e-6)
+    z = (together - count * p) / (count * p * (1 - p)).sqrt()
+    z[[not any(c.isalpha() for c in word) for word in kinds]] = -torch.inf  # numbers, dots, ends of lines
+    names = list(kinds)
+    return [[names[i] for i in column.topk(min(n, len(names))).indices if column[i] > 1] for column in z.T]
+
+
+def explain(model: lm.Decoder, tokenizer: Tokenizer, text: torch.Tensor, windows: torch.Tensor, layer: int) -> str:
+    """The tokens of a text [T] with the routed experts that run for them in a layer, and the words of other text [B, T] that
+    each expert is for."""
+    spec = model.layers[layer].mlp.spec
+    R, word = len(spec.experts), lambda i: tokenizer.decode([i], skip_special_tokens=False).strip()
+    lines = [f"Layer {layer}: {spec.active} of {R} routed experts run for each token (#)", ""]
+    for i, experts in zip(text.tolist(), chosen_experts(model, text[None], layer).tolist()):
+        lines.append(f"{word(i) or '_':>16.16}  " + "".join(".#"[e in experts] for e in range(R)))
+    likes = favourite_words(list(map(word, windows.flatten().tolist())), chosen_experts(model, windows, layer), R)
+    return "\n".join([*lines, "", *(f"expert {e:>2} is for  {', '.join(of)}" for e, of in enumerate(likes))])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -672,9 +723,9 @@ def plot_rates(reports: list[LayerReport], file: Path):
     figure.savefig(file, dpi=120)
 
 
-def plot_load(reports: list[LayerReport], experts: Experts, file: Path):
+def plot_load(reports: list[LayerReport], split: str, file: Path):
     """Which share of the tokens each routed expert gets."""
-    even = experts.active / experts.routed
+    even = Experts.parse(split).active / Experts.parse(split).routed
     load = torch.stack([r.load.sort(descending=True).values for r in reports]).numpy().T / even  # [R, layers]
     spread = max(0.25, abs(load - 1).max())
     figure = Figure(figsize=(2.2 + 0.22 * len(reports), 1.4 + 0.25 * len(load)), layout="constrained")
@@ -682,7 +733,7 @@ def plot_load(reports: list[LayerReport], experts: Experts, file: Path):
     edges = (reports[0].layer - 0.5, reports[-1].layer + 0.5, len(load) + 0.5, 0.5)
     image = ax.imshow(load, aspect="auto", cmap="RdBu_r", vmin=1 - spread, vmax=1 + spread, extent=edges)
     ax.set(xlabel="layer", ylabel="routed expert, busiest first")
-    ax.set_title(f"Load of the routed experts, {experts}: 1 is an even share, {even:.0%} of the tokens", fontsize=9)
+    ax.set_title(f"Load of the routed experts, {split}: 1 is an even share, {even:.0%} of the tokens", fontsize=9)
     figure.colorbar(image, label="load / even share")
     figure.savefig(file, dpi=120)
 
@@ -710,6 +761,8 @@ def parse_args(argv):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run (here: %(default)s)")
     add("--seed", type=int, default=0, help="picks the calibration windows (%(default)s)")
     add("--prompt", default="The capital of France is", help="text to continue, before and after (%(default)s)")
+    add("--explain", metavar="TEXT", help="print which experts run for the tokens of this text, and the words that each is for, instead")
+    add("--layer", type=int, metavar="N", help="that --explain looks at (the middle one)")
     add("--out", metavar="DIR", help="write the converted checkpoint; --model DIR loads it back")
     add("--format", choices=["standard", "native"], help="of --out: Qwen2-MoE, which other engines run (if possible), or our own")
     add("--force", action="store_true", help="replace the checkpoint in an --out that is not empty")
@@ -755,54 +808,80 @@ def measure(when, model, tokenizer, eval_ids, window, prompt) -> dict:
     return result | {"perplexity": lm.perplexity(model, eval_ids, window, bar)}
 
 
+def convert_as_asked(model: lm.Decoder, tokenizer, args, window: int) -> tuple[Callable, dict]:
+    """Check everything and read the text -> what converts the model, given where LayerReports go to, and its settings."""
+    experts = Experts.parse(args.experts or METHODS[args.method].experts)
+    first_dense = default_first_dense(model, args.method) if args.first_dense is None else args.first_dense
+    check_convertible(model, experts, args.method, first_dense, args.k_act)
+    if args.out and args.format == "standard":
+        lm.check_standard(replace(model.config, ffns=[lm.split_spec(ffn, experts, METHODS[args.method].router) for ffn in model.config.ffns]))
+    windows = lm.cut_windows(lm.read_ids(model, tokenizer, args.calib, "train"), window)
+    windows = draw(windows, args.calib_tokens // window, args.seed)
+    if args.method == "joint" and windows.numel() < 10 * model.config.intermediate_size:
+        few = f"{windows.numel()} calibration tokens for {model.config.intermediate_size} neurons"
+        print(f"warning: {few}: least squares may fit the text rather than the model", file=sys.stderr)
+    chosen = {"method": args.method, "first_dense": first_dense, "k_act": args.k_act}
+
+    def job(report):
+        dense = describe(model.config.ffns) == "dense"
+        bar = partial(tqdm, desc="converting", unit="layer")
+        convert(model, windows, experts, **chosen, progress=bar, report=report)
+        inner = [e for ffn in model.config.ffns[first_dense:] if isinstance(ffn, MoESpec) for e in ffn.experts]
+        whole = sum(isinstance(e, int) for e in inner)
+        if not dense and whole:
+            few = "fewer calibration tokens than they have neurons"
+            print(f"warning: {whole} of {len(inner)} routed experts got {few} and stay whole", file=sys.stderr)
+
+    settings = {**chosen, "experts": str(experts), "seed": args.seed, "calib": args.calib, "calib_tokens": windows.numel()}
+    return job, settings
+
+
 def run(args):
     check_args(args)
     # Everything is read and checked before the long work starts.
     model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
     window = min(args.window, model.config.max_position_embeddings)
     eval_ids = lm.read_ids(model, tokenizer, args.eval, "test")[: args.eval_tokens or None]
-    eval_ids = lm.cut_windows(eval_ids, window).flatten()
+    eval_ids = lm.cut_windows(eval_ids, window)
     prompt = lm.as_ids(model, lm.encode(tokenizer, args.prompt))
-    measured = partial(measure, tokenizer=tokenizer, eval_ids=eval_ids, window=window, prompt=prompt)
-    before, settings, reports, seconds = {}, {}, [], None
-    if args.experts is None and any(isinstance(ffn, MoESpec) for ffn in model.config.ffns):
-        print("the model is an MoE already: it is evaluated; --experts would split its experts", file=sys.stderr)
+    measured = partial(measure, tokenizer=tokenizer, eval_ids=eval_ids.flatten(), window=window, prompt=prompt)
+    shown = lm.as_ids(model, lm.encode(tokenizer, args.explain or ""))
+    if args.explain is not None and not shown.numel():
+        raise InputError("--explain: there is no text")
+    layer = model.config.num_layers // 2 if args.layer is None else args.layer
+    before, settings, reports, seconds = {}, {"first_dense": model.config.num_layers}, [], None
+    convert_it = args.experts is not None or describe(model.config.ffns) == "dense"
+    if convert_it:
+        job, settings = convert_as_asked(model, tokenizer, args, window)
     else:
-        experts = Experts.parse(args.experts or METHODS[args.method].experts)
-        first_dense = default_first_dense(model, args.method) if args.first_dense is None else args.first_dense
-        check_convertible(model, experts, args.method, first_dense, args.k_act)
-        if args.out and args.format == "standard":
-            split = lambda ffn: lm.split_spec(ffn, str(experts), METHODS[args.method].router) if isinstance(ffn, int) else ffn
-            again = any(isinstance(ffn, MoESpec) for ffn in model.config.ffns)
-            lm.check_standard(replace(model.config, ffns=list(map(split, model.config.ffns))), again=again)
-        windows = lm.cut_windows(lm.read_ids(model, tokenizer, args.calib, "train"), window)
-        windows = draw(windows, args.calib_tokens // window, args.seed)
-        if args.method == "joint" and windows.numel() < 10 * model.config.intermediate_size:
-            few = f"{windows.numel()} calibration tokens for {model.config.intermediate_size} neurons"
-            print(f"warning: {few}: least squares may fit the text rather than the model", file=sys.stderr)
-        settings = {"method": args.method, "experts": str(experts), "first_dense": first_dense, "k_act": args.k_act, "seed": args.seed}
-        settings |= {"calib": args.calib, "calib_tokens": windows.numel()}
-        before = measured("before", model)
-        start, bar = time.perf_counter(), partial(tqdm, desc="converting", unit="layer")
-        chosen = {"experts": experts, "method": args.method, "first_dense": first_dense, "k_act": args.k_act}
-        convert(model, windows, **chosen, progress=bar, report=reports.append if args.plot else None)
+        doing = "evaluated" if args.explain is None else "explained"
+        print(f"the model is an MoE already: it is {doing}; --experts would split its experts", file=sys.stderr)
+    is_moe = lambda i: 0 <= i < model.config.num_layers and (i >= settings["first_dense"] or isinstance(model.config.ffns[i], MoESpec))
+    if args.explain is not None and not is_moe(layer):
+        raise InputError(f"layer {layer} is no MoE; these are: {', '.join(str(i) for i in range(model.config.num_layers) if is_moe(i))}")
+    if convert_it:
+        before = measured("before", model) if args.explain is None else {}
+        start = time.perf_counter()
+        job(reports.append if args.plot else None)
         seconds = time.perf_counter() - start
-        inner = [e for ffn in model.config.ffns[first_dense:] if isinstance(ffn, MoESpec) for e in ffn.experts]
-        whole = sum(isinstance(e, int) for e in inner)
-        if before["name"] != "dense" and whole:
-            few = "fewer calibration tokens than they have neurons"
-            print(f"warning: {whole} of {len(inner)} routed experts got {few} and stay whole", file=sys.stderr)
     if args.out:
         model = lm.in_format(model, args.format)
         lm.save_model(model, tokenizer, args.out, args.force)
+    if args.plot and reports:
+        Path(args.plot).mkdir(parents=True, exist_ok=True)
+        plot_load(reports, settings["experts"], Path(args.plot, "expert_load.png"))
+        plot_rates(reports, Path(args.plot, "activation_rates.png"))
+    if args.explain is not None:
+        print(explain(model, tokenizer, shown, eval_ids, layer))
+        return
     after = measured("after", model)
 
     whole = 3 * model.config.hidden_size * sum(map(lm.neurons_of, model.config.ffns))
     result = {
         "model": args.model or Path(lm.WHEEL_MEMBER).name,
-        **settings,
+        **(settings if convert_it else {}),
         "eval": args.eval,
-        "eval_tokens": len(eval_ids),
+        "eval_tokens": eval_ids.numel(),
         "window": window,
         "dtype": args.dtype,
         "device": args.device,
@@ -819,10 +898,6 @@ def run(args):
     if args.json:
         finite = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in result.items()}
         lm.write_json(Path(args.json), finite)
-    if args.plot and reports:
-        Path(args.plot).mkdir(parents=True, exist_ok=True)
-        plot_load(reports, experts, Path(args.plot, "expert_load.png"))
-        plot_rates(reports, Path(args.plot, "activation_rates.png"))
 
     def row(name, form, value):
         print(f"{name:<26}" + "".join(f"{form.format(value(side)) if side else '-':>16}" for side in (before, after)))
@@ -843,7 +918,7 @@ def run(args):
         print(f"\nwrote {args.out}")
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     return lm.run_command("ffn2moe", lambda: run(parse_args(argv)))
 
 

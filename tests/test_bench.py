@@ -253,3 +253,12 @@ def test_memory(tmp_path, capsys):
     assert bench.main([*argv, "--device", "cpu", "--json", str(out)]) == 0
     result = json.loads(out.read_text())
     assert result["model_bytes"] == 2 * (128 * (500 + 1) + 2 * (3 * 128 * 128 + 3 * 128 * 256 + 2 * 128)) and "times the model" in capsys.readouterr().out
+
+
+def test_figures(checkpoint, text, tmp_path, capsys):
+    argv = ["figures", "--model", str(checkpoint), "--calib", str(text), "--eval", str(text), "--experts", "S1A2E8", "--first-dense", "1"]
+    argv += ["--layers", "0", "2", "--layer", "2", "--text", "The old river", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path / "f")]
+    assert bench.main(argv) == 0
+    assert "expert  6 is for" in capsys.readouterr().out
+    for name in ("activation_rates.png", "partition.png", "words.png"):
+        assert (tmp_path / "f" / name).read_bytes()[:4] == b"\x89PNG"

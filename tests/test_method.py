@@ -498,3 +498,43 @@ def test_active_parameters_count_what_a_token_touches():
     ffn, total = lm.active_parameters(ffn2moe.convert(model, ids, "S3A3E8", "paper"))
     router = 5 * (32 + 32 + 1 + 1)  # gate and up rows, scale, bias
     assert ffn == 3 * (3 * 32 * 64 * 6 // 8 + router) and dense_all - total == dense_ffn - ffn
+
+
+# --- 7. What experts are for
+
+
+def test_chosen_experts_are_those_that_score_highest():
+    model = ffn2moe.convert(random_model(LLAMA), torch.arange(200) % 300, "S2A2E8", first_dense=1, window=100)
+    windows = torch.arange(60).view(2, 30)
+    found = ffn2moe.chosen_experts(model, windows, 2)
+    rope, x = model.rope(0, 30), model.embed_tokens(windows)
+    for layer in model.layers[:2]:
+        x = layer(x, rope)
+    last = model.layers[2]
+    x = last.post_attention_layernorm(x + last.self_attn(last.input_layernorm(x), rope)).flatten(0, 1)
+    scores = x @ last.mlp.router_weight.T  # [60, 6]
+    for row, experts in zip(scores, found):
+        assert sorted(experts.tolist()) == sorted(row.argsort(descending=True)[:2].tolist())
+    assert not last.mlp._forward_pre_hooks
+
+
+def test_favourite_words():
+    """Expert 0 runs for "cat", 1 for "dog", 2 for every other word; "12" is no word; and what all choose alike, or one does once, is nobody's."""
+    words = (["cat", "dog", "the", "12"] * 10) + ["rare"]
+    expert = [0, 1, 2, 2] * 10 + [2]
+    chosen = torch.tensor([[e, 3] for e in expert])
+    likes = ffn2moe.favourite_words(words, chosen, 5, n=2)
+    assert likes == [["cat"], ["dog"], ["the"], [], []]
+
+
+def test_explain(checkpoint, text, capsys):
+    argv = ["--model", str(checkpoint), "--eval", str(text), "--calib", str(text), "--window", "64", "--calib-tokens", "256"]
+    argv += ["--experts", "S1A2E8", "--first-dense", "1"]
+    assert ffn2moe.main([*argv, "--explain", "The old house", "--layer", "2"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    tokens = [line.split() for line in printed if set(line.split()[-1:][0] if line.split() else "") == {"#", "."}]
+    assert "".join(word for word, _ in tokens) == "Theoldhouse" and all(len(runs) == 7 and runs.count("#") == 2 for _, runs in tokens)
+    assert sum(line.startswith("expert ") for line in printed) == 7 and not any("perplexity" in line for line in printed)
+    for layer in ("0", "3", "-1"):  # before the long work
+        assert ffn2moe.main([*argv, "--explain", "The", "--layer", layer]) == 2
+        assert f"layer {layer} is no MoE; these are: 1, 2" in capsys.readouterr().err

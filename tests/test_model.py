@@ -162,8 +162,8 @@ def test_cache_filled_in_pieces():
 @pytest.mark.parametrize("router", ["linear", "neurons"])
 def test_compiled_decoding_equals_plain(router):
     """Dense layers and MoE layers, at positions that change; the prompt and other batches are not compiled."""
-    raw = LLAMA | {"model_type": "ffn2moe", "base_model_type": "llama"}
-    model = random_model(raw | {"conversions": [{"router": router, "experts": [None, "S2A3E8", "S2A3E8"]}]})
+    moe = lm.spec_to_json(lm.split_spec(64, "S2A3E8", router))
+    model = random_model(LLAMA | native(64, moe, moe))
     ids = torch.arange(20).view(1, -1) * 7 % 300
     with torch.no_grad():
         expected, cache = model(ids), model.new_cache(1, 20)
@@ -215,9 +215,11 @@ def test_what_the_model_cannot_run_is_refused():
         lm.generate(model, [], 1)
 
 
-def converted(router, *splits):
-    conversions = [{"router": router, "experts": list(splits)}]
-    return {"model_type": "ffn2moe", "base_model_type": "llama", "conversions": conversions}
+def native(*ffns):
+    return {"model_type": "ffn2moe", "base_model_type": "llama", "ffns": list(ffns)}
+
+
+SPLIT = lm.spec_to_json(lm.split_spec(64, "S2A3E8", "linear"))
 
 
 @pytest.mark.parametrize(
@@ -248,13 +250,14 @@ def converted(router, *splits):
         ({"hidden_size": 10**8}, "head_dim"),
         ({"num_hidden_layers": 10**4}, "no tensors for layer"),
         ({"num_hidden_layers": 10**8}, "num_hidden_layers = 100000000"),
-        ({"model_type": "ffn2moe", "base_model_type": "llama"}, "no 'conversions'"),
-        (converted("linear", "S1A1E7", "S1A1E7", "S1A1E7"), "divisible"),
-        (converted("linear", None, "S1A1E8"), "no conversion of 3 layers"),
-        (converted("linear", None, None, 8), "experts 8"),
-        (converted("magic", None, None, "S1A1E8"), "magic"),
-        (converted("linear", None, None, {"shared": None, "routed": ["S1A1E8"]}), "do not fit"),
-        ({"model_type": "ffn2moe", "base_model_type": "llama", "conversions": [7]}, "no conversion of 3 layers"),
+        ({"model_type": "ffn2moe", "base_model_type": "llama"}, "no 'ffns'"),
+        (native(64, 64), "describes 2 layers, and not 3"),
+        (native(64, 64, 0), "'0' describes no FFN"),
+        (native(64, 64, {"experts": 8}), "describes no FFN"),
+        *((native(64, 64, SPLIT | change), "describes no FFN") for change in (
+            {"router": "magic"}, {"weights": "heavy"}, {"active": 0}, {"active": 7}, {"experts": []}, {"experts": [8, -8]}, {"shared": None},
+            {"gated": 1}, {"gated": True, "shared": 0}, {"more": 1}, {"experts": [8, SPLIT | {"active": 9}]},
+        )),
         ({"model_type": "mixtral"}, "no 'num_experts_per_tok'"),
         ({"model_type": "mixtral", "num_experts_per_tok": 2}, "num_experts = None"),
         ({"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 5}, "num_experts = 4"),

@@ -258,3 +258,33 @@ def test_two_levels_are_trained():
     assert all(t.isfinite().all() for t in model.state_dict().values())
     assert not model.layers[1].mlp.experts[0].router_bias.any() and model.layers[1].mlp.experts[1].router_bias.any()
     assert log["loss"][-1] < log["loss"][0]
+
+
+def test_the_loss_is_what_it_says():
+    """Cross-entropy and divergence from a teacher, against a float64 count, and their gradients."""
+    model, teacher, ids = moe_model(torch.float64), random_model(LLAMA, 1, torch.float64), text_ids(60).view(3, 20)
+    logp, theirs = (m(ids)[:, :-1].log_softmax(-1) for m in (model, teacher))
+    nll = -logp.gather(-1, ids[:, 1:, None]).mean()
+    kl = (theirs.exp() * (theirs - logp)).sum(-1).mean()
+    for share, loss in ((0.0, nll), (0.3, 0.7 * nll + 0.3 * kl), (1.0, kl)):
+        assert train.backward(model.requires_grad_(), ids, 0.5, teacher, share) == pytest.approx(loss.item() / 2, rel=1e-5)
+        assert all(p.grad is None for p in teacher.parameters())
+        found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        logp = model(ids)[:, :-1].log_softmax(-1)
+        again = (1 - share) * -logp.gather(-1, ids[:, 1:, None]).mean() + share * (theirs.exp() * (theirs - logp)).sum(-1).mean()
+        (again / 2).backward()
+        for a, b in zip(found, [p.grad for p in model.parameters() if p.grad is not None]):
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-7)
+        model.zero_grad()
+    assert train.backward(model, ids) == pytest.approx(nll.item(), rel=1e-5)
+
+
+def test_a_teacher_pulls_the_model_back():
+    """Without a word of text: towards the model that it was made of."""
+    teacher, ids = random_model(LLAMA), text_ids(592).view(-1, 16)
+    divergence = lambda m: F.kl_div(m(ids).log_softmax(-1), teacher(ids).log_softmax(-1), log_target=True, reduction="sum").item()
+    model = moe_model()
+    before = divergence(model)
+    train.finetune(model, text_ids(), train.settings(**SMALL | {"samples": 400, "distill": 1.0}), teacher=teacher)
+    assert divergence(model) < 0.7 * before
