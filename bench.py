@@ -521,9 +521,9 @@ def faster(times: dict[str, np.ndarray], functions: dict[str, Callable]):
             times["uncompiled"] = plain
 
 
-def speed_row(what, shape, tokens, batch, like, experts, ffns, times, functions, weight_bytes) -> dict:
+def speed_row(what, shape, tokens, batch, like, experts, ffns, times, peaks, weight_bytes) -> dict:
     """One row of the table from what the layers are (`ffns`, specs of model.py), the times of "dense", "MoE" and their peers,
-    and the bytes of weights that one token reads."""
+    their peak memory and the bytes of weights that one token reads."""
     device, ms = str(like.device), {name: float(np.median(t)) for name, t in times.items()}
     low, mid, high = np.quantile(times["dense"] / times["MoE"], [0.25, 0.5, 0.75])
     speedup = ms["dense"] / ms["MoE"]
@@ -535,7 +535,7 @@ def speed_row(what, shape, tokens, batch, like, experts, ffns, times, functions,
     row |= {"dense_ms": ms["dense"], "moe_ms": ms["MoE"], "speedup": speedup}
     row |= {"ideal": ideal, "of_ideal": speedup / ideal, "spread": (high - low) / mid}
     for name in ("dense", "MoE"):
-        row[f"{name.lower()}_peak_bytes"] = peak_memory(functions[name], device)
+        row[f"{name.lower()}_peak_bytes"] = peaks[name]
         row[f"{name.lower()}_weight_bytes_per_token"] = weight_bytes[name]
     return row | {f"{name}_ms": ms[name] for name in ms if name not in ("dense", "MoE")}
 
@@ -568,7 +568,8 @@ def ffn_speed(shape: str, tokens: int, experts: Experts, like: torch.Tensor, tur
     moe = layers[0][1]
     idle = (experts.routed - experts.active) * (moe.gate_up_proj[0].numel() + moe.down_proj[0].numel()) * like.element_size()
     read = {"dense": bytes_of(layers[0][0]), "MoE": bytes_of(moe) - idle}
-    return speed_row("ffn", shape, tokens, 1, like, str(experts), [moe.spec], times, functions, read)
+    peaks = {name: peak_memory(functions[name], like.device.type) for name in ("dense", "MoE")}
+    return speed_row("ffn", shape, tokens, 1, like, str(experts), [moe.spec], times, peaks, read)
 
 
 def model_speed(models: dict[str, lm.Decoder], what: str, ids: torch.Tensor, turns: int) -> list[dict]:
@@ -594,7 +595,7 @@ def model_speed(models: dict[str, lm.Decoder], what: str, ids: torch.Tensor, tur
             cache = model.new_cache(len(ids), 2 * half)
             model(ids[:, :half], cache)
             functions[name] = partial(decode, model, cache)
-            if len(ids) == 1:
+            if len(ids) <= kernels.FEW:
                 functions[f"{name} compiled"] = partial(decode, model, cache, True)
                 model.compiled = True
                 for t in range(half, half + 2):  # the first tokens take as long as compiling does
@@ -603,13 +604,14 @@ def model_speed(models: dict[str, lm.Decoder], what: str, ids: torch.Tensor, tur
     faster(times, functions)
     steps = half if what == "decode" else 1
     read = {name: lm.active_parameters(model)[1] * like.element_size() for name, model in models.items()}
+    peaks = {name: peak_memory(functions[name], like.device.type) for name in models}
     rows = []
     for name, model in models.items():
         if name != "dense":
             pair = lambda of, name=name: {"dense": of["dense"], "MoE": of[name]}
             tokens = ids.shape[1] if what == "prefill" else half
             timed = pair({key: t / steps for key, t in times.items()})
-            row = speed_row(what, "smollm2-135m", tokens, len(ids), like, name, model.config.ffns, timed, pair(functions), pair(read))
+            row = speed_row(what, "smollm2-135m", tokens, len(ids), like, name, model.config.ffns, timed, pair(peaks), pair(read))
             without = float(np.median(times["bare"])) / steps
             rows.append(row | {"bound": row["dense_ms"] / (without + (row["dense_ms"] - without) / row["ideal"])})
     return rows
@@ -723,20 +725,21 @@ def plot_speed(rows: list[dict], file: Path):
 def finetune_rows() -> list[tuple[str, Row, dict]]:
     """(name, how to convert, settings of train.py that differ): the methods at three sizes, then ablations at one.
 
-    The dense model has the same fine-tune: the text teaches it something too.
+    The dense model has a fine-tune too, without a teacher: the text teaches it something, and it needs no repair.
     """
     rows = {(row.name, row.percent): row for row in quality_rows()}
-    names = ["paper", "static pruning, refit", "joint"]
-    table = [("dense", rows["dense", 100], {})]
-    table += [(name, rows[name, percent], {}) for percent in (75, 50, 25) for name in names]
     joint = rows["joint", 50]
     blank = joint._replace(layer=blank_router_layer)
-    return table + [
-        ("paper, no shared expert", rows["paper, no shared expert", 50], {}),
+    table = [("dense", rows["dense", 100], {})]
+    table += [("joint", rows["joint", percent], {}) for percent in (75, 25, 50)]
+    table += [
+        ("joint, no distillation", joint, {"distill": 0.0}),
         ("joint, no balancing", joint, {"bias_step": 0.0}),
         ("joint, router trained too", joint, {"router": True}),
         ("joint, router learned from nothing", blank, {"router": True}),
     ]
+    table += [(name, rows[name, percent], {}) for name in ("static pruning, refit", "paper") for percent in (75, 50, 25)]
+    return [*table, ("paper, no shared expert", rows["paper, no shared expert", 50], {})]
 
 
 def blank_router_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> MoE:
@@ -748,32 +751,37 @@ def blank_router_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> MoE:
 
 
 def finetune(args):
-    file, s = Path(args.json), train.settings(samples=args.samples, length=args.length, rate=args.rate, seed=args.seed)
+    file, s = Path(args.json), train.settings(**{name: getattr(args, name) for name in ("samples", "length", "rate", "distill", "seed")})
     settings = {"model": args.model or Path(lm.WHEEL_MEMBER).name, "dtype": args.dtype, "device": args.device}
     settings |= {"text": Path(args.text).stem, "eval": Path(args.eval).stem, "eval_tokens": args.eval_tokens, **vars(s)}
     done = read_results(file, settings)
     rows = [row for row in finetune_rows() if args.only is None or row[0] in args.only]
     check_only(args.only, {name for name, _, _ in finetune_rows()})
+    dense, tokenizer = lm.load_model(args.model, args.dtype, args.device)
+    ids, eval_ids = (lm.read_ids(dense, tokenizer, text, split) for text, split in ((args.text, "train"), (args.eval, "test")))
+    window = min(2048, dense.config.max_position_embeddings)
+    if args.eval == HELD_BACK:
+        ids, eval_ids = ids[: -10 * window], ids[-8 * window :]
+    calib = lm.cut_windows(ids, window)
+    calib = ffn2moe.draw(calib, len(calib), args.seed)
+    converted, before = {}, {}  # the last conversion, and its perplexity: several rows may begin with it
     for n, (name, row, changes) in enumerate(rows):
         key = {"name": name, "percent": row.percent, "experts": row.experts, "first_dense": row.first_dense, **changes}
         if key in [r["key"] for r in done["rows"]]:
             continue
         title = f"{n + 1}/{len(rows)} {name}, {row.percent} %"
-        model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
-        ids, eval_ids = (lm.read_ids(model, tokenizer, text, split) for text, split in ((args.text, "train"), (args.eval, "test")))
-        window = min(2048, model.config.max_position_embeddings)
-        if args.eval == HELD_BACK:
-            ids, eval_ids = ids[: -10 * window], ids[-8 * window :]
-        dense_ffn = lm.active_parameters(model)[0]
-        if row.layer:
-            calib = lm.cut_windows(ids, window)
-            replace_by_row(model, row, ffn2moe.draw(calib, len(calib), args.seed)[: row.calib_windows], title)
         bar = partial(tqdm, desc=f"{title}: evaluate", unit="window")
-        measure = partial(lm.perplexity, model, eval_ids[: args.eval_tokens or None], window, bar)
-        result = {"key": key, "active_ffn": lm.active_parameters(model)[0] / dense_ffn, "before": measure()}
+        measure = partial(lm.perplexity, ids=eval_ids[: args.eval_tokens or None], window=window, progress=bar)
+        if row not in converted:
+            model = copy.deepcopy(dense)
+            if row.layer:
+                replace_by_row(model, row, calib[: row.calib_windows], title)
+            converted, before = {row: model}, measure(model)
+        model = copy.deepcopy(converted[row])
+        result = {"key": key, "active_ffn": lm.active_parameters(model)[0] / lm.active_parameters(dense)[0], "before": before}
         start = time.perf_counter()
-        log = train.finetune(model, ids, train.settings(**vars(s) | changes))
-        result |= {"seconds": time.perf_counter() - start, "after": measure()}
+        log = train.finetune(model, ids, train.settings(**vars(s) | changes), teacher=dense if row.layer else None)
+        result |= {"seconds": time.perf_counter() - start, "after": measure(model)}
         last = len(log["loss"]) // 10 + 1
         result |= {"loss": [float(np.mean(log["loss"][:last])), float(np.mean(log["loss"][-last:]))]}
         result |= {"spread": [float(np.mean(log["spread"][:last])), float(np.mean(log["spread"][-last:]))]}
@@ -786,16 +794,19 @@ def finetune(args):
 
 
 def finetune_table(done: dict) -> str:
-    """Markdown: perplexity before and after, and after as a multiple of the dense model's after the same fine-tune."""
+    """Markdown: perplexity before and after, and after as a multiple of the dense model's after its fine-tune; methods by
+    size, then ablations."""
     results = {(r["key"]["name"], r["key"]["percent"]): r for r in done["rows"]}
-    dense, lines = results.get(("dense", 100)), []
-    for name, row, _ in finetune_rows():
+    dense, tables = results.get(("dense", 100)), {False: [], True: []}
+    for name, row, changes in sorted(finetune_rows(), key=lambda each: -each[1].percent):
         r = results.get((name, row.percent))
         if r:
-            cells = [name, "" if r is dense else row.experts, f"{r['active_ffn']:.1%}", f"{r['before']:.2f}", f"{r['after']:.2f}"]
-            cells.append(f"{r['after'] / dense['after']:.2f}" if dense else "")
-            lines.append([*cells, "" if r is dense or not r["spread"][0] else f"{r['spread'][0]:.2f} → {r['spread'][1]:.2f}"])
-    return markdown(["", "split", "active FFN", "before", "after", "after / dense", "load, max / mean"], lines)
+            cells = [name, row.experts if row.layer else "", f"{r['active_ffn']:.1%}", f"{r['before']:.2f}", f"{r['after']:.2f}"]
+            cells += [f"{r['after'] / dense['after']:.2f}" if dense else ""]
+            cells += [f"{r['spread'][0]:.2f} → {r['spread'][1]:.2f}" if r["spread"][0] else ""]
+            tables["joint," in name or "paper," in name].append(cells)
+    head = ["", "split", "active FFN", "before", "after", "after / dense", "load, max / mean"]
+    return "\n".join(markdown(head, lines) for lines in tables.values() if lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1023,7 +1034,7 @@ def parse_args(argv):
     add = command("finetune", "perplexity before and after the fine-tune of train.py, the dense model's too",
                   "model eval eval-tokens only dtype device seed", eval_tokens={"default": 0})  # fmt: skip
     add("--text", default="manual", help=f"for calibration and fine-tuning: {text} (%(default)s)")
-    for name in ("samples", "length", "rate"):
+    for name in ("samples", "length", "rate", "distill"):
         default, what = train.SETTINGS[name]
         add("--" + name, type=type(default), default=default, help=f"{what} (%(default)s)")
     add("--json", default="results/finetune.json", metavar="FILE", help="raw results; a table beside it (%(default)s)")

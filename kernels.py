@@ -12,8 +12,9 @@ The functions below all compute that, and `moe` at the end picks one of them:
 2. `moe_grouped`     tokens sorted by expert, so that each expert is a product over the rows of the tokens that chose it.
                      For training: autograd sees through it.
 3. `moe_cpu`         the same for inference on a CPU, with an eye on memory.
-4. `moe_decode`    one token on a CPU: what counts is how few weights are read and how few operations are started. `moe_compiled`
-                     is what torch.compile makes one loop of.
+4. `moe_compiled`    a few tokens: what counts is how few weights are read and how few operations are started. torch.compile
+                     makes a few loops of all of it.
+   `moe_decode`      one token on a CPU, without torch.compile.
 5. `moe_triton`      the products of all experts as two Triton kernels, for CUDA.
 
 Shapes in comments: T tokens, D hidden_size, R routed experts of m neurons, A of them active per token. All take
@@ -42,6 +43,11 @@ except ImportError:
 FEW = 8  # rows
 
 
+def widened(x: Tensor) -> Tensor:
+    """At least float32, so that sums are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """W x + b, as F.linear: x [..., D], weight [N, D] -> [..., N].
 
@@ -51,7 +57,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     n, d = weight.shape
     if torch.compiler.is_compiling() and x.numel() == d:
-        y = (weight * x.reshape(d).float()).sum(-1).to(x.dtype).view(*x.shape[:-1], n)
+        y = (weight * widened(x.reshape(d))).sum(-1).to(x.dtype).view(*x.shape[:-1], n)
         return y if bias is None else y + bias
     if x.is_cpu and 0 < x.numel() <= FEW * d:
         if x.dtype == torch.float32 and n % 8 == 0:
@@ -173,17 +179,16 @@ def moe_cpu(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor,
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. One token
+# 4. A few tokens
 #
-# All of its time is that of reading the weights of the experts that it runs, and of starting operations: some thirty, of a few
-# microseconds each, which outweigh a small FFN. Compiled, they are three or four, and the experts' weights are read where
-# they lie (`model.Decoder.compiled`).
+# All of their time is that of reading the weights of the experts that run, and of starting operations: for one token some
+# thirty, of a few microseconds each, which outweigh a small FFN. Compiled, they are three or four, and experts' weights are
+# read where they lie, once per choice, from the cache if they were chosen before (`model.Decoder.compiled`).
 
 
 def moe_compiled(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    chosen, weights, x = chosen[0], weights[0].float(), x[0].float()
-    h = gated((gate_up[chosen] * x).sum(-1)) * weights[:, None]  # [A, m]
-    return y + (down[chosen] * h[:, None]).sum(-1).sum(0).to(y.dtype)
+    h = gated((gate_up[chosen] * widened(x)[:, None, None]).sum(-1)) * weights[..., None]  # [T, A, m]
+    return y + (down[chosen] * h[:, :, None]).sum(-1).sum(1).to(y.dtype)
 
 
 def moe_decode(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -322,7 +327,7 @@ def moe_triton(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tens
 def moe(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """Add the routed experts to y, by the fastest path for the device and the number of tokens."""
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, gate_up, down, weights))
-    if torch.compiler.is_compiling() and len(x) == 1:
+    if torch.compiler.is_compiling() and len(x) <= FEW:
         path = moe_compiled
     elif trains or x.dtype == torch.float64:
         path = moe_grouped

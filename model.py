@@ -375,7 +375,10 @@ class Attention(nn.Module):
             k, v = cache[:, :, :, : start + T]
             if start and T > 1:
                 mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1 and mask is None, enable_gqa=True)
+        if T == 1:  # one query sees all keys: the heads that share a key are rows of one product
+            y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim), k, v)  # [B, K, H / K, d]
+            return self.o_proj(y.reshape(B, T, -1))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -501,8 +504,8 @@ compiled_layer = torch.compile(Layer.forward)  # as soon as it is called
 class Decoder(nn.Module):
     """The model: `model(input_ids [B, T]) -> logits [B, T, vocab_size]`.
 
-    With `compiled` = True, single tokens go through torch.compile, which takes some seconds at the first of them, and a
-    compiler for C++ (on CUDA, triton).
+    With `compiled` = True, decoding (a token at a time, in a few sequences) goes through torch.compile, which takes some
+    seconds at the first token, and a compiler for C++ (on CUDA, triton).
     """
 
     compiled = False
@@ -535,7 +538,7 @@ class Decoder(nn.Module):
         """The normalised output of the last layer, [B, T, D]; `start` tokens are in the cache already."""
         rope = self.rope(start, start + input_ids.shape[1])
         x = self.embed_tokens(input_ids)
-        compiled = self.compiled and input_ids.numel() == 1 and not self.training
+        compiled = self.compiled and input_ids.shape[1] == 1 and len(input_ids) <= kernels.FEW and not self.training
         for i, layer in enumerate(self.layers):
             run = compiled_layer if compiled and not hasattr(layer.mlp, "experts") else Layer.__call__
             x = run(layer, x, rope, cache[i] if cache else None, start)

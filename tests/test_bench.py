@@ -4,6 +4,7 @@ import json
 import time
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import LLAMA, random_model, write_checkpoint
@@ -262,3 +263,11 @@ def test_figures(checkpoint, text, tmp_path, capsys):
     assert "expert  6 is for" in capsys.readouterr().out
     for name in ("activation_rates.png", "partition.png", "words.png"):
         assert (tmp_path / "f" / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_faster_of_two_ways_counts():
+    times = {"dense": 2, "dense compiled": 1, "MoE": 1, "MoE compiled": 3, "static": 5}
+    times, functions = {name: np.array([t, t + 1]) for name, t in times.items()}, {name: name for name in times}
+    bench.faster(times, functions)
+    assert {name: t[0] for name, t in times.items()} == {"dense": 1, "MoE": 1, "static": 5, "uncompiled": 1}
+    assert functions["dense"] == "dense compiled" and functions["MoE"] == "MoE"

@@ -11,7 +11,7 @@ import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATHS = [kernels.moe_grouped, kernels.moe_cpu, kernels.moe] if DEVICE == "cpu" else [kernels.moe_grouped, kernels.moe]
-ONE_TOKEN = [kernels.moe_decode, kernels.moe_compiled]
+PATHS.append(kernels.moe_compiled)  # right also when it is not compiled
 if kernels.triton:  # interpreted where there is no GPU (conftest.py)
     PATHS.append(kernels.moe_triton)
 
@@ -82,13 +82,13 @@ def test_ffn_is_its_formula():
 def test_paths_equal_the_definition(T, R, A, routing):
     arguments = random_layer(T, 40, 24, R, A, routing)
     expected = kernels.moe_reference(*(t.double() if t.is_floating_point() else t for t in arguments))
-    for path in PATHS + ONE_TOKEN * (T == 1):
+    for path in PATHS + [kernels.moe_decode] * (T == 1):
         assert torch.allclose(run(path, arguments).double(), expected, rtol=1e-4, atol=1e-5), path
 
 
-@pytest.mark.parametrize("path", PATHS + ONE_TOKEN, ids=lambda path: path.__name__)
+@pytest.mark.parametrize("path", [*PATHS, kernels.moe_decode], ids=lambda path: path.__name__)
 def test_in_bfloat16_the_error_is_that_of_bfloat16(path):
-    arguments = random_layer(1 if path in ONE_TOKEN else 77, 72, 20, 6, 2, dtype=torch.bfloat16)
+    arguments = random_layer(1 if path is kernels.moe_decode else 77, 72, 20, 6, 2, dtype=torch.bfloat16)
     expected = kernels.moe_reference(*(t.double() if t.is_floating_point() else t for t in arguments))
     error = (run(path, arguments).double() - expected).abs().max() / expected.abs().max()
     assert 1e-6 < error < 0.02  # 8 bits; a handful of roundings, one per operation

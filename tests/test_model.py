@@ -159,14 +159,14 @@ def test_cache_filled_in_pieces():
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a compiler for C++")
-@pytest.mark.parametrize("router", ["linear", "neurons"])
-def test_compiled_decoding_equals_plain(router):
-    """Dense layers and MoE layers, at positions that change; the prompt and other batches are not compiled."""
+@pytest.mark.parametrize("router, batch", [("linear", 1), ("neurons", 1), ("linear", 3)])
+def test_compiled_decoding_equals_plain(router, batch):
+    """Dense layers and MoE layers, at positions that change; the prompt is not compiled."""
     moe = lm.spec_to_json(lm.split_spec(64, "S2A3E8", router))
     model = random_model(LLAMA | native(64, moe, moe))
-    ids = torch.arange(20).view(1, -1) * 7 % 300
+    ids = torch.arange(20 * batch).view(batch, -1) * 7 % 300
     with torch.no_grad():
-        expected, cache = model(ids), model.new_cache(1, 20)
+        expected, cache = model(ids), model.new_cache(batch, 20)
         model.compiled = True
         found = [model(ids[:, :16], cache)] + [model(ids[:, t : t + 1], cache, t) for t in range(16, 20)]
     assert torch.allclose(torch.cat(found, dim=1), expected, rtol=1e-4, atol=1e-4)
