@@ -508,17 +508,16 @@ def transformers_layer(moe: MoE) -> nn.Module | None:
     return layer
 
 
-run_compiled = torch.compile(lambda module, x: module(x))
-
-
-def faster(times: dict[str, np.ndarray], functions: dict[str, Callable]):
-    """Where something was timed compiled too, keep the faster of the two, so that the dense model has its best as well."""
-    for name in [name for name in times if f"{name} compiled" in times]:
-        compiled, plain = times.pop(f"{name} compiled"), times[name]
-        if np.median(compiled) < np.median(plain):
-            times[name], functions[name] = compiled, functions[f"{name} compiled"]
-        if name == "MoE":
-            times["uncompiled"] = plain
+def faster(times: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Where something was timed compiled too, the faster of the two, so that the dense model has its best as well; and the
+    times without, where compiled ones won."""
+    result = {name: t for name, t in times.items() if not name.endswith(", compiled")}
+    for name in list(result):
+        compiled = times.get(f"{name}, compiled")
+        if compiled is not None:
+            result[f"{name}, uncompiled"] = times[name]
+            result[name] = min(compiled, times[name], key=np.median)
+    return result
 
 
 def speed_row(what, shape, tokens, batch, like, experts, ffns, times, peaks, weight_bytes) -> dict:
@@ -537,7 +536,9 @@ def speed_row(what, shape, tokens, batch, like, experts, ffns, times, peaks, wei
     for name in ("dense", "MoE"):
         row[f"{name.lower()}_peak_bytes"] = peaks[name]
         row[f"{name.lower()}_weight_bytes_per_token"] = weight_bytes[name]
-    return row | {f"{name}_ms": ms[name] for name in ms if name not in ("dense", "MoE")}
+    if "MoE, uncompiled" in ms:
+        row["uncompiled_ms"] = ms["MoE, uncompiled"]
+    return row | {f"{name}_ms": ms[name] for name in ms if name in ("static", "plain_dense", "grouped_mm", "transformers")}
 
 
 def ffn_speed(shape: str, tokens: int, experts: Experts, like: torch.Tensor, turns: int) -> dict:
@@ -548,24 +549,23 @@ def ffn_speed(shape: str, tokens: int, experts: Experts, like: torch.Tensor, tur
     layers = [random_layers(hidden_size, intermediate_size, experts, like)]
     while tokens == 1 and len(layers) < 60 and len(layers) * bytes_of(layers[0][0]) < 2**28:
         layers.append(random_layers(hidden_size, intermediate_size, experts, like))
-    names = {"dense": [ffn for ffn, _, _ in layers], "MoE": [moe for _, moe, _ in layers], "static": [s for _, _, s in layers]}
-    names["plain_dense"] = [partial(plain_ffn, ffn) for ffn in names["dense"]]
-    if names["MoE"][0].down_proj.shape[-1] * like.element_size() % 16 == 0:  # what grouped_mm can do
-        names["grouped_mm"] = [partial(moe_by_grouped_mm, moe) for moe in names["MoE"]]
-    names["transformers"] = [partial(peer, x[None]) if peer else None for peer in map(transformers_layer, names["MoE"])]
-    if tokens == 1:
+    dense, moes, static = zip(*layers)
+    copies = {name: [partial(ffn, x) for ffn in ffns] for name, ffns in (("dense", dense), ("MoE", moes), ("static", static))}
+    copies["plain_dense"] = [partial(plain_ffn, ffn, x) for ffn in dense]
+    if moes[0].down_proj.shape[-1] * like.element_size() % 16 == 0:  # what grouped_mm can do
+        copies["grouped_mm"] = [partial(moe_by_grouped_mm, moe, x) for moe in moes]
+    if transformers_layer(moes[0]):
+        copies["transformers"] = [partial(transformers_layer(moe), x[None]) for moe in moes]
+    if tokens == 1 and kernels.can_compile(like.device.type):
         torch.compiler.reset()
-        names |= {f"{name} compiled": [partial(run_compiled, m) for m in names[name]] for name in ("dense", "MoE", "static")}
+        run = torch.compile(lambda ffn: ffn())
         for name in ("dense", "MoE", "static"):
-            names[f"{name} compiled"][0](x)  # the first takes as long as compiling does
-    functions = {}
-    for name, modules in names.items():
-        if modules[0] is not None:
-            turn = cycle(modules)
-            functions[name] = (lambda turn=turn: next(turn)()) if name == "transformers" else (lambda turn=turn: next(turn)(x))
-    times = interleave(functions, like.device.type, turns)
-    faster(times, functions)
-    moe = layers[0][1]
+            copies[f"{name}, compiled"] = [partial(run, ffn) for ffn in copies[name]]
+            copies[f"{name}, compiled"][0]()  # the first takes as long as compiling does
+    one_of = lambda turn: lambda: next(turn)()
+    functions = {name: one_of(cycle(same)) for name, same in copies.items()}
+    times = faster(interleave(functions, like.device.type, turns))
+    moe = moes[0]
     idle = (experts.routed - experts.active) * (moe.gate_up_proj[0].numel() + moe.down_proj[0].numel()) * like.element_size()
     read = {"dense": bytes_of(layers[0][0]), "MoE": bytes_of(moe) - idle}
     peaks = {name: peak_memory(functions[name], like.device.type) for name in ("dense", "MoE")}
@@ -595,13 +595,10 @@ def model_speed(models: dict[str, lm.Decoder], what: str, ids: torch.Tensor, tur
             cache = model.new_cache(len(ids), 2 * half)
             model(ids[:, :half], cache)
             functions[name] = partial(decode, model, cache)
-            if len(ids) <= kernels.FEW:
-                functions[f"{name} compiled"] = partial(decode, model, cache, True)
-                model.compiled = True
-                for t in range(half, half + 2):  # the first tokens take as long as compiling does
-                    model(ids[:, t : t + 1], cache, t)
-    times = interleave(functions, like.device.type, turns)
-    faster(times, functions)
+            if len(ids) <= kernels.FEW and kernels.can_compile(like.device.type):
+                functions[f"{name}, compiled"] = partial(decode, model, cache, True)
+                decode(model, cache, True)  # the first tokens take as long as compiling does
+    times = faster(interleave(functions, like.device.type, turns))
     steps = half if what == "decode" else 1
     read = {name: lm.active_parameters(model)[1] * like.element_size() for name, model in models.items()}
     peaks = {name: peak_memory(functions[name], like.device.type) for name in models}
@@ -610,7 +607,8 @@ def model_speed(models: dict[str, lm.Decoder], what: str, ids: torch.Tensor, tur
         if name != "dense":
             pair = lambda of, name=name: {"dense": of["dense"], "MoE": of[name]}
             tokens = ids.shape[1] if what == "prefill" else half
-            timed = pair({key: t / steps for key, t in times.items()})
+            timed = {key: t / steps for key, t in times.items()}
+            timed = pair(timed) | ({"MoE, uncompiled": timed[f"{name}, uncompiled"]} if f"{name}, uncompiled" in timed else {})
             row = speed_row(what, "smollm2-135m", tokens, len(ids), like, name, model.config.ffns, timed, pair(peaks), pair(read))
             without = float(np.median(times["bare"])) / steps
             rows.append(row | {"bound": row["dense_ms"] / (without + (row["dense_ms"] - without) / row["ideal"])})
@@ -631,7 +629,6 @@ def speed(args):
             lm.write_json(file, rows)
             file.with_suffix(".md").write_text(f"{speed_overview(rows)}\n{speed_table(rows)}", encoding="utf-8")
 
-    torch._dynamo.config.recompile_limit = 64  # shapes that are compiled, of all splits together
     print(*speed_table([]).splitlines(), sep="\n")
     torch.manual_seed(0)
     for dtype in args.dtype:

@@ -846,8 +846,8 @@ def run(args):
     prompt = lm.as_ids(model, lm.encode(tokenizer, args.prompt))
     measured = partial(measure, tokenizer=tokenizer, eval_ids=eval_ids.flatten(), window=window, prompt=prompt)
     shown = lm.as_ids(model, lm.encode(tokenizer, args.explain or ""))
-    if args.explain is not None and not shown.numel():
-        raise InputError("--explain: there is no text")
+    if args.explain is not None and not 0 < len(shown) <= model.config.max_position_embeddings:
+        raise InputError(f"--explain: a text of {len(shown)} tokens is none, or more than the model can run")
     layer = model.config.num_layers // 2 if args.layer is None else args.layer
     before, settings, reports, seconds = {}, {"first_dense": model.config.num_layers}, [], None
     convert_it = args.experts is not None or describe(model.config.ffns) == "dense"

@@ -26,6 +26,7 @@ and return y [T, D], which they may change in place.
 
 import functools
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -40,7 +41,7 @@ except ImportError:
     triton = None
 
 
-FEW = 8  # rows
+FEW = 8  # rows of x: up to so many, a product takes as long as reading the weights
 
 
 def widened(x: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     For a few rows, the time is what it takes to read W from memory, and there F.linear leaves a CPU idle. In float32 it
     reads with one core (MKL): cut into slices, W is a batch of products, which all cores share. In bfloat16 and for one
-    row, oneDNN reads about half as fast as PyTorch's own product. torch.compile makes a loop of its own of a sum.
+    row, oneDNN reads about half as fast as PyTorch's own product. A sum is what torch.compile makes a fast loop of.
     """
     n, d = weight.shape
     if torch.compiler.is_compiling() and x.numel() == d:
@@ -78,16 +79,21 @@ def gated(both: Tensor) -> Tensor:
     gate, up = both.chunk(2, dim=-1)
     if both.requires_grad or torch.compiler.is_compiling():
         return F.silu(gate) * up
-    if both.is_cuda and has_triton():
-        return compiled_gated(both.flatten(0, -2)).view(*both.shape[:-1], -1)
+    if both.is_cuda and has_triton() and len(both):
+        return compiled_gated()(both.reshape(-1, both.shape[-1])).view(gate.shape)
     return F.silu(gate, inplace=True).mul_(up)  # fresh memory would cost more than the arithmetic
 
 
-@functools.partial(torch.compile, dynamic=True)
-def compiled_gated(both):
-    """One pass over memory in place of two; only CUDA has the compiler that this takes at hand (triton). both [T, 2m]."""
-    gate, up = both.chunk(2, dim=-1)
-    return F.silu(gate) * up
+@functools.cache
+def compiled_gated() -> Callable:
+    """`gated` of [T, 2m] in one pass over memory in place of two, where a compiler is at hand: triton, on CUDA. Made when it
+    is wanted: torch.compile takes seconds to import."""
+    return torch.compile(lambda both: F.silu(both.chunk(2, dim=-1)[0]) * both.chunk(2, dim=-1)[1], dynamic=True)
+
+
+def can_compile(device: str) -> bool:
+    """Whether torch.compile has the compiler that it needs: for CUDA triton, for the CPU one for C++."""
+    return triton is not None if device.startswith("cuda") else bool(shutil.which(os.environ.get("CXX", "g++")))
 
 
 def ffn(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -120,15 +126,12 @@ def sort_by_expert(chosen: Tensor, num_routed: int) -> tuple[Tensor, Tensor]:
     return flat.argsort(stable=True), counts
 
 
-def rows_by_expert(chosen: Tensor, num_routed: int, dtype: torch.dtype) -> tuple[Tensor, list[int], Tensor]:
+def rows_by_expert(chosen: Tensor, num_routed: int, unit: int = 1) -> tuple[Tensor, list[int], Tensor]:
     """The rows of x that the experts run on, one expert after another: chosen [T, A] -> the token of each row, the number
-    of rows of each expert (a list), and the row of each slot [T, A].
-
-    For each number of rows that it has not met, oneDNN compiles a product, which takes as long as the product itself. It
-    does the ones of two bytes, whose numbers of rows are therefore rounded up.
+    of rows of each expert (a list), and the row of each slot [T, A]. Numbers of rows are rounded up to a multiple of `unit`,
+    but for a few rows.
     """
     slots, counts = sort_by_expert(chosen, num_routed)
-    unit = 16 if dtype.itemsize == 2 else 1
     padded = torch.where(counts > FEW, (counts + unit - 1) // unit * unit, counts)
     ahead = (padded - counts).cumsum(0) - (padded - counts)  # padding before each expert's rows
     place = torch.arange(len(slots), device=slots.device) + ahead.repeat_interleave(counts)  # of each sorted slot
@@ -145,9 +148,15 @@ def combine(y: Tensor, out: Tensor, row: Tensor, weights: Tensor) -> Tensor:
     return y + (out * weights[..., None]).sum(dim=1)
 
 
-def moe_of_modules(y: Tensor, x: Tensor, experts: Sequence[Callable], chosen: Tensor, weights: Tensor) -> Tensor:
+def row_unit(x: Tensor) -> int:
+    """For each number of rows that it has not met, oneDNN, which does the products of two bytes on a CPU, compiles a product.
+    That takes as long as the product itself, so that numbers of rows are rounded up to a few."""
+    return 16 if x.is_cpu and x.dtype.itemsize == 2 else 1
+
+
+def moe_of_modules(y: Tensor, x: Tensor, experts: Sequence[Callable], chosen: Tensor, weights: Tensor, unit: int = 1) -> Tensor:
     """The same with any functions for experts, x [t, D] -> [t, D]: MoE layers, say, for a mixture in two levels."""
-    tokens, counts, row = rows_by_expert(chosen, len(experts), x.dtype)
+    tokens, counts, row = rows_by_expert(chosen, len(experts), unit)
     rows = x.index_select(0, tokens).split(counts)
     out = [expert(mine) for expert, mine in zip(experts, rows) if len(mine)]
     return combine(y, torch.cat([x[:0], *out]), row, weights)
@@ -155,7 +164,7 @@ def moe_of_modules(y: Tensor, x: Tensor, experts: Sequence[Callable], chosen: Te
 
 def moe_grouped(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     experts = [functools.partial(ffn, gate_up=both, down=w) for both, w in zip(gate_up, down)]
-    return moe_of_modules(y, x, experts, chosen, weights)
+    return moe_of_modules(y, x, experts, chosen, weights, row_unit(x))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -167,9 +176,11 @@ def moe_grouped(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Ten
 
 
 def moe_cpu(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    tokens, counts, row = rows_by_expert(chosen, len(down), x.dtype)
+    tokens, counts, row = rows_by_expert(chosen, len(down), row_unit(x))
     out = x.new_empty(len(tokens), x.shape[1])
     for mine, part, w_gate_up, w_down in zip(tokens.split(counts), out.split(counts), gate_up, down):
+        if not len(mine):
+            continue
         h = gated(linear(x.index_select(0, mine), w_gate_up))
         if len(mine) > FEW:
             torch.mm(h, w_down.T, out=part)
@@ -213,7 +224,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on a CPU, for tests; 
 @functools.cache
 def has_triton() -> bool:
     if triton is None:
-        warnings.warn("triton is not installed: MoE layers run expert by expert on this GPU, which is slower", stacklevel=2)
+        warnings.warn("triton is not installed: FFNs run slower on this GPU, and experts one by one", stacklevel=2)
     return triton is not None
 
 
@@ -329,12 +340,12 @@ def moe(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, wei
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, gate_up, down, weights))
     if torch.compiler.is_compiling() and len(x) <= FEW:
         path = moe_compiled
-    elif trains or x.dtype == torch.float64:
+    elif trains:
         path = moe_grouped
-    elif x.is_cuda:
-        path = moe_triton if has_triton() else moe_grouped
     elif x.is_cpu:
         path = moe_decode if len(x) == 1 else moe_cpu
+    elif x.is_cuda and x.dtype != torch.float64 and has_triton():
+        path = moe_triton
     else:
         path = moe_grouped
     return path(y, x, gate_up, down, chosen, weights)

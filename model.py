@@ -15,6 +15,7 @@ and experts (`checkpoint_parts`). How FFN and MoE layers run fast is in kernels.
 Shapes in comments: B sequences, T tokens, D hidden_size, q intermediate_size, H heads, K key/value heads, d head_dim.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -369,10 +370,11 @@ class Attention(nn.Module):
         k = apply_rope(self.k_norm(heads(self.k_proj(x))).transpose(1, 2), *rope)  # [B, K, T, d]
         v = heads(self.v_proj(x)).transpose(1, 2)
         mask = None
-        if cache is not None:  # [2, B, K, positions, d]
-            cache[0, :, :, start : start + T] = k
-            cache[1, :, :, start : start + T] = v
-            k, v = cache[:, :, :, : start + T]
+        if cache is not None:  # keys and values, each [B, K, positions, d]
+            keys, values = cache
+            keys[:, :, start : start + T] = k
+            values[:, :, start : start + T] = v
+            k, v = keys[:, :, : start + T], values[:, :, : start + T]
             if start and T > 1:
                 mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
         if T == 1:  # one query sees all keys: the heads that share a key are rows of one product
@@ -498,7 +500,11 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-compiled_layer = torch.compile(Layer.forward)  # as soon as it is called
+@functools.cache
+def compiled_layer() -> Callable:
+    """Layer.forward, compiled once for all layers of a kind. Made when it is wanted: torch.compile takes seconds to import."""
+    torch._dynamo.config.recompile_limit = 64  # kinds of layers, batch sizes, lengths of caches
+    return torch.compile(Layer.forward)
 
 
 class Decoder(nn.Module):
@@ -528,11 +534,11 @@ class Decoder(nn.Module):
         angles = torch.outer(torch.arange(start, stop).float(), self.inverse_frequencies).repeat(1, 2)
         return angles.cos().to(weight), angles.sin().to(weight)
 
-    def new_cache(self, batch: int, positions: int) -> list[torch.Tensor]:
-        """One key/value cache per layer, [2, B, K, positions, d]."""
+    def new_cache(self, batch: int, positions: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each layer, room for keys and values, each [B, K, positions, d]."""
         c, weight = self.config, self.embed_tokens.weight
-        shape = (2, batch, c.num_kv_heads, positions, c.head_dim)
-        return [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in self.layers]
+        room = lambda: torch.zeros(batch, c.num_kv_heads, positions, c.head_dim, dtype=weight.dtype, device=weight.device)
+        return [(room(), room()) for _ in self.layers]
 
     def hidden_states(self, input_ids, cache=None, start=0):
         """The normalised output of the last layer, [B, T, D]; `start` tokens are in the cache already."""
@@ -540,7 +546,7 @@ class Decoder(nn.Module):
         x = self.embed_tokens(input_ids)
         compiled = self.compiled and input_ids.shape[1] == 1 and len(input_ids) <= kernels.FEW and not self.training
         for i, layer in enumerate(self.layers):
-            run = compiled_layer if compiled and not hasattr(layer.mlp, "experts") else Layer.__call__
+            run = compiled_layer() if compiled and not hasattr(layer.mlp, "experts") else Layer.__call__
             x = run(layer, x, rope, cache[i] if cache else None, start)
         return self.norm(x)
 

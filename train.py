@@ -1,7 +1,7 @@
 """Fine-tune a converted model on a few thousand samples.
 
-    python train.py                              convert SmolLM2-135M, fine-tune it, compare before and after
-    python train.py --model DIR --out OTHER      fine-tune a checkpoint that ffn2moe.py --out wrote
+    python train.py                                              convert SmolLM2-135M, fine-tune it, compare before and after
+    python train.py --model DIR --teacher DENSE --out OTHER      fine-tune a checkpoint that ffn2moe.py --out wrote
 
 What is trained (section numbers are the paper's):
 
@@ -9,6 +9,9 @@ What is trained (section numbers are the paper's):
 2. The **gate scale** u of each expert, which weighs its output by 1 + p u (`model.MoE.route`), with its own rate.
 3. The **selection bias** b, without gradient: after each step it moves by a small constant against experts that got more
    than their share of the tokens (`balance`).
+
+The loss is that of the text, mixed with the divergence from the dense model that was converted (`backward`): the text alone
+teaches it the text, the dense model what was lost.
 
 The rest is frozen, but for the router on demand, or everything is trained (--full). Trained weights are float32, and are
 cast to the model's dtype for products. The loop is `finetune`; the files are read and written in `run`.
@@ -273,7 +276,7 @@ def finetune(
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * rate_factor(step, steps, s)
             for batch in order[step * per_step :][:per_step].split(s.batch):
-                total += backward(model, windows[batch], 1 / s.accumulate, teacher, s.distill)
+                total += backward(model, windows[batch], 1 / s.accumulate, teacher if s.distill else None, s.distill)
             norm = nn.utils.clip_grad_norm_(trained, s.clip).item()
             if not math.isfinite(total) or not math.isfinite(norm):
                 raise InputError(f"step {step}: the loss is {total}, its gradient {norm}; the learning rate may be too high")
@@ -326,7 +329,7 @@ def load_state(file: Path, run: dict, optimizer: torch.optim.Optimizer, tensors:
             torch.set_rng_state(state["random"][0])
             if state["random"][1:]:
                 torch.cuda.set_rng_state_all(state["random"][1:])
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"{file} cannot be resumed from: {lm.first_line(error)}") from None
     if not same:
         raise InputError(f"{file} is of a run with other settings, another model or another text: {state['settings']}")

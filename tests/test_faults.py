@@ -99,11 +99,11 @@ def test_a_disk_that_is_full_while_saving(old_and_new, checkpoint, tmp_path):
 def test_a_training_state_is_all_or_nothing(tmp_path):
     """Killed at every step on files, or with a full disk: the state before it is still there."""
     weight, file, run = torch.nn.Parameter(torch.zeros(1000)), tmp_path / "state", {"settings": {}, "of": "x"}
-    optimizer = torch.optim.AdamW([weight])
+    optimizer, state = torch.optim.AdamW([weight]), train.random_state()
 
     def save(step):
         weight.data.fill_(step)
-        train.save_state(file, run, step, {"loss": []}, optimizer, [weight], train.random_state())
+        train.save_state(file, run, step, {"loss": []}, optimizer, [weight], state)
 
     def found():
         step, _ = train.load_state(file, run, optimizer, [weight])
