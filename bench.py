@@ -919,7 +919,9 @@ def plot_partition(ffn: FFN, x: torch.Tensor, experts: Experts, file: Path):
         first = F.one_hot(chosen[:, 0], R).float()  # [T, R]
         mean = first.T @ norms.square() / first.sum(dim=0).clamp_min(1)[:, None] / norms.square().mean(dim=0)
         order = mean.diagonal().argsort(descending=True)
+        mean[first.sum(dim=0) == 0] = torch.nan  # nobody's first choice: grey
         image = ax.imshow(mean[order][:, order].log2().clamp(-2, 2).cpu().numpy(), cmap="RdBu_r", vmin=-2, vmax=2)
+        ax.set_facecolor("#bbbbbb")
         ax.set_title(f"{when}: {captured:.0%} of the energy runs", fontsize=9)
         ax.set(xlabel="expert", xticks=[], yticks=[])
     figure.axes[0].set_ylabel("tokens whose first choice is this expert")
