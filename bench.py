@@ -554,8 +554,8 @@ def ffn_speed(shape: str, tokens: int, experts: Experts, like: torch.Tensor, tur
     copies["plain_dense"] = [partial(plain_ffn, ffn, x) for ffn in dense]
     if moes[0].down_proj.shape[-1] * like.element_size() % 16 == 0:  # what grouped_mm can do
         copies["grouped_mm"] = [partial(moe_by_grouped_mm, moe, x) for moe in moes]
-    if transformers_layer(moes[0]):
-        copies["transformers"] = [partial(transformers_layer(moe), x[None]) for moe in moes]
+    if peers := list(filter(None, map(transformers_layer, moes))):
+        copies["transformers"] = [partial(peer, x[None]) for peer in peers]
     if tokens == 1 and kernels.can_compile(like.device.type):
         torch.compiler.reset()
         run = torch.compile(lambda ffn: ffn())
@@ -1010,7 +1010,8 @@ def parse_args(argv):
 
     several = {"nargs": "+", "default": ["manual"], "help": f"evaluation texts; {HELD_BACK}: the end of the calibration text (manual)"}
     add = command("quality", "perplexity, KL divergence and agreement at 75, 50 and 25 %% active FFN",
-                  "model calib eval eval-tokens only dtype device seed", eval=several)  # fmt: skip
+                  "model calib eval eval-tokens only dtype device seed", eval=several,
+                  dtype={"choices": ["float32", "bfloat16", "float16"]})  # fmt: skip
     add("--whole", action="store_true", help="the main rows on the whole of the first text as well")
     add("--window", type=int, default=2048, metavar="N", help="tokens per sequence (%(default)s)")
     add("--json", default="results/quality.json", metavar="FILE", help="raw results; table and plot beside it (%(default)s)")
