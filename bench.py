@@ -932,19 +932,15 @@ def plot_partition(ffn: FFN, x: torch.Tensor, experts: Experts, file: Path):
     figure.savefig(file, dpi=120)
 
 
-def plot_words(model: lm.Decoder, tokenizer: Tokenizer, text: str, windows: torch.Tensor, layer: int, file: Path):
-    """Which routed experts run for the words of a text, and which words each is for."""
-    shown = lm.as_ids(model, lm.encode(tokenizer, text))
-    word = lambda i: tokenizer.decode([i]).strip()
-    R = len(model.layers[layer].mlp.spec.experts)
-    words = list(map(word, windows.flatten().tolist()))
-    likes = ffn2moe.favourite_words(words, ffn2moe.chosen_experts(model, windows, layer), R, 5)
+def plot_words(model: lm.Decoder, tokenizer: Tokenizer, shown: torch.Tensor, words: list[list[str]], layer: int, file: Path):
+    """Which routed experts run for the tokens of a text [T], and which words each is for."""
+    R = len(words)
     ran = F.one_hot(ffn2moe.chosen_experts(model, shown[None], layer), R).sum(dim=1).T.cpu()  # [R, T]
     figure = Figure(figsize=(3.4 + 0.24 * len(shown), 1.2 + 0.19 * R), layout="constrained")
     ax = figure.subplots()
     ax.imshow(ran.numpy(), cmap="Blues", aspect="auto", vmax=1.4)
-    ax.set_xticks(range(len(shown)), list(map(word, shown.tolist())), rotation=90, fontsize=8)
-    ax.set_yticks(range(R), [", ".join(of) for of in likes], fontsize=7)
+    ax.set_xticks(range(len(shown)), [tokenizer.decode([i]).strip() for i in shown.tolist()], rotation=90, fontsize=8)
+    ax.set_yticks(range(R), [", ".join(of[:5]) for of in words], fontsize=7)
     ax.set_xticks([i + 0.5 for i in range(len(shown) - 1)], minor=True)
     ax.set_yticks([e + 0.5 for e in range(R - 1)], minor=True)
     ax.grid(which="minor", color="white", linewidth=1.5)
@@ -976,8 +972,9 @@ def figures(args):
     windows = ffn2moe.draw(calib, 32, seed=0)
     ffn2moe.replace_ffns(model, windows, replace, partial(tqdm, desc="converting", unit="layer"))
     ffn2moe.plot_rates(reports, out / "activation_rates.png")
-    plot_words(model, tokenizer, args.text, test[:20], args.layer, out / "words.png")
-    print(ffn2moe.explain(model, tokenizer, lm.as_ids(model, lm.encode(tokenizer, args.text)), test[:20], args.layer))
+    words, shown = ffn2moe.words_of_experts(model, tokenizer, test[:20], args.layer), lm.as_ids(model, lm.encode(tokenizer, args.text))
+    plot_words(model, tokenizer, shown, words, args.layer, out / "words.png")
+    print(ffn2moe.explain(model, tokenizer, shown, words, args.layer))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -682,16 +682,19 @@ def favourite_words(words: list[str], chosen: torch.Tensor, num_routed: int, n: 
     return [[names[i] for i in column.topk(min(n, len(names))).indices if column[i] > 1] for column in z.T]
 
 
-def explain(model: lm.Decoder, tokenizer: Tokenizer, text: torch.Tensor, windows: torch.Tensor, layer: int) -> str:
-    """The tokens of a text [T] with the routed experts that run for them in a layer, and the words of other text [B, T] that
-    each expert is for."""
-    spec = model.layers[layer].mlp.spec
-    R, word = len(spec.experts), lambda i: tokenizer.decode([i], skip_special_tokens=False).strip()
-    lines = [f"Layer {layer}: {spec.active} of {R} routed experts run for each token (#)", ""]
+def words_of_experts(model: lm.Decoder, tokenizer: Tokenizer, windows: torch.Tensor, layer: int) -> list[list[str]]:
+    """The words that each routed expert of a layer is for, in a text: windows [B, T]."""
+    words = [tokenizer.decode([i], skip_special_tokens=False).strip() for i in windows.flatten().tolist()]
+    return favourite_words(words, chosen_experts(model, windows, layer), len(model.layers[layer].mlp.spec.experts))
+
+
+def explain(model: lm.Decoder, tokenizer: Tokenizer, text: torch.Tensor, words: list[list[str]], layer: int) -> str:
+    """The tokens of a text [T] with the routed experts that run for them in a layer, and the words that each is for."""
+    lines = [f"Layer {layer}: {model.layers[layer].mlp.spec.active} of {len(words)} routed experts run for each token (#)", ""]
     for i, experts in zip(text.tolist(), chosen_experts(model, text[None], layer).tolist()):
-        lines.append(f"{word(i) or '_':>16.16}  " + "".join(".#"[e in experts] for e in range(R)))
-    likes = favourite_words(list(map(word, windows.flatten().tolist())), chosen_experts(model, windows, layer), R)
-    return "\n".join([*lines, "", *(f"expert {e:>2} is for  {', '.join(of)}" for e, of in enumerate(likes))])
+        word = tokenizer.decode([i], skip_special_tokens=False).strip() or "_"
+        lines.append(f"{word:>16.16}  " + "".join(".#"[e in experts] for e in range(len(words))))
+    return "\n".join([*lines, "", *(f"expert {e:>2} is for  {', '.join(of)}" for e, of in enumerate(words))])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -872,7 +875,7 @@ def run(args):
         plot_load(reports, settings["experts"], Path(args.plot, "expert_load.png"))
         plot_rates(reports, Path(args.plot, "activation_rates.png"))
     if args.explain is not None:
-        print(explain(model, tokenizer, shown, eval_ids, layer))
+        print(explain(model, tokenizer, shown, words_of_experts(model, tokenizer, eval_ids, layer), layer))
         return
     after = measured("after", model)
 

@@ -257,7 +257,7 @@ def finetune(
     if not steps:
         raise InputError(f"{s.samples} samples are too few for steps of {per_step}")
     order, start, log = sample_order(len(windows), s), 0, {"loss": [], "spread": []}
-    run, hooks = {"settings": vars(s), "of": [fingerprint(m, ids) for m in (model, teacher) if m]}, []
+    run, hooks = {"settings": vars(s), "of": [fingerprint(m, ids) for m in (model, teacher if s.distill else None) if m]}, []
     try:
         optimizer = torch.optim.AdamW(prepare(model, s), betas=(0.9, 0.95), weight_decay=0.0)
         rates = [group["lr"] for group in optimizer.param_groups]
