@@ -347,6 +347,15 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def short_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention by plain products, q [B, H, T, d], k, v [B, K, T, d] -> [B, H, T, d]. To train on a CPU, on sequences
+    of a few hundred tokens, it takes a quarter of the time of PyTorch's own, which is made for long ones."""
+    (B, H, T, d), K = q.shape, k.shape[1]
+    scores = q.reshape(B, K, -1, d) @ (k / d**0.5).transpose(2, 3)  # [B, K, H / K * T, T]
+    p = (scores.view(B, H, T, T) + torch.full((T, T), -math.inf).to(q).triu(1)).softmax(dim=-1)
+    return (p.view(scores.shape) @ v).view(q.shape)
+
+
 class Linear(nn.Linear):
     def forward(self, x):
         return kernels.linear(x, self.weight, self.bias)
@@ -380,7 +389,10 @@ class Attention(nn.Module):
         if T == 1:  # one query sees all keys: the heads that share a key are rows of one product
             y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim), k, v)  # [B, K, H / K, d]
             return self.o_proj(y.reshape(B, T, -1))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        if self.training and x.is_cpu and cache is None and T <= 512:
+            y = short_attention(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 

@@ -85,8 +85,8 @@ class LoRA(nn.Module):
         self.scale, self.dropout = s.alpha / s.rank, s.dropout
 
     def forward(self, weight):
-        delta = self.b @ F.dropout(self.a, self.dropout, self.training)  # [..., parts, n / parts, d]
-        return (weight + self.scale * delta.view(weight.shape)).to(weight.dtype)
+        a, b = (t.flatten(0, -3).to(weight.dtype) for t in (F.dropout(self.a, self.dropout, self.training), self.scale * self.b))
+        return torch.baddbmm(weight.view(len(b), -1, weight.shape[-1]), b, a).view(weight.shape)  # [parts, n / parts, d]
 
 
 class Master(nn.Module):
@@ -211,22 +211,30 @@ def backward(model: lm.Decoder, ids: torch.Tensor, scale: float = 1.0, teacher: 
 
         (1 - share) * -log p(token) + share * KL(p_teacher || p),    without a teacher -log p(token).
 
-    Logits are made and given up in blocks of tokens: all of them would be larger than everything else together.
+    Its gradient by the logits, p - (1 - share) * onehot(token) - share * p_teacher, is made by hand and in blocks of tokens:
+    all logits would be larger than everything else together.
     """
-    x, targets = model.hidden_states(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    share = share if teacher else 0.0
+    x, targets = model.hidden_states(ids)[:, :-1].flatten(0, 1), ids[:, 1:].reshape(-1, 1)
     with torch.no_grad():
         theirs = teacher.hidden_states(ids)[:, :-1].flatten(0, 1) if teacher else x
     blocks, total = [block.detach().requires_grad_() for block in x.split(128)], 0.0
     for block, target, their in zip(blocks, targets.split(128), theirs.split(128)):
-        logp = model.logits(block).float().log_softmax(dim=-1)
-        loss = F.nll_loss(logp, target, reduction="sum")
-        if teacher:
-            with torch.no_grad():
-                reference = teacher.logits(their).float().log_softmax(dim=-1)
-            loss = (1 - share) * loss + share * F.kl_div(logp, reference, reduction="sum", log_target=True)
-        loss = loss * (scale / len(targets))
-        loss.backward()
-        total += loss.item()
+        logits = model.logits(block)  # [t, vocab_size]
+        with torch.no_grad():
+            z = logits.float()
+            norm = z.logsumexp(dim=-1, keepdim=True)  # log p = z - norm
+            loss = (1 - share) * (norm - z.gather(1, target)).sum()
+            gradient = (z - norm).exp_()
+            gradient.scatter_add_(1, target, torch.full(target.shape, share - 1, device=z.device))
+            if teacher:
+                z_teacher = teacher.logits(their).float()
+                norm_teacher = z_teacher.logsumexp(dim=-1, keepdim=True)
+                p_teacher = (z_teacher - norm_teacher).exp_()
+                loss += share * (((z_teacher - z) * p_teacher).sum() + (norm - norm_teacher).sum())
+                gradient.sub_(p_teacher, alpha=share)
+        logits.backward(gradient.mul_(scale / len(targets)).to(logits.dtype))
+        total += loss.item() * scale / len(targets)
     x.backward(torch.cat([block.grad for block in blocks]))
     return total
 

@@ -175,6 +175,23 @@ def test_compiled_decoding_equals_plain(router, batch, dtype, tolerance):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("heads, kv_heads, length", [(4, 2, 7), (3, 3, 1), (6, 1, 33)])
+def test_short_attention(heads, kv_heads, length):
+    """Against the definition, one query at a time, and PyTorch's own gradients."""
+    random = torch.Generator().manual_seed(0)
+    make = lambda n: torch.randn(2, n, length, 8, generator=random, dtype=torch.float64, requires_grad=True)
+    q, k, v, weight = make(heads), make(kv_heads), make(kv_heads), make(heads).detach()
+    y = lm.short_attention(q, k, v)
+    for b, h, t in ((b, h, t) for b in range(2) for h in range(heads) for t in range(length)):
+        g = h // (heads // kv_heads)
+        p = (k[b, g, : t + 1] @ q[b, h, t] / 8**0.5).softmax(0)
+        assert torch.allclose(y[b, h, t], p @ v[b, g, : t + 1], atol=1e-12)
+    mine = torch.autograd.grad((y * weight).sum(), (q, k, v))
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    for a, b in zip(mine, torch.autograd.grad((y * weight).sum(), (q, k, v))):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
 def test_sampling():
     model, prompt = random_model(LLAMA), torch.arange(7)
     greedy = lm.generate(model, prompt, 20)
