@@ -722,21 +722,20 @@ def plot_speed(rows: list[dict], file: Path):
 def finetune_rows() -> list[tuple[str, Row, dict]]:
     """(name, how to convert, settings of train.py that differ): the methods at three sizes, then ablations at one.
 
-    The dense model has a fine-tune too, without a teacher: the text teaches it something, and it needs no repair.
+    The dense model learns the text, is converted as the row says, and teaches what became of it. Rows without a teacher
+    (distill = 0) are in the paper's order: the dense model is converted, and that learns the text.
     """
     rows = {(row.name, row.percent): row for row in quality_rows()}
     joint = rows["joint", 50]
-    blank = joint._replace(layer=blank_router_layer)
-    table = [("dense", rows["dense", 100], {})]
-    table += [("joint", rows["joint", percent], {}) for percent in (75, 25, 50)]
-    table += [
-        ("joint, no distillation", joint, {"distill": 0.0}),
+    main = lambda percent: [(name, rows[name, percent], {}) for name in ("static pruning, refit", "paper", "joint")]
+    ablations = [
         ("joint, no balancing", joint, {"bias_step": 0.0}),
         ("joint, router trained too", joint, {"router": True}),
-        ("joint, router learned from nothing", blank, {"router": True}),
+        ("joint, in the paper's order", joint, {"distill": 0.0}),
+        ("joint, router learned from nothing", joint._replace(layer=blank_router_layer), {"router": True}),
+        ("paper, no shared expert", rows["paper, no shared expert", 50], {}),
     ]
-    table += [(name, rows[name, percent], {}) for name in ("static pruning, refit", "paper") for percent in (75, 50, 25)]
-    return [*table, ("paper, no shared expert", rows["paper, no shared expert", 50], {})]
+    return [("dense", rows["dense", 100], {}), *main(50), *ablations, *main(75), *main(25)]
 
 
 def blank_router_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> MoE:
@@ -761,24 +760,30 @@ def finetune(args):
         ids, eval_ids = ids[: -10 * window], ids[-8 * window :]
     calib = lm.cut_windows(ids, window)
     calib = ffn2moe.draw(calib, len(calib), args.seed)
-    converted, before = {}, {}  # the last conversion, and its perplexity: several rows may begin with it
+    tuned, start_of = None, {}  # the dense model after its fine-tune; the last conversion, and its perplexity
     for n, (name, row, changes) in enumerate(rows):
         key = {"name": name, "percent": row.percent, "experts": row.experts, "first_dense": row.first_dense, **changes}
         if key in [r["key"] for r in done["rows"]]:
             continue
-        title = f"{n + 1}/{len(rows)} {name}, {row.percent} %"
+        title, mine = f"{n + 1}/{len(rows)} {name}, {row.percent} %", train.settings(**vars(s) | changes)
         bar = partial(tqdm, desc=f"{title}: evaluate", unit="window")
         measure = partial(lm.perplexity, ids=eval_ids[: args.eval_tokens or None], window=window, progress=bar)
-        if row not in converted:
-            model = copy.deepcopy(dense)
+        if row.layer and mine.distill and tuned is None:
+            tuned = copy.deepcopy(dense)
+            train.finetune(tuned, ids, s)
+        source = tuned if row.layer and mine.distill else dense
+        if (row, source) not in start_of:  # several rows may begin with it
+            model = copy.deepcopy(source)
             if row.layer:
                 replace_by_row(model, row, calib[: row.calib_windows], title)
-            converted, before = {row: model}, measure(model)
-        model = copy.deepcopy(converted[row])
+            start_of = {(row, source): (model, measure(model))}
+        model, before = start_of[row, source]
+        model = copy.deepcopy(model)
         result = {"key": key, "active_ffn": lm.active_parameters(model)[0] / lm.active_parameters(dense)[0], "before": before}
         start = time.perf_counter()
-        log = train.finetune(model, ids, train.settings(**vars(s) | changes), teacher=dense if row.layer else None)
+        log = train.finetune(model, ids, mine, teacher=source if row.layer and mine.distill else None)
         result |= {"seconds": time.perf_counter() - start, "after": measure(model)}
+        tuned = model if not row.layer else tuned
         last = len(log["loss"]) // 10 + 1
         result |= {"loss": [float(np.mean(log["loss"][:last])), float(np.mean(log["loss"][-last:]))]}
         result |= {"spread": [float(np.mean(log["spread"][:last])), float(np.mean(log["spread"][-last:]))]}

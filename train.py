@@ -1,6 +1,6 @@
 """Fine-tune a converted model on a few thousand samples.
 
-    python train.py                                              convert SmolLM2-135M, fine-tune it, compare before and after
+    python train.py                                              fine-tune SmolLM2-135M, convert it, let it learn from the former
     python train.py --model DIR --teacher DENSE --out OTHER      fine-tune a checkpoint that ffn2moe.py --out wrote
 
 What is trained (section numbers are the paper's):
@@ -10,14 +10,16 @@ What is trained (section numbers are the paper's):
 3. The **selection bias** b, without gradient: after each step it moves by a small constant against experts that got more
    than their share of the tokens (`balance`).
 
-The loss is that of the text, mixed with the divergence from the dense model that was converted (`backward`): the text alone
-teaches it the text, the dense model what was lost.
+The loss is that of the text (the paper's), or the divergence from the dense model that was converted, or both (`backward`).
+The text teaches a model the text, dense or converted, and little of what the conversion lost. So without arguments the order is
+another than the paper's: the dense model learns the text, is converted, and then teaches what became of it.
 
 The rest is frozen, but for the router on demand, or everything is trained (--full). Trained weights are float32, and are
 cast to the model's dtype for products. The loop is `finetune`; the files are read and written in `run`.
 """
 
 import argparse
+import copy
 import hashlib
 import math
 import os
@@ -42,10 +44,10 @@ from model import InputError, MoE
 SETTINGS = {
     "samples": (2048, "sequences in all; a text that is shorter is gone through again"),
     "length": (128, "tokens per sequence"),
-    "batch": (16, "sequences at a time"),
-    "distill": (0.5, "share of the loss that is the divergence from the dense model, not from the text"),
+    "batch": (8, "sequences at a time"),
+    "distill": (1.0, "share of the loss that is the divergence from the teacher, if there is one; the rest is that of the text"),
     "accumulate": (1, "batches per step"),
-    "rate": (3e-4, "learning rate of LoRA, or of all weights"),
+    "rate": (1e-3, "learning rate of LoRA, or of all weights"),
     "scale_rate": (1e-3, "learning rate of the gate scale u"),
     "bias_step": (0.02, "by which the selection bias b moves after a step, in standard deviations of p; 0: no balancing"),
     "warmup": (0.05, "share of the steps in which the rates rise"),
@@ -351,7 +353,7 @@ def load_state(file: Path, run: dict, optimizer: torch.optim.Optimizer, tensors:
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         description="Fine-tune a checkpoint that ffn2moe.py wrote, and compare perplexity before and after. Without "
-        "arguments: convert SmolLM2-135M-Instruct and fine-tune it, on text that every Python carries.",
+        "arguments: fine-tune SmolLM2-135M-Instruct, convert it, and let it learn from the former, on text that every Python carries.",
     )
     add = parser.add_argument
     add("--model", metavar="SOURCE", help="a converted checkpoint, or a dense one, which is fine-tuned as it is")
@@ -363,7 +365,7 @@ def parse_args(argv):
     add("--format", choices=["standard", "native"], help="of --out: Qwen2-MoE, if possible, or our own")
     add("--force", action="store_true", help="replace the checkpoint in an --out that is not empty")
     add("--save-every", type=int, default=50, metavar="N", help="steps between saves of the state, to OUT.state (%(default)s)")
-    add("--resume", action="store_true", help="go on from OUT.state")
+    add("--resume", action="store_true", help="go on from there")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of frozen weights and products (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(here: %(default)s)")
     add("--json", metavar="FILE", help="write results and settings")
@@ -379,11 +381,12 @@ def run(args):
         raise InputError("--samples, --batch, --accumulate, --rank and --save-every must be at least 1, --length at least 2, --distill from 0 to 1, and --schedule cosine or constant")
     out = Path(args.out).absolute()
     lm.check_output(out, args.force)
-    state_file = out.with_name(out.name + ".state")
-    if args.resume and not state_file.exists():
-        raise InputError(f"there is no {state_file} to resume from")
-    if state_file.exists() and not args.resume and not args.force:
-        raise InputError(f"{state_file} is of a run that was cut off: --resume goes on with it, --force starts over")
+    dense_state, state = (out.with_name(out.name + end) for end in (".dense.state", ".state"))
+    found = [file for file in (dense_state, state) if file.exists()]
+    if args.resume and not found:
+        raise InputError(f"there is no {state} to resume from")
+    if found and not args.resume and not args.force:
+        raise InputError(f"{found[0]} is of a run that was cut off: --resume goes on with it, --force starts over")
     if args.format == "standard" and (s.scale_rate or s.bias_step):
         raise InputError("--format standard has no place for gate scales and selection biases: add --scale-rate 0 --bias-step 0")
     model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
@@ -391,24 +394,30 @@ def run(args):
     ids, eval_ids = (lm.read_ids(model, tokenizer, text, split) for text, split in ((args.text, "train"), (args.eval, "test")))
     eval_ids = lm.cut_windows(eval_ids[: args.eval_tokens or None], window).flatten()
     measure = lambda name: lm.perplexity(model, eval_ids, window, partial(tqdm, desc=f"{name}: perplexity", unit="window"))
+    tune = lambda file, teacher=None: finetune(model, ids, s, file, args.save_every, args.resume and file.exists(), teacher)
     result, teacher = {}, None
-    if args.model is None or args.teacher:
+    if args.teacher:
         teacher, _ = lm.load_model(args.teacher, args.dtype, args.device)
         if teacher.config.vocab_size != model.config.vocab_size:
             raise InputError("--teacher has another vocabulary than --model")
     if args.model is None:
-        result["dense"] = measure("dense")
+        result["of the dense model"] = measure("dense")
+        tune(dense_state)
+        result["fine-tuned"] = measure("fine-tuned")
+        teacher = copy.deepcopy(model)
         calib = ffn2moe.draw(lm.cut_windows(ids, window), 32, s.seed)
         ffn2moe.convert(model, calib, progress=partial(tqdm, desc="converting", unit="layer"))
-    result["before"] = measure("before")
-    log = finetune(model, ids, s, state_file, args.save_every, args.resume, teacher)
+    before = "converted" if args.model is None else "before"
+    result[before] = measure(before)
+    log = tune(state, teacher)
     model = lm.in_format(model, args.format)
     lm.save_model(model, tokenizer, out, args.force)
-    state_file.unlink(missing_ok=True)
+    for file in (dense_state, state):
+        file.unlink(missing_ok=True)
     result["after"] = measure("after")
     print()
     for name, value in result.items():
-        print(f"perplexity {name:<16}{value:>10.2f}")
+        print(f"perplexity {name:<20}{value:>10.2f}")
     print(f"\nwrote {args.out}")
     if args.json:
         lm.write_json(Path(args.json), vars(args) | {"perplexity": result, "log": log})

@@ -216,17 +216,19 @@ def test_finetune_rows(tokenizer, text, tmp_path, capsys):
     raw = LLAMA | {"num_hidden_layers": 5}  # of which the joint method leaves 3 alone
     checkpoint, file = write_checkpoint(tmp_path / "five", random_model(raw), tokenizer, raw), tmp_path / "finetune.json"
     argv = ["finetune", "--model", str(checkpoint), "--text", str(text), "--eval", str(text), "--dtype", "float32", "--json", str(file)]
-    argv += ["--samples", "80", "--length", "32", "--rate", "0.01", "--eval-tokens", "512"]
-    argv += ["--only", "dense", "joint", "joint, no balancing", "joint, router learned from nothing"]
+    argv += ["--samples", "80", "--length", "32", "--rate", "0.01", "--distill", "0.2", "--eval-tokens", "512"]
+    argv += ["--only", "dense", "joint", "joint, no balancing", "joint, in the paper's order", "joint, router learned from nothing"]
     assert bench.main(argv) == 0
     rows = {(r["key"]["name"], r["key"]["percent"]): r for r in json.loads(file.read_text())["rows"]}
-    assert len(rows) == 6
+    assert len(rows) == 7
     for r in rows.values():
         assert r["after"] < r["before"] and r["loss"][1] < r["loss"][0]
     joint, blank = rows["joint", 50], rows["joint, router learned from nothing", 50]
     assert joint["before"] == rows["joint, no balancing", 50]["before"] != blank["before"] and joint["active_ffn"] == blank["active_ffn"]
     dense, tokenizer = lm.load_model(checkpoint)
     ids = torch.tensor(tokenizer.encode(text.read_text()).ids)[:512]
+    order = rows["joint, in the paper's order", 50]  # it begins with the dense model as it was; the others with the fine-tuned one
+    assert order["before"] > 1.5 * joint["before"] and order["after"] > joint["after"]
     assert rows["dense", 100]["before"] == pytest.approx(lm.perplexity(dense, ids, 128), rel=1e-6)
     capsys.readouterr()
     before = file.read_text()
