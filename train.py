@@ -401,9 +401,9 @@ def run(args):
         if teacher.config.vocab_size != model.config.vocab_size:
             raise InputError("--teacher has another vocabulary than --model")
     if args.model is None:
-        result["of the dense model"] = measure("dense")
+        result["dense"] = measure("dense")
         tune(dense_state)
-        result["fine-tuned"] = measure("fine-tuned")
+        result["dense, fine-tuned"] = measure("dense, fine-tuned")
         teacher = copy.deepcopy(model)
         calib = ffn2moe.draw(lm.cut_windows(ids, window), 32, s.seed)
         ffn2moe.convert(model, calib, progress=partial(tqdm, desc="converting", unit="layer"))
