@@ -14,7 +14,7 @@ The loss is that of the text (the paper's), or the divergence from the dense mod
 The text teaches a model the text, dense or converted, and little of what the conversion lost. So without arguments the order is
 another than the paper's: the dense model learns the text, is converted, and then teaches what became of it.
 
-The rest is frozen, but for the router on demand, or everything is trained (--full). Trained weights are float32, and are
+The rest is frozen, but for the router (--router), or everything is trained (--full). Trained weights are float32, and are
 cast to the model's dtype for products. The loop is `finetune`; the files are read and written in `run`.
 """
 
@@ -387,6 +387,8 @@ def run(args):
         raise InputError(f"there is no {state} to resume from")
     if found and not args.resume and not args.force:
         raise InputError(f"{found[0]} is of a run that was cut off: --resume goes on with it, --force starts over")
+    if args.teacher and args.model is None:
+        raise InputError("--teacher is for --model; without that, the teacher is the default model after its fine-tune")
     if args.format == "standard" and (s.scale_rate or s.bias_step):
         raise InputError("--format standard has no place for gate scales and selection biases: add --scale-rate 0 --bias-step 0")
     model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
@@ -394,6 +396,8 @@ def run(args):
     ids, eval_ids = (lm.read_ids(model, tokenizer, text, split) for text, split in ((args.text, "train"), (args.eval, "test")))
     eval_ids = lm.cut_windows(eval_ids[: args.eval_tokens or None], window).flatten()
     measure = lambda name: lm.perplexity(model, eval_ids, window, partial(tqdm, desc=f"{name}: perplexity", unit="window"))
+    for file in found if not args.resume else ():
+        file.unlink()
     tune = lambda file, teacher=None: finetune(model, ids, s, file, args.save_every, args.resume and file.exists(), teacher)
     result, teacher = {}, None
     if args.teacher:

@@ -229,6 +229,7 @@ def test_command_line(checkpoint, text, tmp_path, capsys):
     assert train.main([*argv, "--out", str(tmp_path / "fresh"), "--resume"]) == 2 and "cannot be resumed" in capsys.readouterr().err
     assert train.main([*argv, "--force", "--schedule", "linear"]) == 2
     assert train.main([*argv]) == 2 and "not empty" in capsys.readouterr().err
+    assert train.main(["--teacher", str(moe), "--out", str(tmp_path / "none")]) == 2 and "--teacher is for --model" in capsys.readouterr().err
 
 
 def test_the_default_job(checkpoint, text, tmp_path, monkeypatch, capsys):
