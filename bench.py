@@ -765,13 +765,15 @@ def finetune(args):
         key = {"name": name, "percent": row.percent, "experts": row.experts, "first_dense": row.first_dense, **changes}
         if key in [r["key"] for r in done["rows"]]:
             continue
-        title, mine = f"{n + 1}/{len(rows)} {name}, {row.percent} %", train.settings(**vars(s) | changes)
+        title = f"{n + 1}/{len(rows)} {name}, {row.percent} %"
         bar = partial(tqdm, desc=f"{title}: evaluate", unit="window")
         measure = partial(lm.perplexity, ids=eval_ids[: args.eval_tokens or None], window=window, progress=bar)
-        if row.layer and mine.distill and tuned is None:
+        mine = train.settings(**vars(s) | changes)
+        taught = row.layer and mine.distill
+        if taught and tuned is None:
             tuned = copy.deepcopy(dense)
             train.finetune(tuned, ids, s)
-        source = tuned if row.layer and mine.distill else dense
+        source = tuned if taught else dense
         if (row, source) not in start_of:  # several rows may begin with it
             model = copy.deepcopy(source)
             if row.layer:
@@ -781,7 +783,7 @@ def finetune(args):
         model = copy.deepcopy(model)
         result = {"key": key, "active_ffn": lm.active_parameters(model)[0] / lm.active_parameters(dense)[0], "before": before}
         start = time.perf_counter()
-        log = train.finetune(model, ids, mine, teacher=source if row.layer and mine.distill else None)
+        log = train.finetune(model, ids, mine, teacher=tuned if taught else None)
         result |= {"seconds": time.perf_counter() - start, "after": measure(model)}
         tuned = model if not row.layer else tuned
         last = len(log["loss"]) // 10 + 1

@@ -263,11 +263,12 @@ def finetune(
     ends, the model is an ordinary one again. teacher: the dense model, for the share s.distill of the loss.
     """
     windows, per_step = lm.cut_windows(ids, s.length), s.batch * s.accumulate
+    teacher = teacher if s.distill else None
     steps = s.samples // per_step
     if not steps:
         raise InputError(f"{s.samples} samples are too few for steps of {per_step}")
     order, start, log = sample_order(len(windows), s), 0, {"loss": [], "spread": []}
-    run, hooks = {"settings": vars(s), "of": [fingerprint(m, ids) for m in (model, teacher if s.distill else None) if m]}, []
+    run, hooks = {"settings": vars(s), "of": [fingerprint(m, ids) for m in (model, teacher) if m]}, []
     try:
         optimizer = torch.optim.AdamW(prepare(model, s), betas=(0.9, 0.95), weight_decay=0.0)
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -286,7 +287,7 @@ def finetune(
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * rate_factor(step, steps, s)
             for batch in order[step * per_step :][:per_step].split(s.batch):
-                total += backward(model, windows[batch], 1 / s.accumulate, teacher if s.distill else None, s.distill)
+                total += backward(model, windows[batch], 1 / s.accumulate, teacher, s.distill)
             norm = nn.utils.clip_grad_norm_(trained, s.clip).item()
             if not math.isfinite(total) or not math.isfinite(norm):
                 raise InputError(f"step {step}: the loss is {total}, its gradient {norm}; the learning rate may be too high")
@@ -365,7 +366,7 @@ def parse_args(argv):
     add("--format", choices=["standard", "native"], help="of --out: Qwen2-MoE, if possible, or our own")
     add("--force", action="store_true", help="replace the checkpoint in an --out that is not empty")
     add("--save-every", type=int, default=50, metavar="N", help="steps between saves of the state, to OUT.state (%(default)s)")
-    add("--resume", action="store_true", help="go on from there")
+    add("--resume", action="store_true", help="go on from the saved state")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of frozen weights and products (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(here: %(default)s)")
     add("--json", metavar="FILE", help="write results and settings")
