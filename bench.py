@@ -16,7 +16,6 @@
 import argparse
 import copy
 import ctypes
-import json
 import platform
 import re
 import sys
@@ -39,7 +38,7 @@ import ffn2moe
 import kernels
 import model as lm
 import train
-from ffn2moe import joint_layer, joint_moe, joint_partition, paper_layer, refit_moe
+from ffn2moe import joint_layer, joint_partition, paper_layer
 from model import FFN, Experts, InputError, MoE
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -68,24 +67,19 @@ def static_layer(ffn: FFN, x: torch.Tensor, experts: Experts, refit: bool) -> FF
 
 def narrow_ffn(ffn: FFN, keep: torch.Tensor, down: torch.Tensor) -> FFN:
     """The FFN of the neurons `keep` [n] alone, with down [D, n]."""
-    return FFN.of(torch.cat([ffn.gate_proj[keep], ffn.up_proj[keep]]), down.to(ffn.down_proj))
+    return FFN.of(torch.cat([ffn.gate_proj[keep], ffn.up_proj[keep]]), down.to(ffn.down_proj).contiguous())
 
 
 def random_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> nn.Module:
     """The joint method's router and refit on a partition that is drawn by lot."""
-    m = lm.expert_size(ffn.gate_proj.shape[0], experts)
-    bins = torch.arange(experts.total).sub(experts.shared - 1).clamp_min(0).repeat_interleave(m)
+    bins = bins_in_order(ffn.gate_proj.shape[0], experts)
     bins = bins[torch.randperm(len(bins), generator=torch.Generator().manual_seed(0))]
-    moe, partition = joint_moe(ffn, x, experts, bins.to(x.device))
-    refit_moe(ffn, moe, x, partition)
-    return moe
+    return joint_layer(ffn, x, experts, bin_of=bins.to(x.device))[0]
 
 
-def paper_refit_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> nn.Module:
-    """The paper's partition and router, and the refit."""
-    moe, partition = paper_layer(ffn, x, experts)
-    refit_moe(ffn, moe, x, partition)
-    return moe
+def bins_in_order(q: int, experts: Experts) -> torch.Tensor:
+    """The first neurons are shared, and the others go to the experts in turn: [q]."""
+    return torch.arange(experts.total).sub(experts.shared - 1).clamp_min(0).repeat_interleave(lm.expert_size(q, experts))
 
 
 class Oracle(nn.Module):
@@ -154,7 +148,6 @@ def quality_rows() -> list[Row]:
     """
     paper = lambda *args, **kwargs: paper_layer(*args, **kwargs)[0]
     joint = lambda *args, **kwargs: joint_layer(*args, **kwargs)[0]
-    no_refit = lambda ffn, x, experts: joint_moe(ffn, x, experts, joint_partition(ffn, x, experts))[0]
     unified = lambda ffn, x, split: paper(ffn, x, Experts(0, split.shared + split.active, split.total))
     rows = [Row("dense", 100, None, "S1A1E2", main=True)]
     for percent, paper_split, even, split, first in (
@@ -167,10 +160,10 @@ def quality_rows() -> list[Row]:
             Row("static pruning", percent, partial(static_layer, refit=False), even, all_texts=True),
             Row("static pruning, refit", percent, partial(static_layer, refit=True), even, main=True),
             Row("static pruning, refit, first layers dense", percent, partial(static_layer, refit=True), split, first),
-            Row("paper, refit, first layers dense", percent, paper_refit_layer, split, first),
+            Row("paper, refit, first layers dense", percent, partial(paper, refit=True), split, first),
             Row("random partition, ridge router, refit", percent, random_layer, split, first),
             Row("joint, all layers alike", percent, joint, even),
-            Row("joint, no refit", percent, no_refit, split, first, all_texts=True),
+            Row("joint, no refit", percent, partial(joint, refit=False), split, first, all_texts=True),
             Row("joint", percent, joint, split, first, main=True),
             Row("oracle router", percent, oracle_router_layer, split, first),
             Row("oracle neurons", percent, oracle_neurons_layer, even),
@@ -229,16 +222,9 @@ def evaluate(model: lm.Decoder, text: Text, first: int, whole: bool, bar: Callab
     return result | ({"perplexity_whole": mean(nll)} if whole else {})
 
 
-def read_json(file: Path):
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-    except ValueError:
-        raise InputError(f"{file} is not a JSON file that this program wrote; delete it to start over") from None
-
-
 def read_results(file: Path, settings: dict) -> dict:
     """The rows that an earlier run with the same settings left in the file, or none yet."""
-    done = read_json(file) or {"settings": settings, "rows": []}
+    done = lm.read_json(file) if file.exists() else {"settings": settings, "rows": []}
     if done["settings"] != settings:
         raise InputError(f"{file} was made with other settings, {done['settings']}: choose another --json")
     return done
@@ -271,8 +257,8 @@ def quality(args):
 def replace_by_row(model: lm.Decoder, row: Row, windows: torch.Tensor, title: str):
     """Convert the model as the row says, in place."""
     split = Experts.parse(row.experts)
-    replace = lambda i, ffn, x: ffn if i < row.first_dense else row.layer(ffn, x, split)
-    ffn2moe.replace_ffns(model, windows, replace, partial(tqdm, desc=f"{title}: convert", unit="layer"))
+    replacement = lambda i, ffn, x: ffn if i < row.first_dense else row.layer(ffn, x, split)
+    ffn2moe.replace_ffns(model, windows, replacement, partial(tqdm, desc=f"{title}: convert", unit="layer"))
 
 
 def measure_rows(args, rows: list[Row], done: dict, file: Path):
@@ -455,14 +441,10 @@ def random_layers(hidden_size: int, intermediate_size: int, experts: Experts, li
     """A dense FFN of random weights, the same neurons in experts under a random router, and a static slice as wide as what
     runs of them."""
     ffn = random_ffn(hidden_size, intermediate_size, like)
-    m = lm.expert_size(intermediate_size, experts)
-    neurons = torch.arange(intermediate_size)
-    partition = ffn2moe.Partition(neurons[: experts.shared * m], neurons[experts.shared * m :].view(experts.routed, m))
     weight = torch.randn(experts.routed, hidden_size).to(like)
-    moe = ffn2moe.build_moe(ffn, partition, experts, {"router_weight": weight})
-    width = (experts.shared + experts.active) * m
-    static = narrow_ffn(ffn, neurons[:width], ffn.down_proj[:, :width])
-    return ffn, moe, static
+    moe = ffn2moe.build_moe(ffn, bins_in_order(intermediate_size, experts), experts, {"router_weight": weight})
+    width = (experts.shared + experts.active) * lm.expert_size(intermediate_size, experts)
+    return ffn, moe, narrow_ffn(ffn, torch.arange(width), ffn.down_proj[:, :width])
 
 
 def plain_ffn(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
@@ -481,7 +463,7 @@ def moe_by_grouped_mm(moe: MoE, x: torch.Tensor) -> torch.Tensor:
 
 
 def transformers_layer(moe: MoE) -> nn.Module | None:
-    """A peer, where it is installed: transformers' Qwen2-MoE layer with the same weights (it weighs experts by softmax)."""
+    """A peer, where it is installed: transformers' Qwen2-MoE layer with the same weights (it halves the shared expert, by a gate of 0)."""
     try:
         from transformers.models.qwen2_moe import (
             configuration_qwen2_moe,
@@ -497,27 +479,15 @@ def transformers_layer(moe: MoE) -> nn.Module | None:
     shared = moe.shared_expert
     state |= {"shared_expert.gate_proj.weight": shared.gate_proj, "shared_expert.up_proj.weight": shared.up_proj}
     state |= {"shared_expert.down_proj.weight": shared.down_proj}
-    if "experts.gate_up_proj" in layer.state_dict():  # transformers 5
-        state |= {"experts.gate_up_proj": moe.gate_up_proj, "experts.down_proj": moe.down_proj}
-    else:
-        for e in range(R):
-            gate, up = moe.gate_up_proj[e].chunk(2)
-            parts = (("gate", gate), ("up", up), ("down", moe.down_proj[e]))
-            state |= {f"experts.{e}.{name}_proj.weight": part for name, part in parts}
+    state |= {"experts.gate_up_proj": moe.gate_up_proj, "experts.down_proj": moe.down_proj}
     layer.load_state_dict(state)
     return layer
 
 
 def faster(times: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Where something was timed compiled too, the faster of the two, so that the dense model has its best as well; and the
-    times without, where compiled ones won."""
-    result = {name: t for name, t in times.items() if not name.endswith(", compiled")}
-    for name in list(result):
-        compiled = times.get(f"{name}, compiled")
-        if compiled is not None:
-            result[f"{name}, uncompiled"] = times[name]
-            result[name] = min(compiled, times[name], key=np.median)
-    return result
+    """Where something was timed compiled too, the faster of the two, so that the dense model has its best as well."""
+    best = lambda name: min(times[name], times.get(f"{name}, compiled", times[name]), key=np.median)
+    return {name: best(name) for name in times if not name.endswith(", compiled")}
 
 
 def speed_row(what, shape, tokens, batch, like, experts, ffns, times, peaks, weight_bytes) -> dict:
@@ -536,8 +506,6 @@ def speed_row(what, shape, tokens, batch, like, experts, ffns, times, peaks, wei
     for name in ("dense", "MoE"):
         row[f"{name.lower()}_peak_bytes"] = peaks[name]
         row[f"{name.lower()}_weight_bytes_per_token"] = weight_bytes[name]
-    if "MoE, uncompiled" in ms:
-        row["uncompiled_ms"] = ms["MoE, uncompiled"]
     return row | {f"{name}_ms": ms[name] for name in ms if name in ("static", "plain_dense", "grouped_mm", "transformers")}
 
 
@@ -607,8 +575,7 @@ def model_speed(models: dict[str, lm.Decoder], what: str, ids: torch.Tensor, tur
         if name != "dense":
             pair = lambda of, name=name: {"dense": of["dense"], "MoE": of[name]}
             tokens = ids.shape[1] if what == "prefill" else half
-            timed = {key: t / steps for key, t in times.items()}
-            timed = pair(timed) | ({"MoE, uncompiled": timed[f"{name}, uncompiled"]} if f"{name}, uncompiled" in timed else {})
+            timed = pair({key: t / steps for key, t in times.items()})
             row = speed_row(what, "smollm2-135m", tokens, len(ids), like, name, model.config.ffns, timed, pair(peaks), pair(read))
             without = float(np.median(times["bare"])) / steps
             rows.append(row | {"bound": row["dense_ms"] / (without + (row["dense_ms"] - without) / row["ideal"])})
@@ -618,7 +585,7 @@ def model_speed(models: dict[str, lm.Decoder], what: str, ids: torch.Tensor, tur
 @torch.no_grad()
 def speed(args):
     splits, file = [Experts.parse(text) for text in args.experts], args.json and Path(args.json)
-    rows = file and read_json(file) or []  # of other shapes or another machine, say
+    rows = lm.read_json(file) if file and file.exists() else []  # of other shapes or another machine, say
     same = lambda r: [r[key] for key in ("what", "shape", "tokens", "batch", "dtype", "experts", "first_dense", "machine")]
 
     def add(row):
@@ -676,14 +643,14 @@ def speed_table(rows: list[dict]) -> str:
     """Markdown. Peers are given as speedups over dense too; the bound of a whole model is what it would reach if its FFNs
     were as fast as ideal."""
     head = ["what", "shape", "tokens", "batch", "dtype", "experts", "dense, ms", "MoE, ms", "speedup", "ideal", "of ideal", "spread", "bound"]
-    head += ["static", "plain dense", "grouped_mm", "transformers", "not compiled", "peak memory", "weights read per token"]
+    head += ["static", "plain dense", "grouped_mm", "transformers", "peak memory", "weights read per token"]
     lines = []
     for r in rows:
         cells = [str(r[key]) for key in ("what", "shape", "tokens", "batch", "dtype", "experts")]
         cells += [milliseconds(r["dense_ms"]), milliseconds(r["moe_ms"]), f"{r['speedup']:.2f}x", f"{r['ideal']:.2f}x"]
         cells += [f"{r['of_ideal']:.1%}", f"{r['spread']:.1%}"]
         cells.append(f"{r['bound']:.2f}x" if "bound" in r else "")
-        peers = ("static_ms", "plain_dense_ms", "grouped_mm_ms", "transformers_ms", "uncompiled_ms")
+        peers = ("static_ms", "plain_dense_ms", "grouped_mm_ms", "transformers_ms")
         cells += [f"{r['dense_ms'] / r[key]:.2f}x" if key in r else "" for key in peers]
         for key in ("peak_bytes", "weight_bytes_per_token"):
             pair = [r[f"{name}_{key}"] for name in ("dense", "moe")]
@@ -967,17 +934,17 @@ def figures(args):
     out.mkdir(parents=True, exist_ok=True)
     reports = []
 
-    def replace(i, ffn, x):
+    def replacement(i, ffn, x):
         if i in args.layers:
             markers = ffn2moe.neuron_markers(ffn, ffn2moe.sample(x), 10)
-            partition, _ = ffn2moe.partition_neurons(markers, split)
-            reports.append(ffn2moe.LayerReport(i, partition, ffn2moe.activation_rates(markers), None))
+            bin_of, _ = ffn2moe.partition_neurons(markers, split)
+            reports.append(ffn2moe.LayerReport(i, bin_of, ffn2moe.activation_rates(markers), None))
         if i == args.layer:
             plot_partition(ffn, x, split, out / "partition.png")
         return ffn if i < args.first_dense else joint_layer(ffn, x, split)[0]
 
     windows = ffn2moe.draw(calib, 32, seed=0)
-    ffn2moe.replace_ffns(model, windows, replace, partial(tqdm, desc="converting", unit="layer"))
+    ffn2moe.replace_ffns(model, windows, replacement, partial(tqdm, desc="converting", unit="layer"))
     ffn2moe.plot_rates(reports, out / "activation_rates.png")
     words, shown = ffn2moe.words_of_experts(model, tokenizer, test[:20], args.layer), lm.as_ids(model, lm.encode(tokenizer, args.text))
     plot_words(model, tokenizer, shown, words, args.layer, out / "words.png")

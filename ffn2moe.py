@@ -11,6 +11,7 @@ Steps 1 to 4 are Analytical FFN-to-MoE Restructuring via Activation Pattern Anal
                         `ridge_router`, `refit_down`, `joint_layer`
 6. The whole model      layer by layer, each profiled on what the converted layers below it put out: `convert`; in a model
                         that is an MoE already, each of its experts becomes one too: `convert_ffn`
+7. What experts are for the words that each runs for: `favourite_words`, `explain`
 
 Then the command line: `python ffn2moe.py --help`. The MoE layer itself, with the equations of the router, is `model.MoE`;
 what either method is worth, beside its controls, is measured by bench.py.
@@ -194,13 +195,8 @@ def group_routed(markers: torch.Tensor, num_routed: int, rounds: int = 1) -> tup
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Analytical router: a representative neuron speaks for its expert
-
-
-class Partition(NamedTuple):
-    """Which neuron goes where; indices into the intermediate_size neurons of the FFN."""
-
-    shared: torch.Tensor  # [S * m]
-    routed: torch.Tensor  # [R, m]
+#
+# From here on neurons live in bins: bin 0 is the shared expert, bin 1 + e is routed expert e. bin_of [q] says which.
 
 
 def representative_neurons(markers: torch.Tensor, expert: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
@@ -210,14 +206,13 @@ def representative_neurons(markers: torch.Tensor, expert: torch.Tensor, centroid
     return distance.masked_fill(outside, torch.inf).argmin(dim=0)
 
 
-def partition_neurons(markers: torch.Tensor, experts: Experts, rounds: int = 1) -> tuple[Partition, torch.Tensor]:
-    """Steps 2 and 3 on the markers [T, q] of one layer, and the representative neuron of each routed expert [R]."""
-    m = expert_size(markers.shape[1], experts)
-    shared, rest = split_shared(activation_rates(markers), experts.shared * m)
-    markers = markers[:, rest]
-    expert, centroids = group_routed(markers, experts.routed, rounds)
-    routed = rest[expert.argsort(stable=True)].view(experts.routed, m)
-    return Partition(shared, routed), rest[representative_neurons(markers, expert, centroids)]
+def partition_neurons(markers: torch.Tensor, experts: Experts, rounds: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Steps 2 and 3 on the markers [T, q] of one layer -> bin_of [q], and the representative of each routed expert [R]."""
+    _, rest = split_shared(activation_rates(markers), experts.shared * expert_size(markers.shape[1], experts))
+    expert, centroids = group_routed(markers[:, rest], experts.routed, rounds)
+    bin_of = torch.zeros(markers.shape[1], dtype=torch.long)
+    bin_of[rest] = 1 + expert
+    return bin_of, rest[representative_neurons(markers[:, rest], expert, centroids)]
 
 
 def analytical_router(ffn: FFN, representatives: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -234,19 +229,25 @@ def analytical_router(ffn: FFN, representatives: torch.Tensor) -> dict[str, torc
     return {"router_gate": unit(gate), "router_up": unit(up)}
 
 
-@torch.no_grad()
-def build_moe(ffn: FFN, partition: Partition, experts: Experts, router: dict[str, torch.Tensor]) -> MoE:
-    """Slice an FFN into the experts of a partition, under a router (its tensors, by the names they have in model.MoE).
+def members(bin_of: torch.Tensor, num_routed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The neurons of the shared expert [S * m], and of each routed one [R, m], in order."""
+    order, num_shared = bin_of.argsort(stable=True), int((bin_of == 0).sum())
+    return order[:num_shared], order[num_shared:].view(num_routed, -1)
 
-    With a linear router, experts that run have weights that sum to 1, as in Mixtral or Qwen2-MoE: W_down is made larger by
-    as much (`spec.gain`).
+
+@torch.no_grad()
+def build_moe(ffn: FFN, bin_of: torch.Tensor, experts: Experts, router: dict[str, torch.Tensor]) -> MoE:
+    """Slice an FFN into the experts that bin_of [q] says, under a router (its tensors, by the names they have in model.MoE).
+
+    With a linear router, the weights of the experts that run sum to 1, as in Mixtral or Qwen2-MoE, so that the W_down of
+    routed experts is multiplied by A (`spec.down_scale`).
     """
     gate, up, down = ffn.gate_proj, ffn.up_proj, ffn.down_proj  # [q, D], [q, D], [D, q]
-    (shared, routed), router_kind = partition, "linear" if "router_weight" in router else "neurons"
+    (shared, routed), router_kind = members(bin_of, experts.routed), "linear" if "router_weight" in router else "neurons"
     spec = MoESpec(shared.numel(), [routed.shape[1]] * experts.routed, experts.active, router_kind, lm.ROUTERS[router_kind])
     weights = {
         "gate_up_proj": torch.cat([gate[routed], up[routed]], dim=1),  # [R, 2m, D]
-        "down_proj": down[:, routed].transpose(0, 1) * spec.gain,  # [R, D, m]
+        "down_proj": down[:, routed].transpose(0, 1) * spec.down_scale,  # [R, D, m]
         "router_scale": gate.new_zeros(experts.routed),
         "router_bias": gate.new_zeros(experts.routed),
         **router,
@@ -260,10 +261,15 @@ def build_moe(ffn: FFN, partition: Partition, experts: Experts, router: dict[str
     return moe.requires_grad_(False)
 
 
-def paper_layer(ffn: FFN, x: torch.Tensor, experts: Experts, k_act: int = 10, rounds: int = 1) -> tuple[MoE, Partition]:
-    """Steps 1 to 4 on one FFN and its inputs x [T, D]."""
-    partition, representatives = partition_neurons(neuron_markers(ffn, x, k_act), experts, rounds)
-    return build_moe(ffn, partition, experts, analytical_router(ffn, representatives)), partition
+def paper_layer(
+    ffn: FFN, x: torch.Tensor, experts: Experts, k_act: int = 10, rounds: int = 1, refit: bool = False
+) -> tuple[MoE, torch.Tensor]:
+    """Steps 1 to 4 on one FFN and its inputs x [T, D] -> the MoE, and bin_of [q]. refit: step 5's, which is not the paper's."""
+    bin_of, representatives = partition_neurons(neuron_markers(ffn, x, k_act), experts, rounds)
+    moe = build_moe(ffn, bin_of, experts, analytical_router(ffn, representatives))
+    if refit:
+        refit_moe(ffn, moe, x, bin_of)
+    return moe, bin_of
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -275,7 +281,6 @@ def paper_layer(ffn: FFN, x: torch.Tensor, experts: Experts, k_act: int = 10, ro
 #     c[t, i] = |h_i(x_t)| |W_down[:, i]|    and the energy    c[t, i]^2.
 #
 # Energies are added up as if the outputs of different neurons were at right angles; the refit makes up for some of that.
-# Neurons live in bins: bin 0 is the shared expert, bin 1 + e is routed expert e. bin_of [n] says which.
 
 
 def hidden(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
@@ -369,7 +374,7 @@ def alternate(
 ) -> torch.Tensor:
     """Improve an assignment of neurons to bins, by two steps in turn, each solved exactly:
 
-        router, given the experts    ridge regression from x to the norm of each expert; the top `active` run
+        router, given the experts    ridge regression from x to the root of each expert's energy; the top `active` run
         experts, given the router    the assignment that captures the most energy under the router's choices
 
     The shared expert is just the bin that always runs, so that one assignment decides shared and routed at once. The
@@ -403,7 +408,7 @@ def first_bins(energy: torch.Tensor, experts: Experts) -> torch.Tensor:
 
 
 def stored_energy(ffn: FFN, x: torch.Tensor, neurons: torch.Tensor, h: Callable) -> torch.Tensor:
-    """The energies of h(x) [t, n], of some `neurons` [n]: x [T, D] -> [T, n], as small as can be: nothing else is as large."""
+    """The energies of h(x) [t, n], of some `neurons` [n]: x [T, D] -> [T, n] in STORED, the largest tensor of a conversion."""
     down = ffn.down_proj[:, neurons]
     energy = torch.empty(len(x), down.shape[1], dtype=STORED, device=x.device)
     for part, block in zip(energy.split(BLOCK), x.split(BLOCK)):
@@ -445,7 +450,7 @@ def joint_partition(ffn: FFN, x: torch.Tensor, experts: Experts, rounds: int = 8
 @torch.no_grad()
 @fast_products()
 def ridge_router(ffn: FFN, x: torch.Tensor, bin_of: torch.Tensor, num_routed: int) -> dict[str, torch.Tensor]:
-    """The router of a partition: ridge regression from x to the norm of each expert's unpredicted energy. x [T, D].
+    """The router of a partition: ridge regression from x to the root of each expert's unpredicted energy. x [T, D].
 
     Without an intercept, for which standard MoE layers have no place; the README says what that costs. What all experts have
     in common moves no choice: scores are made to have mean 0 over the experts, which spares bfloat16 digits. They are scaled
@@ -481,33 +486,29 @@ def refit_down(ffn: FFN, x: torch.Tensor, active: Callable, bin_of: torch.Tensor
     return ffn.down_proj + ridge_solver(hh, HIDDEN_RIDGE)(hy).T
 
 
-def refit_moe(ffn: FFN, moe: MoE, x: torch.Tensor, partition: Partition):
+def refit_moe(ffn: FFN, moe: MoE, x: torch.Tensor, bin_of: torch.Tensor):
     """Refit, in place, the W_down of an MoE that was made of an FFN, under its own routing of x [T, D]."""
-    bin_of = torch.zeros(ffn.gate_proj.shape[0], dtype=torch.long, device=x.device)
-    bin_of[partition.routed] = torch.arange(1, 1 + len(partition.routed), device=x.device)[:, None]
+    R = len(moe.spec.experts)
+    shared, routed = members(bin_of, R)
 
     def active(block):
         chosen, weights = moe.route(block)
-        return active_bins(chosen, len(partition.routed), moe.spec.gain * weights)
+        return active_bins(chosen, R, moe.spec.down_scale * weights)
 
     down = refit_down(ffn, x, active, bin_of)
-    moe.shared_expert.down_proj.copy_(down[:, partition.shared])
-    moe.down_proj.copy_(moe.spec.gain * down[:, partition.routed].transpose(0, 1))
+    moe.shared_expert.down_proj.copy_(down[:, shared])
+    moe.down_proj.copy_(moe.spec.down_scale * down[:, routed].transpose(0, 1))
 
 
-def joint_moe(ffn: FFN, x: torch.Tensor, experts: Experts, bin_of: torch.Tensor) -> tuple[MoE, Partition]:
-    """The MoE of a given partition, with a ridge router, before the refit: x [T, D], the inputs of the FFN; bin_of [q]."""
-    shared = experts.shared * expert_size(len(bin_of), experts)
-    order = bin_of.argsort(stable=True)
-    partition = Partition(order[:shared], order[shared:].view(experts.routed, -1))
-    return build_moe(ffn, partition, experts, ridge_router(ffn, x, bin_of, experts.routed)), partition
-
-
-def joint_layer(ffn: FFN, x: torch.Tensor, experts: Experts, rounds: int = 8) -> tuple[MoE, Partition]:
-    """The joint method on one FFN and its inputs x [T, D]."""
-    moe, partition = joint_moe(ffn, x, experts, joint_partition(ffn, x, experts, rounds))
-    refit_moe(ffn, moe, x, partition)
-    return moe, partition
+def joint_layer(
+    ffn: FFN, x: torch.Tensor, experts: Experts, rounds: int = 8, refit: bool = True, bin_of: torch.Tensor | None = None
+) -> tuple[MoE, torch.Tensor]:
+    """The joint method on one FFN and its inputs x [T, D] -> the MoE, and bin_of [q], which may be given."""
+    bin_of = joint_partition(ffn, x, experts, rounds) if bin_of is None else bin_of
+    moe = build_moe(ffn, bin_of, experts, ridge_router(ffn, x, bin_of, experts.routed))
+    if refit:
+        refit_moe(ffn, moe, x, bin_of)
+    return moe, bin_of
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -516,7 +517,7 @@ def joint_layer(ffn: FFN, x: torch.Tensor, experts: Experts, rounds: int = 8) ->
 
 class LayerReport(NamedTuple):
     layer: int
-    partition: Partition
+    bin_of: torch.Tensor  # [q], 0 for the neurons of the shared expert
     rates: torch.Tensor  # [q], activation rates (step 1), on a sample
     load: torch.Tensor  # [R], the share of calibration tokens that each routed expert gets; A / R on average
 
@@ -582,8 +583,8 @@ def check_convertible(model: lm.Decoder, experts: Experts, method: str, first_de
 
 
 @torch.no_grad()
-def replace_ffns(model: lm.Decoder, calib_ids: torch.Tensor, replace: Callable, progress: Callable = lambda layers: layers):
-    """Walk calib_ids [B, T] through the model, in place. replace(i, ffn, x [B * T, D]) returns what stands for the FFN
+def replace_ffns(model: lm.Decoder, calib_ids: torch.Tensor, replacement: Callable, progress: Callable = lambda layers: layers):
+    """Walk calib_ids [B, T] through the model, in place. replacement(i, ffn, x [B * T, D]) returns what stands for the FFN
     of layer i, given its inputs; the layers above see what that puts out."""
     rope = model.rope(0, calib_ids.shape[1])
     x = model.embed_tokens(calib_ids)  # [B, T, D], what flows into the next layer
@@ -594,7 +595,7 @@ def replace_ffns(model: lm.Decoder, calib_ids: torch.Tensor, replace: Callable, 
             normed.copy_(layer.post_attention_layernorm(sequence))
         if not ffn_input.isfinite().all():
             raise InputError(f"the inputs of the FFN of layer {i} are not finite: the model or its dtype overflows")
-        layer.mlp = replace(i, layer.mlp, ffn_input.flatten(0, 1))
+        layer.mlp = replacement(i, layer.mlp, ffn_input.flatten(0, 1))
         for sequence, normed in zip(x.split(1), ffn_input.split(1)):
             sequence += layer.mlp(normed)
 
@@ -632,18 +633,18 @@ def convert(
     settings = {"k_act": k_act} if method == "paper" else {}
     convert_one = lambda ffn, x: convert_layer(ffn, x, experts, **settings)
 
-    def replace(i, ffn, x):
+    def replacement(i, ffn, x):
         if i < first_dense:
             return ffn
         if not report or isinstance(ffn, MoE):
             return convert_ffn(ffn, x, lambda *unit: convert_one(*unit)[0])
-        moe, partition = convert_one(ffn, x)
+        moe, bin_of = convert_one(ffn, x)
         rates = activation_rates(neuron_markers(ffn, sample(x), k_act))
         load = moe.route(x)[0].flatten().bincount(minlength=experts.routed) / len(x)
-        report(LayerReport(i, partition, rates, load.cpu()))
+        report(LayerReport(i, bin_of, rates, load.cpu()))
         return moe
 
-    replace_ffns(model, calib_ids, replace, progress)
+    replace_ffns(model, calib_ids, replacement, progress)
     config.ffns = [lm.spec_of(layer.mlp) for layer in model.layers]
     config.raw = lm.native_raw(config)
     return model
@@ -688,10 +689,10 @@ def words_of_experts(model: lm.Decoder, tokenizer: Tokenizer, windows: torch.Ten
     return favourite_words(words, chosen_experts(model, windows, layer), len(model.layers[layer].mlp.spec.experts))
 
 
-def explain(model: lm.Decoder, tokenizer: Tokenizer, text: torch.Tensor, words: list[list[str]], layer: int) -> str:
-    """The tokens of a text [T] with the routed experts that run for them in a layer, and the words that each is for."""
+def explain(model: lm.Decoder, tokenizer: Tokenizer, ids: torch.Tensor, words: list[list[str]], layer: int) -> str:
+    """The tokens of a text, ids [T], with the routed experts that run for them in a layer, and the words that each is for."""
     lines = [f"Layer {layer}: {model.layers[layer].mlp.spec.active} of {len(words)} routed experts run for each token (#)", ""]
-    for i, experts in zip(text.tolist(), chosen_experts(model, text[None], layer).tolist()):
+    for i, experts in zip(ids.tolist(), chosen_experts(model, ids[None], layer).tolist()):
         word = tokenizer.decode([i], skip_special_tokens=False).strip() or "_"
         lines.append(f"{word:>16.16}  " + "".join(".#"[e in experts] for e in range(len(words))))
     return "\n".join([*lines, "", *(f"expert {e:>2} is for  {', '.join(of)}" for e, of in enumerate(words))])
@@ -713,8 +714,7 @@ def plot_rates(reports: list[LayerReport], file: Path):
             ax.axis("off")
             continue
         rates = reports[i].rates.double().numpy().clip(bins[0], None)  # neurons that never fire: the first bin
-        is_shared = np.zeros(len(rates), dtype=bool)
-        is_shared[reports[i].partition.shared.cpu()] = True
+        is_shared = (reports[i].bin_of == 0).cpu().numpy()
         ax.hist(rates[~is_shared], bins, color="#4878a8", label="routed")
         ax.hist(rates[is_shared], bins, color="#e08a3c", label="shared", rwidth=0.8)
         ax.set(xscale="log", yscale="log", xlim=(bins[0], 1), xticks=[1e-4, 1e-2, 1])
@@ -914,9 +914,10 @@ def run(args):
     row("active parameters", "{:,}", lambda side: side["parameters"])
     if seconds:
         print(f"conversion: {seconds:.1f} seconds")
+    print()
     for side in (before, after):
         if side:
-            print(f"\n{side['name']}: {side['text']}")
+            print(f"{side['name']}: {' '.join(side['text'].split())}")
     if args.out:
         print(f"\nwrote {args.out}")
 

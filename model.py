@@ -116,7 +116,7 @@ class MoESpec(NamedTuple):
     experts: "list[int | MoESpec]"  # the routed experts
     active: int  # of them run for each token
     router: str = "linear"  # or "neurons", the paper's
-    weights: str = "renormalised"  # of the experts that run: "one", "softmax", or "renormalised": softmax over its sum over them
+    weights: str = "renormalised"  # of the experts that run: "one", "softmax", or "renormalised" to a sum of 1
     gated: bool = False  # the shared expert's output is scaled by a sigmoid
 
     @property
@@ -127,8 +127,8 @@ class MoESpec(NamedTuple):
             return Experts(self.shared // m, self.active, self.shared // m + len(self.experts))
 
     @property
-    def gain(self) -> int:
-        """By which W_down is multiplied when an FFN is sliced: weights that sum to 1 over the experts that run are 1 / A."""
+    def down_scale(self) -> int:
+        """By which W_down of routed experts is multiplied when an FFN is sliced: weights that sum to 1 over A experts are 1 / A."""
         return self.active if self.weights == "renormalised" else 1
 
 

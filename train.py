@@ -1,6 +1,6 @@
 """Fine-tune a converted model on a few thousand samples.
 
-    python train.py                                              fine-tune SmolLM2-135M, convert it, let it learn from the former
+    python train.py                                              fine-tune SmolLM2-135M, convert it, distil from the former
     python train.py --model DIR --teacher DENSE --out OTHER      fine-tune a checkpoint that ffn2moe.py --out wrote
 
 What is trained (section numbers are the paper's):
@@ -152,7 +152,7 @@ class Load:
         self.counts, self.squares = torch.zeros(len(moe.spec.experts), device=moe.router_bias.device), 0.0
 
     @torch.no_grad()
-    def __call__(self, moe, inputs):  # a forward hook; with checkpointing it counts twice, which changes no ratio
+    def __call__(self, moe, inputs):  # a forward pre-hook; with checkpointing it counts twice, which changes no ratio
         x, R = inputs[0].flatten(0, -2), len(self.counts)
         self.counts += moe.route(x)[0].flatten().bincount(minlength=R)
         p = moe.scores(x).softmax(dim=-1, dtype=torch.float32)
@@ -354,7 +354,7 @@ def load_state(file: Path, run: dict, optimizer: torch.optim.Optimizer, tensors:
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         description="Fine-tune a checkpoint that ffn2moe.py wrote, and compare perplexity before and after. Without "
-        "arguments: fine-tune SmolLM2-135M-Instruct, convert it, and let it learn from the former, on text that every Python carries.",
+        "arguments: fine-tune SmolLM2-135M-Instruct, convert that, and distil from it, on text that every Python carries.",
     )
     add = parser.add_argument
     add("--model", metavar="SOURCE", help="a converted checkpoint, or a dense one, which is fine-tuned as it is")
@@ -378,8 +378,10 @@ def parse_args(argv):
 
 def run(args):
     s = settings(**{name: getattr(args, name) for name in SETTINGS})
-    if min(s.samples, s.length - 1, s.batch, s.accumulate, s.rank, args.save_every) < 1 or s.schedule not in ("cosine", "constant") or not 0 <= s.distill <= 1:
-        raise InputError("--samples, --batch, --accumulate, --rank and --save-every must be at least 1, --length at least 2, --distill from 0 to 1, and --schedule cosine or constant")
+    if min(s.samples, s.length - 1, s.batch, s.accumulate, s.rank, args.save_every) < 1:
+        raise InputError("--samples, --batch, --accumulate, --rank and --save-every must be at least 1, --length at least 2")
+    if s.schedule not in ("cosine", "constant") or not 0 <= s.distill <= 1:
+        raise InputError("--schedule must be cosine or constant, --distill from 0 to 1")
     out = Path(args.out).absolute()
     lm.check_output(out, args.force)
     dense_state, state = (out.with_name(out.name + end) for end in (".dense.state", ".state"))
@@ -410,7 +412,7 @@ def run(args):
         tune(dense_state)
         result["dense, fine-tuned"] = measure("dense, fine-tuned")
         teacher = copy.deepcopy(model)
-        calib = ffn2moe.draw(lm.cut_windows(ids, window), 32, s.seed)
+        calib = ffn2moe.draw(lm.cut_windows(ids, window), ffn2moe.METHODS["joint"].calib_tokens // 2048, s.seed)
         ffn2moe.convert(model, calib, progress=partial(tqdm, desc="converting", unit="layer"))
     before = "converted" if args.model is None else "before"
     result[before] = measure(before)

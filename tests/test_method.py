@@ -10,7 +10,7 @@ from conftest import CONFIGS, LLAMA, SHARED, random_model
 
 import ffn2moe
 import model as lm
-from ffn2moe import Partition, balanced_assignment
+from ffn2moe import balanced_assignment
 from model import FFN, Experts, InputError
 
 
@@ -115,15 +115,17 @@ def test_partition_is_the_cheapest_and_complete():
     torch.manual_seed(3)
     markers = torch.rand(200, 12) < torch.linspace(0.9, 0.05, 12)
     split = Experts.parse("S1A1E4")
-    partition, representatives = ffn2moe.partition_neurons(markers, split)
-    assert sorted(torch.cat([partition.shared, partition.routed.flatten()]).tolist()) == list(range(12))
+    bin_of, representatives = ffn2moe.partition_neurons(markers, split)
+    shared, routed = ffn2moe.members(bin_of, 3)
+    assert sorted([*shared.tolist(), *routed.flatten().tolist()]) == list(range(12))
     order = markers.sum(0).argsort(descending=True, stable=True)
-    assert set(partition.shared.tolist()) == set(order[:3].tolist())
+    assert set(shared.tolist()) == set(order[:3].tolist()) and (bin_of[shared] == 0).all()
+    assert (bin_of[routed] == torch.tensor([[1], [2], [3]])).all()
     distance = lambda i, j: float((markers[:, i] != markers[:, j]).sum())
     cost = np.array([[distance(i, seed) for seed in order[3:6]] for i in order[3:]])
-    found = sum(distance(i, order[3 + e]) for e in range(3) for i in partition.routed[e])
+    found = sum(distance(i, order[3 + e]) for e in range(3) for i in routed[e])
     assert found == brute_force_cost(cost, [3, 3, 3])
-    for members, representative in zip(partition.routed, representatives):
+    for members, representative in zip(routed, representatives):
         mean = markers[:, members].double().mean(1)
         far = [(markers[:, i].double() - mean).abs().sum().item() for i in members]
         assert representative in members
@@ -157,7 +159,9 @@ def test_official_fixtures(name):
     for place, weight in ((ffn.gate_proj, gate), (ffn.up_proj, up), (ffn.down_proj, official["down"])):
         place.copy_(weight)
     router = ffn2moe.analytical_router(ffn, representatives)
-    moe = ffn2moe.build_moe(ffn, Partition(official["shared"], routed), split, router)
+    bin_of = torch.zeros(len(gate), dtype=torch.long)
+    bin_of[routed] = torch.arange(1, 1 + split.routed)[:, None]
+    moe = ffn2moe.build_moe(ffn, bin_of, split, router)
     assert torch.equal(moe.route(x)[0].sort().values, official["topk_experts"].sort().values)
     assert torch.allclose(moe(x), official["moe_out"], rtol=1e-5, atol=1e-3)  # values up to 1,700
     assert torch.allclose(ffn(x), official["dense_out"], rtol=1e-5, atol=1e-3)
@@ -170,9 +174,9 @@ def converted_layer(split: str, seed=0):
     ffn, x = random_ffn(seed=seed), torch.randn(50, 16, dtype=torch.float64)
     split = Experts.parse(split)
     scores = ffn2moe.normalized_scores(x, ffn.gate_proj, ffn.up_proj)
-    partition, representatives = ffn2moe.partition_neurons(ffn2moe.atopk_markers(scores, 5), split)
-    moe = ffn2moe.build_moe(ffn, partition, split, ffn2moe.analytical_router(ffn, representatives))
-    return ffn, moe, partition, representatives, x
+    bin_of, representatives = ffn2moe.partition_neurons(ffn2moe.atopk_markers(scores, 5), split)
+    moe = ffn2moe.build_moe(ffn, bin_of, split, ffn2moe.analytical_router(ffn, representatives))
+    return ffn, moe, bin_of, representatives, x
 
 
 @pytest.mark.parametrize("split", ["S1A3E4", "S4A4E8", "S2A14E16", "S1A1E2"])
@@ -184,7 +188,7 @@ def test_with_all_experts_active_the_layer_is_the_dense_one(split):
 @pytest.mark.parametrize("split", ["S1A1E4", "S3A3E8", "S2A2E16"])
 def test_layer_runs_the_highest_scored_experts(split):
     """Token by token and neuron by neuron, from the dense weights and the partition alone."""
-    ffn, moe, partition, representatives, x = converted_layer(split)
+    ffn, moe, bin_of, representatives, x = converted_layer(split)
     gate, up, down = ffn.gate_proj, ffn.up_proj, ffn.down_proj
     active = Experts.parse(split).active
     expected = torch.zeros_like(x)
@@ -194,7 +198,7 @@ def test_layer_runs_the_highest_scored_experts(split):
             for r in representatives
         ]
         chosen = np.argsort(score)[-active:].tolist()
-        for i in itertools.chain(partition.shared, *(partition.routed[e] for e in chosen)):
+        for i in [i for i, b in enumerate(bin_of.tolist()) if b == 0 or b - 1 in chosen]:
             expected[t] += F.silu(token @ gate[i]) * (token @ up[i]) * down[:, i]
     assert torch.allclose(moe(x), expected, rtol=0, atol=1e-12)
 
@@ -341,14 +345,12 @@ def test_router_is_the_ridge_optimum_up_to_what_moves_no_choice():
 def test_linear_layer_runs_the_highest_scored_experts():
     """Token by token, from the partition, the scores and the refitted columns."""
     ffn, x, split, bin_of = linear_moe()
-    moe, partition = ffn2moe.joint_layer(ffn, x, split)
-    assert sorted(torch.cat([partition.shared, partition.routed.flatten()]).tolist()) == list(range(48))
-    assert (bin_of[partition.shared] == 0).all()
-    assert (bin_of[partition.routed] == torch.arange(1, 7)[:, None]).all()
+    moe, found = ffn2moe.joint_layer(ffn, x, split)
+    assert torch.equal(found, bin_of)
     down = torch.empty(16, 48)
-    down[:, partition.shared] = moe.shared_expert.down_proj
+    down[:, bin_of == 0] = moe.shared_expert.down_proj
     for e in range(6):
-        down[:, partition.routed[e]] = moe.down_proj[e]
+        down[:, bin_of == 1 + e] = moe.down_proj[e]
     for token in x[:20]:
         scores = moe.router_weight @ token
         best = scores.argsort()[-2:]
@@ -360,7 +362,7 @@ def test_linear_layer_runs_the_highest_scored_experts():
 def test_refit_is_the_ridge_optimum(monkeypatch):
     """Its gradient is zero, next to what it is for half or twice the penalty; whatever the block size."""
     ffn, x, split, bin_of = linear_moe()
-    moe, partition = ffn2moe.joint_moe(ffn, x, split, bin_of)
+    moe, _ = ffn2moe.joint_layer(ffn, x, split, bin_of=bin_of, refit=False)
 
     def active(block):
         chosen, weights = moe.route(block)
@@ -380,7 +382,7 @@ def test_refit_is_the_ridge_optimum(monkeypatch):
     monkeypatch.setattr(ffn2moe, "BLOCK", 33)
     assert torch.allclose(ffn2moe.refit_down(ffn, x, active, bin_of).double(), fitted, atol=1e-5)
     before = ((moe(x) - ffn(x)) ** 2).sum()
-    ffn2moe.refit_moe(ffn, moe, x, partition)
+    ffn2moe.refit_moe(ffn, moe, x, bin_of)
     assert torch.allclose(moe(x), (running @ fitted.T).float(), atol=1e-4)
     assert ((moe(x) - ffn(x)) ** 2).sum() < 0.8 * before
 
@@ -408,7 +410,7 @@ def test_joint_beats_the_paper_where_it_can_be_seen(dtype):
     x, new = tokens(3000), tokens(500)
     error = lambda moe: (((moe(new) - ffn(new)).float() ** 2).sum() / (ffn(new).float() ** 2).sum()).item()
     joint, paper = ffn2moe.joint_layer(ffn, x, split)[0], ffn2moe.paper_layer(ffn, x, split)[0]
-    unfitted = ffn2moe.joint_moe(ffn, x, split, ffn2moe.joint_partition(ffn, x, split))[0]
+    unfitted = ffn2moe.joint_layer(ffn, x, split, refit=False)[0]
     dealt = ffn2moe.joint_layer(ffn, x, split, rounds=0)[0]
     assert error(joint) < 0.7 * error(paper)
     assert error(joint) < 0.9 * error(unfitted) and error(joint) < 0.97 * error(dealt)
