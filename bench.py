@@ -765,19 +765,17 @@ def finetune(args):
 
 
 def finetune_table(done: dict) -> str:
-    """Markdown: perplexity before and after, and after as a multiple of the dense model's after its fine-tune; methods by
-    size, then ablations."""
+    """Markdown: perplexity before → after, in brackets the latter over that of the dense model after its own fine-tune: methods
+    by size, then the ablations with the load of their experts at first and at last."""
     results = {(r["key"]["name"], r["key"]["percent"]): r for r in done["rows"]}
-    dense, tables = results.get(("dense", 100)), {False: [], True: []}
-    for name, row, changes in sorted(finetune_rows(), key=lambda each: -each[1].percent):
-        r = results.get((name, row.percent))
-        if r:
-            cells = [name, row.experts if row.layer else "", f"{r['active_ffn']:.1%}", f"{r['before']:.2f}", f"{r['after']:.2f}"]
-            cells += [f"{r['after'] / dense['after']:.2f}" if dense else ""]
-            cells += [f"{r['spread'][0]:.2f} → {r['spread'][1]:.2f}" if r["spread"][0] else ""]
-            tables["joint," in name or "paper," in name].append(cells)
-    head = ["", "split", "active FFN", "before", "after", "after / dense", "load, max / mean"]
-    return "\n".join(markdown(head, lines) for lines in tables.values() if lines)
+    dense, main = results.get(("dense", 100)), ["static pruning, refit", "paper", "joint"]
+    over_dense = lambda r: f" ({r['after'] / dense['after']:.2f})" if dense else ""
+    cell = lambda r: f"{r['before']:.2f} → {r['after']:.2f}" + over_dense(r) if r else ""
+    spread = lambda r: " → ".join(f"{load:.2f}" for load in r["spread"])
+    lines = [[name, *(cell(results.get((name, percent))) for percent in (75, 50, 25))] for name in main]
+    ablations = [[name, cell(r), spread(r)] for (name, percent), r in results.items() if percent == 50 and r["spread"][0]]
+    tables = markdown(["active FFN", "75 %", "50 %", "25 %"], [["dense", *[cell(dense)] * 3], *lines])
+    return tables + "\n" + markdown(["at 50 %", "perplexity", "load, max / mean"], ablations)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

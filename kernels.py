@@ -236,7 +236,8 @@ if triton:
         BLOCK_T: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
         """What a program is to do -> its expert (R: there is nothing to do), its rows of sorted slots, the slots, which of
-        them are real, and its block of columns. Eight tiles take turns at the columns, while both are in the cache."""
+        them are real, and its block of columns. Programs go through the columns eight tiles at a time, so that a block of
+        weights is read once for all eight."""
         group = tl.program_id(0) // (8 * COLUMNS)
         height = min(num_tiles - 8 * group, 8)
         tile = 8 * group + tl.program_id(0) % (8 * COLUMNS) % height
