@@ -811,35 +811,36 @@ def measure(when, model, tokenizer, eval_ids, window, prompt) -> dict:
     return result | {"perplexity": lm.perplexity(model, eval_ids, window, bar)}
 
 
-def convert_as_asked(model: lm.Decoder, tokenizer, args, window: int) -> tuple[Callable, dict]:
-    """Check everything and read the text -> what converts the model, given where LayerReports go to, and its settings."""
+def plan(model: lm.Decoder, tokenizer: Tokenizer, args: argparse.Namespace, window: int) -> tuple[torch.Tensor, dict]:
+    """The calibration windows [N, window] and the arguments of `convert`; refuses what is not possible."""
     experts = Experts.parse(args.experts or METHODS[args.method].experts)
     first_dense = default_first_dense(model, args.method) if args.first_dense is None else args.first_dense
     check_convertible(model, experts, args.method, first_dense, args.k_act)
     if args.out and args.format == "standard":
-        lm.check_standard(replace(model.config, ffns=[lm.split_spec(ffn, experts, METHODS[args.method].router) for ffn in model.config.ffns]))
+        ffns = [lm.split_spec(ffn, experts, METHODS[args.method].router) for ffn in model.config.ffns]
+        lm.check_standard(replace(model.config, ffns=ffns))
     windows = lm.cut_windows(lm.read_ids(model, tokenizer, args.calib, "train"), window)
     windows = draw(windows, args.calib_tokens // window, args.seed)
     if args.method == "joint" and windows.numel() < 10 * model.config.intermediate_size:
         few = f"{windows.numel()} calibration tokens for {model.config.intermediate_size} neurons"
         print(f"warning: {few}: least squares may fit the text rather than the model", file=sys.stderr)
-    chosen = {"method": args.method, "first_dense": first_dense, "k_act": args.k_act}
-
-    def job(report):
-        dense = describe(model.config.ffns) == "dense"
-        bar = partial(tqdm, desc="converting", unit="layer")
-        convert(model, windows, experts, **chosen, progress=bar, report=report)
-        inner = [e for ffn in model.config.ffns[first_dense:] if isinstance(ffn, MoESpec) for e in ffn.experts]
-        whole = sum(isinstance(e, int) for e in inner)
-        if not dense and whole:
-            few = "fewer calibration tokens than they have neurons"
-            print(f"warning: {whole} of {len(inner)} routed experts got {few} and stay whole", file=sys.stderr)
-
-    settings = {**chosen, "experts": str(experts), "seed": args.seed, "calib": args.calib, "calib_tokens": windows.numel()}
-    return job, settings
+    return windows, {"experts": experts, "method": args.method, "first_dense": first_dense, "k_act": args.k_act}
 
 
-def run(args):
+def convert_and_time(model: lm.Decoder, windows: torch.Tensor, chosen: dict, report: Callable | None) -> float:
+    """Convert the model -> the seconds it took."""
+    dense, start = describe(model.config.ffns) == "dense", time.perf_counter()
+    convert(model, windows, **chosen, progress=partial(tqdm, desc="converting", unit="layer"), report=report)
+    seconds = time.perf_counter() - start
+    inner = [e for ffn in model.config.ffns[chosen["first_dense"] :] if isinstance(ffn, MoESpec) for e in ffn.experts]
+    whole = sum(isinstance(e, int) for e in inner)
+    if whole and not dense:
+        few = "fewer calibration tokens than they have neurons"
+        print(f"warning: {whole} of {len(inner)} routed experts got {few} and stay whole", file=sys.stderr)
+    return seconds
+
+
+def run(args: argparse.Namespace):
     check_args(args)
     # Everything is read and checked before the long work starts.
     model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
@@ -848,25 +849,25 @@ def run(args):
     eval_ids = lm.cut_windows(eval_ids, window)
     prompt = lm.as_ids(model, lm.encode(tokenizer, args.prompt))
     measured = partial(measure, tokenizer=tokenizer, eval_ids=eval_ids.flatten(), window=window, prompt=prompt)
-    shown = lm.as_ids(model, lm.encode(tokenizer, args.explain or ""))
-    if args.explain is not None and not 0 < len(shown) <= model.config.max_position_embeddings:
-        raise InputError(f"--explain: a text of {len(shown)} tokens is none, or more than the model can run")
-    layer = model.config.num_layers // 2 if args.layer is None else args.layer
-    before, settings, reports, seconds = {}, {"first_dense": model.config.num_layers}, [], None
-    convert_it = args.experts is not None or describe(model.config.ffns) == "dense"
-    if convert_it:
-        job, settings = convert_as_asked(model, tokenizer, args, window)
+    before, chosen, settings, reports, seconds = {}, {}, {}, [], None
+    if args.experts is not None or describe(model.config.ffns) == "dense":
+        windows, chosen = plan(model, tokenizer, args, window)
+        settings = {**chosen, "experts": str(chosen["experts"]), "seed": args.seed, "calib": args.calib, "calib_tokens": windows.numel()}
     else:
         doing = "evaluated" if args.explain is None else "explained"
         print(f"the model is an MoE already: it is {doing}; --experts would split its experts", file=sys.stderr)
-    is_moe = lambda i: 0 <= i < model.config.num_layers and (i >= settings["first_dense"] or isinstance(model.config.ffns[i], MoESpec))
-    if args.explain is not None and not is_moe(layer):
-        raise InputError(f"layer {layer} is no MoE; these are: {', '.join(str(i) for i in range(model.config.num_layers) if is_moe(i))}")
-    if convert_it:
+    if args.explain is not None:
+        shown = lm.as_ids(model, lm.encode(tokenizer, args.explain))
+        if not 0 < len(shown) <= model.config.max_position_embeddings:
+            raise InputError(f"--explain: a text of {len(shown)} tokens is none, or more than the model can run")
+        layer = model.config.num_layers // 2 if args.layer is None else args.layer
+        will_be = lambda i: chosen and i >= chosen["first_dense"]
+        moes = [i for i, ffn in enumerate(model.config.ffns) if isinstance(ffn, MoESpec) or will_be(i)]
+        if layer not in moes:
+            raise InputError(f"layer {layer} is no MoE; these are: {', '.join(map(str, moes))}")
+    if chosen:
         before = measured("before", model) if args.explain is None else {}
-        start = time.perf_counter()
-        job(reports.append if args.plot else None)
-        seconds = time.perf_counter() - start
+        seconds = convert_and_time(model, windows, chosen, reports.append if args.plot else None)
     if args.out:
         model = lm.in_format(model, args.format)
         lm.save_model(model, tokenizer, args.out, args.force)
@@ -882,7 +883,7 @@ def run(args):
     whole = 3 * model.config.hidden_size * sum(map(lm.neurons_of, model.config.ffns))
     result = {
         "model": args.model or Path(lm.WHEEL_MEMBER).name,
-        **(settings if convert_it else {}),
+        **settings,
         "eval": args.eval,
         "eval_tokens": eval_ids.numel(),
         "window": window,

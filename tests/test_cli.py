@@ -42,7 +42,7 @@ def test_the_main_job(method, experts, first_dense, argv, checkpoint, tmp_path, 
     settings = {"method": method, "k_act": 6, "seed": 0, "calib_tokens": 512, "eval_tokens": 640, "window": 128, "dtype": "float32"}
     assert settings.items() <= result.items()
     prompt = tokenizer.encode("The capital of France is").ids
-    continued = tokenizer.decode(prompt + lm.generate(loaded, prompt, 24))
+    continued = " ".join(tokenizer.decode(prompt + lm.generate(loaded, prompt, 24)).split())
     for expected in ("dense", f"MoE {experts}", f"{result['moe_perplexity']:.2f}", continued):
         assert expected in printed.out
     assert "converting" in printed.err and "3/3" in printed.err
