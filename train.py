@@ -14,8 +14,8 @@ The loss is that of the text (the paper's), or the divergence from the dense mod
 The text teaches a model the text, dense or converted, and little of what the conversion lost. So without arguments the order is
 another than the paper's: the dense model learns the text, is converted, and then teaches what became of it.
 
-The rest is frozen, but for the router (--router), or everything is trained (--full). Trained weights are float32, and are
-cast to the model's dtype for products. The loop is `finetune`; the files are read and written in `run`.
+The rest is frozen, but for the router (--router, with its own rate), or everything is trained (--full). Trained weights are
+float32, and are cast to the model's dtype for products. The loop is `finetune`; the files are read and written in `run`.
 """
 
 import argparse
@@ -49,6 +49,7 @@ SETTINGS = {
     "accumulate": (1, "batches per step"),
     "rate": (1e-3, "learning rate of LoRA, or of all weights"),
     "scale_rate": (1e-3, "learning rate of the gate scale u"),
+    "router_rate": (1e-2, "learning rate of a router that is trained, over the root mean square of its weights"),
     "bias_step": (0.02, "by which the selection bias b moves after a step, in standard deviations of p; 0: no balancing"),
     "warmup": (0.05, "share of the steps in which the rates rise"),
     "schedule": ("cosine", "of the rates after that: cosine, to a tenth, or constant"),
@@ -107,7 +108,7 @@ def prepare(model: lm.Decoder, s: SimpleNamespace) -> list[dict]:
     torch.manual_seed(s.seed)
     model.requires_grad_(False)
     dtype = model.embed_tokens.weight.dtype
-    masters = []
+    masters, routers = [], []
     every = [(module, name) for module in model.modules() for name, _ in module.named_parameters(recurse=False)]
     for module, name in every:
         weight = getattr(module, name)
@@ -116,12 +117,16 @@ def prepare(model: lm.Decoder, s: SimpleNamespace) -> list[dict]:
         elif s.full or (s.router and name.startswith("router")):
             weight.data = weight.data.float()
             parametrize.register_parametrization(module, name, Master(dtype), unsafe=True)
-            masters.append(module.parametrizations[name].original.requires_grad_())
+            master = module.parametrizations[name].original.requires_grad_()
+            if name.startswith("router"):  # whose scores may be of any size
+                routers.append({"params": [master], "lr": s.router_rate * master.detach().square().mean().sqrt().item()})
+            else:
+                masters.append(master)
         elif name in ("gate_up_proj", "down_proj") or (isinstance(module, lm.Linear) and name == "weight"):
             parametrize.register_parametrization(module, name, LoRA(weight, 2 if name == "gate_up_proj" else 1, s))
             masters += module.parametrizations[name][0].parameters()
     scales = [moe.router_scale.requires_grad_() for moe in moes_of(model)]
-    return [{"params": masters, "lr": s.rate}, {"params": scales, "lr": s.scale_rate}]
+    return [{"params": masters, "lr": s.rate}, {"params": scales, "lr": s.scale_rate}, *routers]
 
 
 @torch.no_grad()

@@ -86,6 +86,18 @@ def test_what_is_trained():
             assert torch.equal(t, before[name]) != wanted, (changes, name)
 
 
+@pytest.mark.parametrize("how", ["router", "full"])
+def test_a_router_moves_by_a_share_of_its_own_size(how):
+    """Adam's first step is as long as the rate, whatever the gradient."""
+    model = moe_model()
+    for moe, size in zip(train.moes_of(model), (1e-3, 10.0)):
+        moe.router_weight *= size / moe.router_weight.square().mean().sqrt()
+    before = [moe.router_weight.clone() for moe in train.moes_of(model)]
+    train.finetune(model, text_ids(), train.settings(**SMALL | {how: True, "samples": 4, "warmup": 1.0, "clip": 1e9, "router_rate": 0.1}))
+    for moe, weight, size in zip(train.moes_of(model), before, (1e-3, 10.0)):
+        assert (moe.router_weight - weight).abs().median().item() == pytest.approx(0.1 * size, rel=0.05)
+
+
 @pytest.mark.parametrize("changes", [{}, {"full": True, "rate": 1e-3}])
 def test_loss_falls(changes):
     model = moe_model()
