@@ -660,25 +660,29 @@ def speed_table(rows: list[dict]) -> str:
 
 
 def plot_speed(rows: list[dict], file: Path):
-    """Speedup against the active share of the FFN, with the ideal line: a panel for the FFN alone, one for the model."""
+    """Speedup against the active share of the FFN: a panel for the FFN alone, with the ideal line, and one for the whole model,
+    with what each would be if its FFNs were ideal."""
     figure = Figure(figsize=(10.4, 4.2), layout="constrained")
-    for ax, whole in zip(figure.subplots(1, 2, sharey=True), (False, True)):
+    for ax, whole in zip(figure.subplots(1, 2), (False, True)):
         series = {}
         for r in rows:
             if (r["what"] != "ffn") == whole:
                 tokens = f"{r['tokens']:,} token{'s'[: r['tokens'] != 1]}"
                 name = f"{r['what']}, batch {r['batch']}" if whole else f"{r['shape']}, {tokens}"
-                series.setdefault(f"{name}, {r['dtype']}", []).append((1 / r["ideal"], r["speedup"]))
+                series.setdefault(f"{name}, {r['dtype']}", []).append((1 / r["ideal"], r["speedup"], r.get("bound")))
         for i, (name, points) in enumerate(series.items()):
-            offset = 0.003 * (i - len(series) / 2)  # so that they do not hide each other
-            ax.plot([x + offset for x, _ in points], [y for _, y in points], "osD^v<>p"[i % 8], label=name, markersize=5)
-        share = np.linspace(0.2, 1, 100)
-        ax.plot(share, 1 / share, color="black", linewidth=0.8, label="ideal, 1 / share")
+            x = [share + (0.008 if whole else 0.003) * (i - len(series) / 2) for share, _, _ in points]  # so that they do not hide each other
+            ax.plot(x, [speedup for _, speedup, _ in points], "osD^v<>p"[i % 8], label=name, markersize=5)
+            if whole:
+                ax.plot(x, [bound for _, _, bound in points], "_", color="black", label="with ideal FFNs" if i == 0 else None)
+        if not whole:
+            share = np.linspace(0.2, 1, 100)
+            ax.plot(share, 1 / share, color="black", linewidth=0.8, label="ideal, 1 / share")
         ax.axhline(1, color="#999999", linewidth=0.8)
         title = "whole model" if whole else "FFN alone"
-        ax.set(xlabel="(S + A) / E", ylabel="speedup over dense", title=title, xlim=(0.2, 1.02), ylim=(0.5, None))
+        ax.set(xlabel="(S + A) / E", ylabel="speedup over dense", title=title, xlim=(0.2, 1.02))
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc="upper right")
     figure.savefig(file, dpi=120)
 
 
