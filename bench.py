@@ -463,7 +463,7 @@ def moe_by_grouped_mm(moe: MoE, x: torch.Tensor) -> torch.Tensor:
 
 
 def transformers_layer(moe: MoE) -> nn.Module | None:
-    """A peer, where it is installed: transformers' Qwen2-MoE layer with the same weights (it halves the shared expert, by a gate of 0)."""
+    """A peer, where it is installed: transformers' Qwen2-MoE layer with the same weights (its gate of 0 halves the shared expert)."""
     try:
         from transformers.models.qwen2_moe import (
             configuration_qwen2_moe,
