@@ -5,7 +5,7 @@
 
 1. `quality`   Each row converts the model anew in one way and evaluates it: `quality_rows` lists them, and the functions
                above it are the controls that ffn2moe.py has no use for. Raw results go to a JSON file after each row,
-               and a run that is cut off goes on from there; table and plot are made from that file.
+               and a run goes on from those that are in it; table and plot are made from that file.
 2. `speed`     FFN layers alone, and the whole model in prefill and decode, in turns with the dense one.
 3. `finetune`  The same fine-tune (train.py) after each way to convert, and of the dense model.
 4. `levels`    A conversion of a conversion, beside one in one level that is as sparse.
@@ -20,7 +20,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import cycle, product
 from pathlib import Path
@@ -39,12 +39,17 @@ import kernels
 import model as lm
 import train
 from ffn2moe import joint_layer, joint_partition, paper_layer
-from model import FFN, Experts, InputError, MoE
+from model import FFN, InputError, MoE, Split
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Quality
 #
 # Controls. Each takes an FFN, its inputs x [T, D] and a split, and returns what stands for the FFN.
+
+
+def active_width(q: int, split: Split) -> int:
+    """Neurons that run, (S + A) m."""
+    return (split.shared + split.active) * lm.expert_size(q, split)
 
 
 def total_energy(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
@@ -53,12 +58,12 @@ def total_energy(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
     return sum(ffn2moe.contribution_energy(ffn2moe.hidden(ffn, block), ffn.down_proj).sum(dim=0) for block in blocks)
 
 
-def static_layer(ffn: FFN, x: torch.Tensor, experts: Experts, refit: bool) -> FFN:
+def static_layer(ffn: FFN, x: torch.Tensor, split: Split, refit: bool) -> FFN:
     """Static pruning: the S + A slices of neurons of largest mean squared contribution, for every token the same."""
-    width = (experts.shared + experts.active) * lm.expert_size(ffn.gate_proj.shape[0], experts)
-    keep = total_energy(ffn, x).topk(width).indices
+    keep = total_energy(ffn, x).topk(active_width(ffn.gate_proj.shape[0], split)).indices
     down = ffn.down_proj
     if refit:
+        # As an MoE of two bins, of which one always runs and the other never.
         bin_of = torch.ones_like(down[0], dtype=torch.long).index_fill_(0, keep, 0)
         always = lambda block: torch.tensor([1.0, 0.0], device=x.device).expand(len(block), 2)
         down = ffn2moe.refit_down(ffn, x, always, bin_of).to(down)
@@ -70,16 +75,23 @@ def narrow_ffn(ffn: FFN, keep: torch.Tensor, down: torch.Tensor) -> FFN:
     return FFN.of(torch.cat([ffn.gate_proj[keep], ffn.up_proj[keep]]), down.to(ffn.down_proj).contiguous())
 
 
-def random_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> nn.Module:
+def paper_refit_layer(ffn: FFN, x: torch.Tensor, split: Split) -> MoE:
+    """The paper's method with the joint method's refit."""
+    moe = paper_layer(ffn, x, split)
+    ffn2moe.refit_moe(ffn, moe, x)
+    return moe
+
+
+def random_layer(ffn: FFN, x: torch.Tensor, split: Split) -> nn.Module:
     """The joint method's router and refit on a partition that is drawn by lot."""
-    bins = bins_in_order(ffn.gate_proj.shape[0], experts)
+    bins = bins_in_order(ffn.gate_proj.shape[0], split)
     bins = bins[torch.randperm(len(bins), generator=torch.Generator().manual_seed(0))]
-    return joint_layer(ffn, x, experts, bin_of=bins.to(x.device))[0]
+    return joint_layer(ffn, x, split, bin_of=bins.to(x.device))
 
 
-def bins_in_order(q: int, experts: Experts) -> torch.Tensor:
+def bins_in_order(q: int, split: Split) -> torch.Tensor:
     """The first neurons are shared, and the others go to the experts in turn: [q]."""
-    return torch.arange(experts.total).sub(experts.shared - 1).clamp_min(0).repeat_interleave(lm.expert_size(q, experts))
+    return torch.arange(split.total).sub(split.shared - 1).clamp_min(0).repeat_interleave(lm.expert_size(q, split))
 
 
 class Oracle(nn.Module):
@@ -98,21 +110,21 @@ class Oracle(nn.Module):
         return F.linear((h * self.active(h)).to(x), self.down).view(shape)
 
 
-def oracle_router_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> Oracle:
+def oracle_router_layer(ffn: FFN, x: torch.Tensor, split: Split) -> Oracle:
     """The joint partition under a router that knows how much energy each expert has, refitted under its choices."""
-    bin_of = joint_partition(ffn, x, experts)
+    bin_of = joint_partition(ffn, x, split)
 
     def active(h):
-        norms = ffn2moe.expert_norms(ffn2moe.contribution_energy(h, ffn.down_proj), bin_of, experts.routed)
-        return ffn2moe.active_bins(norms.topk(experts.active, dim=-1).indices, experts.routed)
+        norms = ffn2moe.expert_norms(ffn2moe.contribution_energy(h, ffn.down_proj), bin_of, split.routed)
+        return ffn2moe.active_bins(norms.topk(split.active, dim=-1).indices, split.routed)
 
     down = ffn2moe.refit_down(ffn, x, lambda block: active(ffn2moe.hidden(ffn, block)), bin_of)
     return Oracle(ffn, lambda h: active(h)[:, bin_of], down.to(x))
 
 
-def oracle_neurons_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> Oracle:
+def oracle_neurons_layer(ffn: FFN, x: torch.Tensor, split: Split) -> Oracle:
     """For each token the neurons that contribute most, no experts, no refit."""
-    width = (experts.shared + experts.active) * lm.expert_size(ffn.gate_proj.shape[0], experts)
+    width = active_width(ffn.gate_proj.shape[0], split)
     top = lambda h: ffn2moe.contribution_energy(h, ffn.down_proj).topk(width, dim=-1).indices
     return Oracle(ffn, lambda h: torch.zeros_like(h).scatter_(1, top(h), 1.0))
 
@@ -122,7 +134,7 @@ def oracle_neurons_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> Oracle:
 
 
 class Row(NamedTuple):
-    """One way to convert: layer(ffn, x [T, D], experts) in all layers but the first `first_dense`."""
+    """One way to convert: layer(ffn, x [T, D], split) in all layers but the first `first_dense`."""
 
     name: str
     percent: int  # of the FFN that is meant to be active
@@ -146,9 +158,7 @@ def quality_rows() -> list[Row]:
     Splits of the joint rows: E = 32, S about A, and as many dense layers as did best on held-back windows of training text
     (--eval held-back), for no more parameters than the paper's rows have, routers included.
     """
-    paper = lambda *args, **kwargs: paper_layer(*args, **kwargs)[0]
-    joint = lambda *args, **kwargs: joint_layer(*args, **kwargs)[0]
-    unified = lambda ffn, x, split: paper(ffn, x, Experts(0, split.shared + split.active, split.total))
+    unified = lambda ffn, x, split: paper_layer(ffn, x, Split(0, split.shared + split.active, split.total))
     rows = [Row("dense", 100, None, "S1A1E2", main=True)]
     for percent, paper_split, even, split, first in (
         (75, "S3A3E8", "S12A12E32", "S10A10E32", 9),
@@ -156,32 +166,32 @@ def quality_rows() -> list[Row]:
         (25, "S2A2E16", "S4A4E32", "S4A3E32", 1),
     ):
         rows += [
-            Row("paper", percent, paper, paper_split, calib_windows=8, main=True),
+            Row("paper", percent, paper_layer, paper_split, calib_windows=8, main=True),
             Row("static pruning", percent, partial(static_layer, refit=False), even, all_texts=True),
             Row("static pruning, refit", percent, partial(static_layer, refit=True), even, main=True),
             Row("static pruning, refit, first layers dense", percent, partial(static_layer, refit=True), split, first),
-            Row("paper, refit, first layers dense", percent, partial(paper, refit=True), split, first),
+            Row("paper, refit, first layers dense", percent, paper_refit_layer, split, first),
             Row("random partition, ridge router, refit", percent, random_layer, split, first),
-            Row("joint, all layers alike", percent, joint, even),
-            Row("joint, no refit", percent, partial(joint, refit=False), split, first, all_texts=True),
-            Row("joint", percent, joint, split, first, main=True),
+            Row("joint, all layers alike", percent, joint_layer, even),
+            Row("joint, no refit", percent, partial(joint_layer, refit=False), split, first, all_texts=True),
+            Row("joint", percent, joint_layer, split, first, main=True),
             Row("oracle router", percent, oracle_router_layer, split, first),
             Row("oracle neurons", percent, oracle_neurons_layer, even),
         ]
     return rows + [
         Row("paper, no shared expert", 50, unified, "S2A2E8", calib_windows=8),
-        Row("paper, K_a = 50", 50, partial(paper, k_act=50), "S2A2E8", calib_windows=8),
-        Row("paper, K_a = 200", 50, partial(paper, k_act=200), "S2A2E8", calib_windows=8),
-        Row("paper, 4 assignment rounds", 50, partial(paper, rounds=4), "S2A2E8", calib_windows=8),
-        Row("paper, 32 calibration windows", 50, paper, "S2A2E8", calib_windows=32),
-        Row("joint, no alternation", 50, partial(joint, rounds=0), "S7A7E32", 3),
-        Row("joint, 1 round", 50, partial(joint, rounds=1), "S7A7E32", 3),
-        Row("joint, 8 calibration windows", 50, joint, "S7A7E32", 3, calib_windows=8),
-        Row("joint, 64 calibration windows", 50, joint, "S7A7E32", 3, calib_windows=64),
-        Row("joint, all layers alike, E = 16", 50, joint, "S4A4E16"),
-        Row("joint, all layers alike, E = 8", 50, joint, "S2A2E8"),
-        Row("joint, more shared", 50, joint, "S11A3E32", 3),
-        Row("joint, more routed", 50, joint, "S3A11E32", 3),
+        Row("paper, K_a = 50", 50, partial(paper_layer, k_act=50), "S2A2E8", calib_windows=8),
+        Row("paper, K_a = 200", 50, partial(paper_layer, k_act=200), "S2A2E8", calib_windows=8),
+        Row("paper, 4 assignment rounds", 50, partial(paper_layer, rounds=4), "S2A2E8", calib_windows=8),
+        Row("paper, 32 calibration windows", 50, paper_layer, "S2A2E8", calib_windows=32),
+        Row("joint, no alternation", 50, partial(joint_layer, rounds=0), "S7A7E32", 3),
+        Row("joint, 1 round", 50, partial(joint_layer, rounds=1), "S7A7E32", 3),
+        Row("joint, 8 calibration windows", 50, joint_layer, "S7A7E32", 3, calib_windows=8),
+        Row("joint, 64 calibration windows", 50, joint_layer, "S7A7E32", 3, calib_windows=64),
+        Row("joint, all layers alike, E = 16", 50, joint_layer, "S4A4E16"),
+        Row("joint, all layers alike, E = 8", 50, joint_layer, "S2A2E8"),
+        Row("joint, more shared", 50, joint_layer, "S11A3E32", 3),
+        Row("joint, more routed", 50, joint_layer, "S3A11E32", 3),
     ]
 
 
@@ -190,6 +200,12 @@ def quality_rows() -> list[Row]:
 
 
 HELD_BACK = "held-back"  # the name of the last windows of the calibration text, on which settings are chosen
+
+
+def hold_back(ids: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [T] -> those to calibrate on, and the last 8 windows. The 4 between are left out: no article is in both."""
+    lm.cut_windows(ids, 13 * window)  # refuses a text that is shorter
+    return ids[: -12 * window], ids[-8 * window :]
 
 
 class Text(NamedTuple):
@@ -230,6 +246,19 @@ def read_results(file: Path, settings: dict) -> dict:
     return done
 
 
+def add_row(file: Path, done: dict, result: dict):
+    """Put a row into the results and their file, in place of one of its name and size."""
+    name = lambda r: (r["key"]["name"], r["key"]["percent"])
+    done["rows"] = [r for r in done["rows"] if name(r) != name(result)] + [result]
+    lm.write_json(file, done)
+
+
+def publish(file: Path, table: str):
+    """Print a table, and write it beside the results."""
+    file.with_suffix(".md").write_text(table, encoding="utf-8")
+    print(table)
+
+
 def check_only(only: list[str] | None, names: set[str]):
     if only and set(only) - names:
         raise InputError(f"--only: no such row; there are {sorted(names)}")
@@ -248,15 +277,13 @@ def quality(args):
     pending = [row for row in rows if row.key(names, args.whole) not in keys]
     if pending:
         measure_rows(args, pending, done, file)
-    table = quality_table(done)
-    file.with_suffix(".md").write_text(table, encoding="utf-8")
     plot_quality(done, file.with_suffix(".png"))
-    print(table)
+    publish(file, quality_table(done))
 
 
 def replace_by_row(model: lm.Decoder, row: Row, windows: torch.Tensor, title: str):
     """Convert the model as the row says, in place."""
-    split = Experts.parse(row.experts)
+    split = Split.parse(row.experts)
     replacement = lambda i, ffn, x: ffn if i < row.first_dense else row.layer(ffn, x, split)
     ffn2moe.replace_ffns(model, windows, replacement, partial(tqdm, desc=f"{title}: convert", unit="layer"))
 
@@ -265,21 +292,23 @@ def measure_rows(args, rows: list[Row], done: dict, file: Path):
     """Convert and evaluate once for each row; add the results to `done` and write it to the file after each."""
     model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
     window = min(args.window, model.config.max_position_embeddings)
-    read = lambda text, split: lm.cut_windows(lm.read_ids(model, tokenizer, text, split), window)
+    read = lambda text, split: lm.read_ids(model, tokenizer, text, split)
     calib = read(args.calib, "train")
     if HELD_BACK in args.eval:
-        calib, held_back = calib[:-12], calib[-8:]
+        calib, held_back = hold_back(calib, window)
+    calib = lm.cut_windows(calib, window)
     calib = ffn2moe.draw(calib, len(calib), args.seed)
     layers, dense_ffn = model.config.num_layers, lm.active_parameters(model)[0]
-    first = max(1, args.eval_tokens // window)
-    texts = [Text(Path(t).stem, held_back if t == HELD_BACK else read(t, "test"), []) for t in args.eval]
+    first = max(1, args.eval_tokens // window) if args.eval_tokens else sys.maxsize
+    ids = {text: held_back if text == HELD_BACK else read(text, "test") for text in args.eval}
+    texts = [Text(Path(text).stem, lm.cut_windows(ids[text], window), []) for text in args.eval]
     for text in texts:
         for one in tqdm(text.windows[:first], desc=f"dense, {text.name}", unit="window"):
             text.dense.append(model.hidden_states(one[None])[0, :-1])
     for n, row in enumerate(sorted(rows, key=lambda row: not row.main)):  # what matters most first
         title = f"{n + 1}/{len(rows)} {row.name}, {row.percent} %"
         model, _ = lm.load_model(args.model, args.dtype, args.device)
-        split, start = Experts.parse(row.experts), time.perf_counter()
+        split, start = Split.parse(row.experts), time.perf_counter()
         windows = calib[: row.calib_windows]
         if row.layer:
             if len(windows) < row.calib_windows:
@@ -297,9 +326,7 @@ def measure_rows(args, rows: list[Row], done: dict, file: Path):
         for text in texts[: len(key["texts"])]:
             bar = partial(tqdm, desc=f"{title}: {text.name}", unit="window")
             result["texts"][text.name] = evaluate(model, text, first, key["whole"] and text is texts[0], bar)
-        done["rows"] = [r for r in done["rows"] if (r["key"]["name"], r["key"]["percent"]) != (row.name, row.percent)]
-        done["rows"].append(result)
-        lm.write_json(file, done)
+        add_row(file, done, result)
         print(f"{title}: {result['texts'][texts[0].name]['perplexity']:.2f}", flush=True)
 
 
@@ -325,7 +352,8 @@ def quality_table(done: dict) -> str:
     at_all_sizes = {row.name for row in everything if row.percent == 75}
     controls = list(dict.fromkeys(row.name for row in order if row.name in at_all_sizes))
     elsewhere = list(dict.fromkeys(row.name for row in order if (row.main or row.all_texts) and row.layer))
-    parts = [f"Perplexity, first {done['settings']['first_tokens']:,} tokens of {text}:\n\n" + pivot(controls, text)]
+    tokens = done["settings"]["first_tokens"]
+    parts = [f"Perplexity, {f'first {tokens:,}' if tokens else 'all'} tokens of {text}:\n\n" + pivot(controls, text)]
     lines = []
     for row in order:
         if row.main:
@@ -437,13 +465,13 @@ def random_ffn(hidden_size: int, spec: int | lm.MoESpec, like: torch.Tensor) -> 
     return ffn
 
 
-def random_layers(hidden_size: int, intermediate_size: int, experts: Experts, like: torch.Tensor) -> tuple[FFN, MoE, FFN]:
+def random_layers(hidden_size: int, intermediate_size: int, split: Split, like: torch.Tensor) -> tuple[FFN, MoE, FFN]:
     """A dense FFN of random weights, the same neurons in experts under a random router, and a static slice as wide as what
     runs of them."""
     ffn = random_ffn(hidden_size, intermediate_size, like)
-    weight = torch.randn(experts.routed, hidden_size).to(like)
-    moe = ffn2moe.build_moe(ffn, bins_in_order(intermediate_size, experts), experts, {"router_weight": weight})
-    width = (experts.shared + experts.active) * lm.expert_size(intermediate_size, experts)
+    weight = torch.randn(split.routed, hidden_size).to(like)
+    moe = ffn2moe.build_moe(ffn, bins_in_order(intermediate_size, split), split, {"router_weight": weight})
+    width = active_width(intermediate_size, split)
     return ffn, moe, narrow_ffn(ffn, torch.arange(width), ffn.down_proj[:, :width])
 
 
@@ -458,7 +486,7 @@ def moe_by_grouped_mm(moe: MoE, x: torch.Tensor) -> torch.Tensor:
     slots, counts = kernels.sort_by_expert(chosen, len(moe.spec.experts))
     tokens, ends = slots // chosen.shape[1], counts.cumsum(0).to(torch.int32)
     product = lambda rows, weight: F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
-    h = kernels.gated(product(x.index_select(0, tokens), moe.gate_up_proj))
+    h = kernels.swiglu(product(x.index_select(0, tokens), moe.gate_up_proj))
     return moe.shared_expert(x).index_add_(0, tokens, product(h * weights.flatten()[slots, None], moe.down_proj))
 
 
@@ -509,14 +537,14 @@ def speed_row(what, shape, tokens, batch, like, experts, ffns, times, peaks, wei
     return row | {f"{name}_ms": ms[name] for name in ms if name in ("static", "plain_dense", "grouped_mm", "transformers")}
 
 
-def ffn_speed(shape: str, tokens: int, experts: Experts, like: torch.Tensor, turns: int) -> dict:
+def ffn_speed(shape: str, tokens: int, split: Split, like: torch.Tensor, turns: int) -> dict:
     """An FFN alone. For one token, as many copies as a large cache does not hold take turns, as the layers of a model do."""
     hidden_size, intermediate_size = map(int, shape.split("x"))
     bytes_of = lambda module: sum(p.numel() for p in module.parameters()) * like.element_size()
     x = torch.randn(tokens, hidden_size).to(like)
-    layers = [random_layers(hidden_size, intermediate_size, experts, like)]
+    layers = [random_layers(hidden_size, intermediate_size, split, like)]
     while tokens == 1 and len(layers) < 60 and len(layers) * bytes_of(layers[0][0]) < 2**28:
-        layers.append(random_layers(hidden_size, intermediate_size, experts, like))
+        layers.append(random_layers(hidden_size, intermediate_size, split, like))
     dense, moes, static = zip(*layers)
     copies = {name: [partial(ffn, x) for ffn in ffns] for name, ffns in (("dense", dense), ("MoE", moes), ("static", static))}
     copies["plain_dense"] = [partial(plain_ffn, ffn, x) for ffn in dense]
@@ -534,10 +562,10 @@ def ffn_speed(shape: str, tokens: int, experts: Experts, like: torch.Tensor, tur
     functions = {name: one_of(cycle(same)) for name, same in copies.items()}
     times = faster(interleave(functions, like.device.type, turns))
     moe = moes[0]
-    idle = (experts.routed - experts.active) * (moe.gate_up_proj[0].numel() + moe.down_proj[0].numel()) * like.element_size()
+    idle = (split.routed - split.active) * (moe.gate_up_proj[0].numel() + moe.down_proj[0].numel()) * like.element_size()
     read = {"dense": bytes_of(layers[0][0]), "MoE": bytes_of(moe) - idle}
     peaks = {name: peak_memory(functions[name], like.device.type) for name in ("dense", "MoE")}
-    return speed_row("ffn", shape, tokens, 1, like, str(experts), [moe.spec], times, peaks, read)
+    return speed_row("ffn", shape, tokens, 1, like, str(split), [moe.spec], times, peaks, read)
 
 
 def model_speed(models: dict[str, lm.Decoder], what: str, ids: torch.Tensor, turns: int) -> list[dict]:
@@ -584,17 +612,18 @@ def model_speed(models: dict[str, lm.Decoder], what: str, ids: torch.Tensor, tur
 
 @torch.no_grad()
 def speed(args):
-    splits, file = [Experts.parse(text) for text in args.experts], args.json and Path(args.json)
-    rows = lm.read_json(file) if file and file.exists() else []  # of other shapes or another machine, say
-    same = lambda r: [r[key] for key in ("what", "shape", "tokens", "batch", "dtype", "experts", "first_dense", "machine")]
+    splits = [Split.parse(text) for text in args.experts]
+    file = args.json and Path(args.json)
+    found = lm.read_json(file) if file and file.exists() else []  # of other shapes or another machine, say
+    key = lambda r: tuple(r[k] for k in ("what", "shape", "tokens", "batch", "dtype", "experts", "first_dense", "machine"))
+    rows = {key(r): r for r in found}
 
     def add(row):
-        at = [same(r) for r in rows].index(same(row)) if same(row) in map(same, rows) else len(rows)
-        rows[at : at + 1] = [row]
+        rows[key(row)] = row
         print(speed_table([row]).splitlines()[-1], flush=True)
         if file:
-            lm.write_json(file, rows)
-            file.with_suffix(".md").write_text(f"{speed_overview(rows)}\n{speed_table(rows)}", encoding="utf-8")
+            lm.write_json(file, list(rows.values()))
+            file.with_suffix(".md").write_text(f"{speed_overview(rows.values())}\n{speed_table(rows.values())}", encoding="utf-8")
 
     print(*speed_table([]).splitlines(), sep="\n")
     torch.manual_seed(0)
@@ -616,22 +645,25 @@ def speed(args):
                 for row in model_speed(models, what, text[: batch * length].view(batch, length), args.turns):
                     add(row)
     if args.plot:
-        plot_speed(rows, Path(args.plot))
+        plot_speed(list(rows.values()), Path(args.plot))
 
 
 def milliseconds(ms: float) -> str:
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
-def speed_overview(rows: list[dict]) -> str:
+def tokens_of(row: dict) -> str:
+    return "1 token" if row["tokens"] == 1 else f"{row['tokens']:,} tokens"
+
+
+def speed_overview(rows: Iterable[dict]) -> str:
     """Markdown: a line for each workload, a column for each split."""
     column = lambda r: r["experts"] + f", first {r['first_dense']} dense" * (r["first_dense"] > 0)
     splits = {column(r): f"{column(r)}, ideal {r['ideal']:.2f}x" for r in rows}
     lines = {}
     for r in rows:
         where = f"FFN {r['shape']}" if r["what"] == "ffn" else f"{r['shape']} {r['what']}, batch {r['batch']}"
-        tokens = f"{r['tokens']:,} token{'s'[: r['tokens'] != 1]}"
-        name = f"{where}, {tokens}, {r['dtype']}" + f", {r['device']}" * (r["device"] != "cpu")
+        name = f"{where}, {tokens_of(r)}, {r['dtype']}" + f", {r['device']}" * (r["device"] != "cpu")
         line = lines.setdefault(name, {"dense": []})
         line["dense"].append(r["dense_ms"])
         line[column(r)] = f"{r['speedup']:.2f}x " + (f"of {r['bound']:.2f}x" if "bound" in r else f"({r['of_ideal']:.0%})")
@@ -639,7 +671,7 @@ def speed_overview(rows: list[dict]) -> str:
     return markdown(["", "dense, ms", *splits.values()], cells)
 
 
-def speed_table(rows: list[dict]) -> str:
+def speed_table(rows: Iterable[dict]) -> str:
     """Markdown. Peers are given as speedups over dense too; the bound of a whole model is what it would reach if its FFNs
     were as fast as ideal."""
     head = ["what", "shape", "tokens", "batch", "dtype", "experts", "dense, ms", "MoE, ms", "speedup", "ideal", "of ideal", "spread", "bound"]
@@ -667,8 +699,7 @@ def plot_speed(rows: list[dict], file: Path):
         series = {}
         for r in rows:
             if (r["what"] != "ffn") == whole:
-                tokens = f"{r['tokens']:,} token{'s'[: r['tokens'] != 1]}"
-                name = f"{r['what']}, batch {r['batch']}" if whole else f"{r['shape']}, {tokens}"
+                name = f"{r['what']}, batch {r['batch']}" if whole else f"{r['shape']}, {tokens_of(r)}"
                 series.setdefault(f"{name}, {r['dtype']}", []).append((1 / r["ideal"], r["speedup"], r.get("bound")))
         for i, (name, points) in enumerate(series.items()):
             x = [share + (0.008 if whole else 0.003) * (i - len(series) / 2) for share, _, _ in points]  # so that they do not hide each other
@@ -682,7 +713,8 @@ def plot_speed(rows: list[dict], file: Path):
         title = "whole model" if whole else "FFN alone"
         ax.set(xlabel="(S + A) / E", ylabel="speedup over dense", title=title, xlim=(0.2, 1.02))
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8, loc="upper right")
+        if series or not whole:
+            ax.legend(fontsize=8, loc="upper right")
     figure.savefig(file, dpi=120)
 
 
@@ -706,32 +738,35 @@ def finetune_rows() -> list[tuple[str, Row, dict]]:
         ("joint, router learned from nothing", joint._replace(layer=blank_router_layer), {"router": True}),
         ("paper, no shared expert", rows["paper, no shared expert", 50], {}),
     ]
-    return [("dense", rows["dense", 100], {}), *main(50), *ablations, *main(75), *main(25)]
+    return [("dense", rows["dense", 100], {}), *main(75), *main(25), *main(50), *ablations]  # which begin as the last one
 
 
-def blank_router_layer(ffn: FFN, x: torch.Tensor, experts: Experts) -> MoE:
+def blank_router_layer(ffn: FFN, x: torch.Tensor, split: Split) -> MoE:
     """The joint method's experts under a router that has everything to learn."""
-    moe, _ = joint_layer(ffn, x, experts)
+    moe = joint_layer(ffn, x, split)
     weight = torch.randn(moe.router_weight.shape, generator=torch.Generator().manual_seed(0))
     moe.router_weight.copy_(ffn2moe.ROUTER_SCALE * weight / len(x[0]) ** 0.5)
     return moe
 
 
 def finetune(args):
-    file, s = Path(args.json), train.settings(**{name: getattr(args, name) for name in ("samples", "length", "rate", "distill", "seed")})
+    file = Path(args.json)
+    s = train.settings(**{name: getattr(args, name) for name in ("samples", "length", "rate", "distill", "seed")})
     settings = {"model": args.model or Path(lm.WHEEL_MEMBER).name, "dtype": args.dtype, "device": args.device}
     settings |= {"text": Path(args.text).stem, "eval": Path(args.eval).stem, "eval_tokens": args.eval_tokens, **vars(s)}
     done = read_results(file, settings)
     rows = [row for row in finetune_rows() if args.only is None or row[0] in args.only]
     check_only(args.only, {name for name, _, _ in finetune_rows()})
     dense, tokenizer = lm.load_model(args.model, args.dtype, args.device)
-    ids, eval_ids = (lm.read_ids(dense, tokenizer, text, split) for text, split in ((args.text, "train"), (args.eval, "test")))
+    ids = lm.read_ids(dense, tokenizer, args.text, "train")
     window = min(2048, dense.config.max_position_embeddings)
     if args.eval == HELD_BACK:
-        ids, eval_ids = ids[: -10 * window], ids[-8 * window :]
+        ids, eval_ids = hold_back(ids, window)
+    else:
+        eval_ids = lm.read_ids(dense, tokenizer, args.eval, "test")
     calib = lm.cut_windows(ids, window)
     calib = ffn2moe.draw(calib, len(calib), args.seed)
-    tuned, start_of = None, {}  # the dense model after its fine-tune; the last conversion, and its perplexity
+    tuned, last = None, (None, None, None)  # the dense model after its fine-tune; the last conversion, and its perplexity
     for n, (name, row, changes) in enumerate(rows):
         key = {"name": name, "percent": row.percent, "experts": row.experts, "first_dense": row.first_dense, **changes}
         if key in [r["key"] for r in done["rows"]]:
@@ -745,27 +780,22 @@ def finetune(args):
             tuned = copy.deepcopy(dense)
             train.finetune(tuned, ids, s)
         source = tuned if taught else dense
-        if (row, source) not in start_of:  # several rows may begin with it
+        if last[0] != (row, source):  # several rows may begin with it
             model = copy.deepcopy(source)
             if row.layer:
                 replace_by_row(model, row, calib[: row.calib_windows], title)
-            start_of = {(row, source): (model, measure(model))}
-        model, before = start_of[row, source]
-        model = copy.deepcopy(model)
+            last = (row, source), model, measure(model)
+        model, before = copy.deepcopy(last[1]), last[2]
         result = {"key": key, "active_ffn": lm.active_parameters(model)[0] / lm.active_parameters(dense)[0], "before": before}
         start = time.perf_counter()
         log = train.finetune(model, ids, mine, teacher=tuned if taught else None)
         result |= {"seconds": time.perf_counter() - start, "after": measure(model)}
         tuned = model if not row.layer else tuned
-        last = len(log["loss"]) // 10 + 1
-        result |= {"loss": [float(np.mean(log["loss"][:last])), float(np.mean(log["loss"][-last:]))]}
-        result |= {"spread": [float(np.mean(log["spread"][:last])), float(np.mean(log["spread"][-last:]))]}
-        done["rows"] = [r for r in done["rows"] if (r["key"]["name"], r["key"]["percent"]) != (name, row.percent)] + [result]
-        lm.write_json(file, done)
+        tenth = len(log["loss"]) // 10 + 1
+        result |= {key: [float(np.mean(log[key][:tenth])), float(np.mean(log[key][-tenth:]))] for key in ("loss", "spread")}
+        add_row(file, done, result)
         print(f"{title}: {result['before']:.2f} -> {result['after']:.2f}", flush=True)
-    table = finetune_table(done)
-    file.with_suffix(".md").write_text(table, encoding="utf-8")
-    print(table)
+    publish(file, finetune_table(done))
 
 
 def finetune_table(done: dict) -> str:
@@ -793,7 +823,8 @@ def ffn_levels(levels: list[str], like: torch.Tensor, turns: int, hidden_size=20
     x, specs = torch.randn(2048, hidden_size).to(like), {"dense": intermediate_size, "one level": one, "two levels": two}
     functions = {name: partial(random_ffn(hidden_size, spec, like), x) for name, spec in specs.items()}
     ms = {name: float(np.median(t)) for name, t in interleave(functions, like.device.type, turns).items()}
-    dtype, ideal = str(like.dtype).removeprefix("torch."), {name: intermediate_size / lm.active_neurons(spec) for name, spec in specs.items()}
+    ideal = {name: intermediate_size / lm.active_neurons(spec) for name, spec in specs.items()}
+    dtype = str(like.dtype).removeprefix("torch.")
     return [{"dtype": dtype, "name": name, "ms": ms[name], "speedup": ms["dense"] / ms[name], "ideal": ideal[name]} for name in specs]
 
 
@@ -822,9 +853,7 @@ def levels(args):
     alone = [row for dtype in (torch.float32, torch.bfloat16) for row in ffn_levels(args.levels, like.to(dtype), args.turns)]
     done = {"settings": plain_settings(args), "rows": results, "ffn": alone}
     lm.write_json(Path(args.json), done)
-    table = levels_table(done)
-    Path(args.json).with_suffix(".md").write_text(table, encoding="utf-8")
-    print(table)
+    publish(Path(args.json), levels_table(done))
 
 
 def plain_settings(args) -> dict:
@@ -851,24 +880,22 @@ def levels_table(done: dict) -> str:
 def memory(args):
     """What a conversion needs at its peak beyond the model, on one of random weights. Layers are converted one by one, so
     that a few of a large model's are enough to tell."""
+    if peak_memory(lambda: None, args.device) is None:
+        raise InputError("the peak memory of a process can only be told on Linux")
     hidden_size, intermediate_size = map(int, args.shape.split("x"))
+    heads = hidden_size // 64
     raw = {"model_type": "llama", "vocab_size": args.vocab_size, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
-    raw |= {"num_hidden_layers": args.layers, "num_attention_heads": hidden_size // 64}
-    raw |= {"num_key_value_heads": max(1, hidden_size // 256), "tie_word_embeddings": True}
+    raw |= {"num_hidden_layers": args.layers, "tie_word_embeddings": True}
+    raw |= {"num_attention_heads": heads, "num_key_value_heads": heads if heads % 4 else heads // 4}
     with torch.device("meta"):
-        model = lm.Decoder(lm.parse_config(raw)).requires_grad_(False)
-    weights = {name: torch.empty(p.shape, dtype=torch.bfloat16, device=args.device) for name, p in model.named_parameters()}
-    for weight in weights.values():
+        model = lm.Decoder(lm.parse_config(raw)).bfloat16().requires_grad_(False)
+    for weight in model.to_empty(device=args.device).parameters():
         weight.normal_(std=weight.shape[-1] ** -0.5) if weight.dim() > 1 else weight.fill_(1)
-    model.load_state_dict(weights, assign=True)
-    size, start = sum(weight.nbytes for weight in weights.values()), time.perf_counter()
-    del weights, weight
+    size, start = sum(weight.nbytes for weight in model.parameters()), time.perf_counter()
     ids = torch.randint(model.config.vocab_size, (args.calib_tokens // 2048, 2048))
     bar = partial(tqdm, desc="converting", unit="layer")
     extra = peak_memory(lambda: ffn2moe.convert(model, ids, args.experts, first_dense=args.first_dense, progress=bar), args.device)
     result = {"settings": plain_settings(args), "model_bytes": size, "extra_bytes": extra, "seconds": time.perf_counter() - start}
-    if extra is None:
-        raise InputError("the peak memory of a process can only be told on Linux")
     print(f"model {size / 1e9:.2f} GB, conversion {extra / 1e9:.2f} GB more: {1 + extra / size:.2f} times the model")
     print(f"{result['seconds']:.0f} seconds")
     if args.json:
@@ -879,17 +906,17 @@ def memory(args):
 # 6. Figures
 
 
-def plot_partition(ffn: FFN, x: torch.Tensor, experts: Experts, file: Path):
+def plot_partition(ffn: FFN, x: torch.Tensor, split: Split, file: Path):
     """What the router's first choice says about where a token's energy is, before and after the joint alternation."""
-    R, x = experts.routed, ffn2moe.sample(x)
+    R, x = split.routed, ffn2moe.sample(x)
     energy = ffn2moe.stored_energy(ffn, x, slice(None), partial(ffn2moe.hidden, ffn))
     inputs = x.float()
     solve = ffn2moe.ridge_solver(inputs.T @ inputs, ffn2moe.ROUTER_RIDGE)
     figure = Figure(figsize=(7.6, 3.7), layout="constrained")
-    bins = {"before": ffn2moe.first_bins(energy, experts), "after": joint_partition(ffn, x, experts)}
+    bins = {"before": ffn2moe.first_bins(energy, split), "after": joint_partition(ffn, x, split)}
     for ax, (when, bin_of) in zip(figure.subplots(1, 2), bins.items()):
         norms = ffn2moe.expert_norms(energy, bin_of, R)
-        chosen = (inputs @ solve(inputs.T @ norms)).topk(experts.active, dim=-1).indices
+        chosen = (inputs @ solve(inputs.T @ norms)).topk(split.active, dim=-1).indices
         gain = ffn2moe.energy_gain(energy, ffn2moe.active_bins(chosen, R))  # [q, 1 + R]
         captured = ffn2moe.captured_energy(gain, bin_of) / gain[:, 0].sum(dtype=torch.float64).item()
         first = F.one_hot(chosen[:, 0], R).float()  # [T, R]
@@ -928,9 +955,11 @@ def plot_words(model: lm.Decoder, tokenizer: Tokenizer, shown: torch.Tensor, wor
 @torch.no_grad()
 def figures(args):
     """The three figures of the README, from one conversion."""
-    out, split = Path(args.out), Experts.parse(args.experts)
+    out, split = Path(args.out), Split.parse(args.experts)
     lm.check_writable(out / "x.png")
     model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
+    if not args.first_dense <= args.layer < len(model.layers) or not set(args.layers) <= set(range(len(model.layers))):
+        raise InputError(f"--layer and --layers: the model has {len(model.layers)}, and those before {args.first_dense} stay dense")
     window = min(2048, model.config.max_position_embeddings)
     calib, test = (lm.cut_windows(lm.read_ids(model, tokenizer, *source), window) for source in ((args.calib, "train"), (args.eval, "test")))
     out.mkdir(parents=True, exist_ok=True)
@@ -943,12 +972,13 @@ def figures(args):
             reports.append(ffn2moe.LayerReport(i, bin_of, ffn2moe.activation_rates(markers), None))
         if i == args.layer:
             plot_partition(ffn, x, split, out / "partition.png")
-        return ffn if i < args.first_dense else joint_layer(ffn, x, split)[0]
+        return ffn if i < args.first_dense else joint_layer(ffn, x, split)
 
     windows = ffn2moe.draw(calib, 32, seed=0)
     ffn2moe.replace_ffns(model, windows, replacement, partial(tqdm, desc="converting", unit="layer"))
     ffn2moe.plot_rates(reports, out / "activation_rates.png")
-    words, shown = ffn2moe.words_of_experts(model, tokenizer, test[:20], args.layer), lm.as_ids(model, lm.encode(tokenizer, args.text))
+    words = ffn2moe.words_of_experts(model, tokenizer, test[:20], args.layer)
+    shown = lm.as_ids(model, lm.encode(tokenizer, args.text))
     plot_words(model, tokenizer, shown, words, args.layer, out / "words.png")
     print(ffn2moe.explain(model, tokenizer, shown, words, args.layer))
 
@@ -987,7 +1017,7 @@ def parse_args(argv):
                   dtype={"choices": ["float32", "bfloat16", "float16"]})  # fmt: skip
     add("--whole", action="store_true", help="the main rows on the whole of the first text as well")
     add("--window", type=int, default=2048, metavar="N", help="tokens per sequence (%(default)s)")
-    add("--json", default="results/quality.json", metavar="FILE", help="raw results; table and plot beside it (%(default)s)")
+    add("--json", default="quality.json", metavar="FILE", help="raw results; table and plot beside it (%(default)s)")
 
     both = {"nargs": "+", "default": ["float32", "bfloat16"], "help": "(both)"}
     add = command("speed", "dense FFN layers and models against converted ones", "first-dense turns dtype device",
@@ -1010,13 +1040,13 @@ def parse_args(argv):
     for name in ("samples", "length", "rate", "distill"):
         default, what = train.SETTINGS[name]
         add("--" + name, type=type(default), default=default, help=f"{what} (%(default)s)")
-    add("--json", default="results/finetune.json", metavar="FILE", help="raw results; a table beside it (%(default)s)")
+    add("--json", default="finetune.json", metavar="FILE", help="raw results; a table beside it (%(default)s)")
 
     add = command("levels", "a conversion of a conversion, beside one in one level",
                   "model calib eval eval-tokens first-dense turns dtype device seed", first_dense={"default": 3})  # fmt: skip
     add("--levels", nargs=2, default=["S2A4E8", "S3A3E8"], metavar="SnAnEn", help="of all FFNs, and of each expert (S2A4E8 S3A3E8)")
     add("--flat", default="S9A9E32", metavar="SnAnEn", help="one level that is as sparse (%(default)s)")
-    add("--json", default="results/levels.json", metavar="FILE", help="raw results; a table beside it (%(default)s)")
+    add("--json", default="levels.json", metavar="FILE", help="raw results; a table beside it (%(default)s)")
 
     add = command("memory", "peak memory of a conversion, of a model of random weights", "first-dense device", first_dense={"default": 4})
     add("--shape", default="2048x8192", metavar="DxQ", help="of its FFNs (%(default)s, with the rest as in Llama-3.2-1B)")

@@ -40,8 +40,8 @@ from torch import nn
 from tqdm import tqdm
 
 import model as lm
-from kernels import gated
-from model import FFN, Experts, InputError, MoE, MoESpec, expert_size
+from kernels import swiglu
+from model import FFN, InputError, MoE, MoESpec, Split, expert_size
 
 # Settings of the joint method, chosen by perplexity on windows of training text that were held back from calibration
 SAMPLE_TOKENS = 16384  # for partition and router; the refit sees all calibration tokens
@@ -206,10 +206,10 @@ def representative_neurons(markers: torch.Tensor, expert: torch.Tensor, centroid
     return distance.masked_fill(outside, torch.inf).argmin(dim=0)
 
 
-def partition_neurons(markers: torch.Tensor, experts: Experts, rounds: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def partition_neurons(markers: torch.Tensor, split: Split, rounds: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Steps 2 and 3 on the markers [T, q] of one layer -> bin_of [q], and the representative of each routed expert [R]."""
-    _, rest = split_shared(activation_rates(markers), experts.shared * expert_size(markers.shape[1], experts))
-    expert, centroids = group_routed(markers[:, rest], experts.routed, rounds)
+    _, rest = split_shared(activation_rates(markers), split.shared * expert_size(markers.shape[1], split))
+    expert, centroids = group_routed(markers[:, rest], split.routed, rounds)
     bin_of = torch.zeros(markers.shape[1], dtype=torch.long)
     bin_of[rest] = 1 + expert
     return bin_of, rest[representative_neurons(markers[:, rest], expert, centroids)]
@@ -231,25 +231,27 @@ def analytical_router(ffn: FFN, representatives: torch.Tensor) -> dict[str, torc
 
 def members(bin_of: torch.Tensor, num_routed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The neurons of the shared expert [S * m], and of each routed one [R, m], in order."""
-    order, num_shared = bin_of.argsort(stable=True), int((bin_of == 0).sum())
+    order = bin_of.argsort(stable=True)
+    num_shared = int((bin_of == 0).sum())
     return order[:num_shared], order[num_shared:].view(num_routed, -1)
 
 
 @torch.no_grad()
-def build_moe(ffn: FFN, bin_of: torch.Tensor, experts: Experts, router: dict[str, torch.Tensor]) -> MoE:
+def build_moe(ffn: FFN, bin_of: torch.Tensor, split: Split, router: dict[str, torch.Tensor]) -> MoE:
     """Slice an FFN into the experts that bin_of [q] says, under a router (its tensors, by the names they have in model.MoE).
 
     With a linear router, the weights of the experts that run sum to 1, as in Mixtral or Qwen2-MoE, so that the W_down of
-    routed experts is multiplied by A (`spec.down_scale`).
+    routed experts is multiplied by A (`spec.down_scale`). The MoE remembers bin_of, which checkpoints do not hold.
     """
     gate, up, down = ffn.gate_proj, ffn.up_proj, ffn.down_proj  # [q, D], [q, D], [D, q]
-    (shared, routed), router_kind = members(bin_of, experts.routed), "linear" if "router_weight" in router else "neurons"
-    spec = MoESpec(shared.numel(), [routed.shape[1]] * experts.routed, experts.active, router_kind, lm.ROUTERS[router_kind])
+    shared, routed = members(bin_of, split.routed)
+    router_kind = "linear" if "router_weight" in router else "neurons"
+    spec = MoESpec(shared.numel(), [routed.shape[1]] * split.routed, split.active, router_kind, lm.ROUTERS[router_kind])
     weights = {
         "gate_up_proj": torch.cat([gate[routed], up[routed]], dim=1),  # [R, 2m, D]
         "down_proj": down[:, routed].transpose(0, 1) * spec.down_scale,  # [R, D, m]
-        "router_scale": gate.new_zeros(experts.routed),
-        "router_bias": gate.new_zeros(experts.routed),
+        "router_scale": gate.new_zeros(split.routed),
+        "router_bias": gate.new_zeros(split.routed),
         **router,
     }
     if shared.numel():
@@ -258,18 +260,14 @@ def build_moe(ffn: FFN, bin_of: torch.Tensor, experts: Experts, router: dict[str
     with torch.device("meta"):  # allocates nothing: the slices above become the parameters
         moe = MoE(gate.shape[1], spec)
     moe.load_state_dict({name: weight.contiguous() for name, weight in weights.items()}, assign=True)
+    moe.bin_of = bin_of
     return moe.requires_grad_(False)
 
 
-def paper_layer(
-    ffn: FFN, x: torch.Tensor, experts: Experts, k_act: int = 10, rounds: int = 1, refit: bool = False
-) -> tuple[MoE, torch.Tensor]:
-    """Steps 1 to 4 on one FFN and its inputs x [T, D] -> the MoE, and bin_of [q]. refit: step 5's, which is not the paper's."""
-    bin_of, representatives = partition_neurons(neuron_markers(ffn, x, k_act), experts, rounds)
-    moe = build_moe(ffn, bin_of, experts, analytical_router(ffn, representatives))
-    if refit:
-        refit_moe(ffn, moe, x, bin_of)
-    return moe, bin_of
+def paper_layer(ffn: FFN, x: torch.Tensor, split: Split, k_act: int = 10, rounds: int = 1) -> MoE:
+    """Steps 1 to 4 on one FFN and its inputs x [T, D]."""
+    bin_of, representatives = partition_neurons(neuron_markers(ffn, x, k_act), split, rounds)
+    return build_moe(ffn, bin_of, split, analytical_router(ffn, representatives))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -285,7 +283,7 @@ def paper_layer(
 
 def hidden(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
     """h(x) = silu(W_gate x) * (W_up x): x [T, D] -> float32 [T, q]."""
-    return gated(F.linear(x, ffn.gate_up_proj)).float()
+    return swiglu(F.linear(x, ffn.gate_up_proj)).float()
 
 
 def contribution_energy(h: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
@@ -364,7 +362,8 @@ def best_bins(gain: torch.Tensor, capacity: Sequence[int]) -> torch.Tensor:
     for _ in range(5):  # a price moves the customers of the others
         for b, c in enumerate(capacity):
             offers = np.sort(np.delete(cost, b, axis=1).min(axis=1) - cost[:, b])[::-1]  # [n], highest first
-            offers = np.concatenate(([offers[0] + 1], offers, [offers[-1] - 1]))  # for capacities 0 and n
+            # One more at both ends, for capacities 0 and n: offers[c] is now the last customer's.
+            offers = np.concatenate(([offers[0] + 1], offers, [offers[-1] - 1]))
             cost[:, b] += (offers[c] + offers[c + 1]) / 2
     return torch.from_numpy(balanced_assignment(cost, capacity)).to(gain.device)
 
@@ -395,15 +394,15 @@ def alternate(
     return bin_of
 
 
-def first_bins(energy: torch.Tensor, experts: Experts) -> torch.Tensor:
+def first_bins(energy: torch.Tensor, split: Split) -> torch.Tensor:
     """To start with, the neurons of most energy are shared, and the others are dealt out to the experts in turn:
     energy [T, q] -> bin_of [q]."""
-    total = energy_gain(energy, torch.ones(len(energy), 1, device=energy.device))[:, 0]
+    total = sum(block.float().sum(dim=0) for block in energy.split(BLOCK))
     if not total.isfinite().all():
         raise InputError("hidden activations overflow: choose another dtype")
-    routed = total.argsort(descending=True)[experts.shared * expert_size(len(total), experts) :]
+    routed = total.argsort(descending=True)[split.shared * expert_size(len(total), split) :]
     bin_of = torch.zeros(len(total), dtype=torch.long, device=energy.device)
-    bin_of[routed] = torch.arange(len(routed), device=energy.device) % experts.routed + 1
+    bin_of[routed] = torch.arange(len(routed), device=energy.device) % split.routed + 1
     return bin_of
 
 
@@ -435,15 +434,17 @@ def unpredicted_energy(ffn: FFN, x: torch.Tensor, bin_of: torch.Tensor) -> torch
 
 @torch.no_grad()
 @fast_products()
-def joint_partition(ffn: FFN, x: torch.Tensor, experts: Experts, rounds: int = 8) -> torch.Tensor:
+def joint_partition(ffn: FFN, x: torch.Tensor, split: Split, rounds: int = 8) -> torch.Tensor:
     """Which bin each neuron goes into: x [T, D], inputs of the FFN -> bin_of [q]."""
-    R, m, x = experts.routed, expert_size(ffn.gate_proj.shape[0], experts), sample(x)
+    R, m = split.routed, expert_size(ffn.gate_proj.shape[0], split)
+    x = sample(x)
     energy = stored_energy(ffn, x, slice(None), partial(hidden, ffn))  # [T, q]
-    bin_of = alternate(energy, x, first_bins(energy, experts), [experts.shared * m] + [m] * R, experts.active, rounds)
+    bin_of = alternate(energy, x, first_bins(energy, split), [split.shared * m] + [m] * R, split.active, rounds)
     # Then the routed experts once more, among themselves, by what the shared expert cannot make up for.
     del energy  # before there is another
-    routed, energy = bin_of > 0, unpredicted_energy(ffn, x, bin_of)
-    bin_of[routed] = alternate(energy, x, bin_of[routed], [0] + [m] * R, experts.active, rounds)
+    energy = unpredicted_energy(ffn, x, bin_of)
+    routed = bin_of > 0
+    bin_of[routed] = alternate(energy, x, bin_of[routed], [0] + [m] * R, split.active, rounds)
     return bin_of
 
 
@@ -486,29 +487,29 @@ def refit_down(ffn: FFN, x: torch.Tensor, active: Callable, bin_of: torch.Tensor
     return ffn.down_proj + ridge_solver(hh, HIDDEN_RIDGE)(hy).T
 
 
-def refit_moe(ffn: FFN, moe: MoE, x: torch.Tensor, bin_of: torch.Tensor):
+def refit_moe(ffn: FFN, moe: MoE, x: torch.Tensor):
     """Refit, in place, the W_down of an MoE that was made of an FFN, under its own routing of x [T, D]."""
     R = len(moe.spec.experts)
-    shared, routed = members(bin_of, R)
+    shared, routed = members(moe.bin_of, R)
 
     def active(block):
         chosen, weights = moe.route(block)
         return active_bins(chosen, R, moe.spec.down_scale * weights)
 
-    down = refit_down(ffn, x, active, bin_of)
+    down = refit_down(ffn, x, active, moe.bin_of)
     moe.shared_expert.down_proj.copy_(down[:, shared])
     moe.down_proj.copy_(moe.spec.down_scale * down[:, routed].transpose(0, 1))
 
 
 def joint_layer(
-    ffn: FFN, x: torch.Tensor, experts: Experts, rounds: int = 8, refit: bool = True, bin_of: torch.Tensor | None = None
-) -> tuple[MoE, torch.Tensor]:
-    """The joint method on one FFN and its inputs x [T, D] -> the MoE, and bin_of [q], which may be given."""
-    bin_of = joint_partition(ffn, x, experts, rounds) if bin_of is None else bin_of
-    moe = build_moe(ffn, bin_of, experts, ridge_router(ffn, x, bin_of, experts.routed))
+    ffn: FFN, x: torch.Tensor, split: Split, rounds: int = 8, refit: bool = True, bin_of: torch.Tensor | None = None
+) -> MoE:
+    """The joint method on one FFN and its inputs x [T, D]; the partition bin_of [q] may be given."""
+    bin_of = joint_partition(ffn, x, split, rounds) if bin_of is None else bin_of
+    moe = build_moe(ffn, bin_of, split, ridge_router(ffn, x, bin_of, split.routed))
     if refit:
-        refit_moe(ffn, moe, x, bin_of)
-    return moe, bin_of
+        refit_moe(ffn, moe, x)
+    return moe
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -538,10 +539,6 @@ METHODS = {
 }
 
 
-def default_first_dense(model: lm.Decoder, method: str) -> int:
-    return int(METHODS[method].dense_share * model.config.num_layers)
-
-
 def convert_ffn(ffn: FFN | MoE, x: torch.Tensor, convert_layer: Callable) -> FFN | MoE:
     """A dense FFN becomes an MoE. In an MoE, the same happens to each expert (hierarchical sparsity, section 4.4), on the
     tokens that its router sends there; a routed expert that gets too few of them for its size stays whole. x [T, D]."""
@@ -565,21 +562,23 @@ def convert_ffn(ffn: FFN | MoE, x: torch.Tensor, convert_layer: Callable) -> FFN
     return ffn
 
 
-def dense_sizes(ffn: int | MoESpec) -> set[int]:
-    """The numbers of neurons of all dense FFNs in a layer."""
-    return {ffn} - {0} if isinstance(ffn, int) else set().union(*map(dense_sizes, [ffn.shared, *ffn.experts]))
-
-
-def check_convertible(model: lm.Decoder, experts: Experts, method: str, first_dense: int, k_act: int):
-    """Raise InputError where `convert` could not do it."""
-    if not 0 <= first_dense < model.config.num_layers:
-        raise InputError(f"first_dense = {first_dense} leaves none of the {model.config.num_layers} layers to convert")
-    sizes = set().union(*map(dense_sizes, model.config.ffns[first_dense:]))
+def resolve(
+    model: lm.Decoder, experts: Split | str | None, method: str, first_dense: int | None, k_act: int
+) -> tuple[Split, int]:
+    """The split, and how many layers stay dense, the method's own where None is given; InputError if `convert` cannot do it."""
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
+    split, num_layers = Split.parse(experts or METHODS[method].experts), model.config.num_layers
+    first_dense = int(METHODS[method].dense_share * num_layers) if first_dense is None else first_dense
+    if not 0 <= first_dense < num_layers:
+        raise InputError(f"first_dense = {first_dense} leaves none of the {num_layers} layers to convert")
+    sizes = {q for ffn in model.config.ffns[first_dense:] for q in lm.dense_sizes(ffn)} - {0}
     for q in sizes:
-        expert_size(q, experts)
+        expert_size(q, split)
     q = min(sizes) if method == "paper" else model.config.intermediate_size
     if not 1 <= k_act <= q:
         raise InputError(f"k_act = {k_act} is not between 1 and intermediate_size = {q}")
+    return split, first_dense
 
 
 @torch.no_grad()
@@ -590,7 +589,7 @@ def replace_ffns(model: lm.Decoder, calib_ids: torch.Tensor, replacement: Callab
     x = model.embed_tokens(calib_ids)  # [B, T, D], what flows into the next layer
     for i, layer in enumerate(progress(model.layers)):
         ffn_input = torch.empty_like(x)
-        for sequence, normed in zip(x.split(1), ffn_input.split(1)):
+        for sequence, normed in zip(x.split(1), ffn_input.split(1)):  # one by one, to need little memory
             sequence += layer.self_attn(layer.input_layernorm(sequence), rope)
             normed.copy_(layer.post_attention_layernorm(sequence))
         if not ffn_input.isfinite().all():
@@ -604,7 +603,7 @@ def replace_ffns(model: lm.Decoder, calib_ids: torch.Tensor, replacement: Callab
 def convert(
     model: lm.Decoder,
     calib_ids: torch.Tensor | list[int],
-    experts: Experts | str | None = None,
+    experts: Split | str | None = None,
     method: str = "joint",
     first_dense: int | None = None,
     k_act: int = 10,
@@ -619,29 +618,24 @@ def convert(
     k_act: the k of ATopK (paper). `progress` wraps the layers (tqdm does), `report` is called after each dense FFN. Raises
     InputError, for bad arguments before anything is changed.
     """
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    config, (convert_layer, _, default, _, _) = model.config, METHODS[method]
-    experts = Experts.parse(str(experts or default))
-    first_dense = default_first_dense(model, method) if first_dense is None else first_dense
-    check_convertible(model, experts, method, first_dense, k_act)
+    config = model.config
+    split, first_dense = resolve(model, experts, method, first_dense, k_act)
     calib_ids = lm.as_ids(model, calib_ids)
     if calib_ids.dim() == 1:
         calib_ids = lm.cut_windows(calib_ids, min(window, config.max_position_embeddings))
     if not calib_ids.numel():
         raise InputError("there are no calibration tokens")
     settings = {"k_act": k_act} if method == "paper" else {}
-    convert_one = lambda ffn, x: convert_layer(ffn, x, experts, **settings)
+    convert_layer = partial(METHODS[method].convert_layer, split=split, **settings)
 
     def replacement(i, ffn, x):
         if i < first_dense:
             return ffn
-        if not report or isinstance(ffn, MoE):
-            return convert_ffn(ffn, x, lambda *unit: convert_one(*unit)[0])
-        moe, bin_of = convert_one(ffn, x)
-        rates = activation_rates(neuron_markers(ffn, sample(x), k_act))
-        load = moe.route(x)[0].flatten().bincount(minlength=experts.routed) / len(x)
-        report(LayerReport(i, bin_of, rates, load.cpu()))
+        moe = convert_ffn(ffn, x, convert_layer)
+        if report and isinstance(ffn, FFN):
+            rates = activation_rates(neuron_markers(ffn, sample(x), k_act))
+            load = moe.route(x)[0].flatten().bincount(minlength=split.routed) / len(x)
+            report(LayerReport(i, moe.bin_of, rates, load.cpu()))
         return moe
 
     replace_ffns(model, calib_ids, replacement, progress)
@@ -728,7 +722,7 @@ def plot_rates(reports: list[LayerReport], file: Path):
 
 def plot_load(reports: list[LayerReport], split: str, file: Path):
     """Which share of the tokens each routed expert gets."""
-    even = Experts.parse(split).active / Experts.parse(split).routed
+    even = Split.parse(split).active / Split.parse(split).routed
     load = torch.stack([r.load.sort(descending=True).values for r in reports]).numpy().T / even  # [R, layers]
     spread = max(0.25, abs(load - 1).max())
     figure = Figure(figsize=(2.2 + 0.22 * len(reports), 1.4 + 0.25 * len(load)), layout="constrained")
@@ -752,12 +746,11 @@ def parse_args(argv):
     add("--calib", metavar="TEXT", default="manual", help=f"calibration text: {text}")
     add("--eval", metavar="TEXT", default="manual", help=f"evaluation text: {text}")
     add("--method", choices=METHODS, default="joint", help="how to partition and route: joint (%(default)s), or as in the paper")
-    defaults = lambda form: ", ".join(f"{name}: {form(method)}" for name, method in METHODS.items())
-    splits, dense, tokens = (defaults(f) for f in (lambda m: m.experts, lambda m: m.dense_share, lambda m: m.calib_tokens))
-    add("--experts", metavar="SnAnEn", help=f"E slices per FFN, S shared, A of the rest active per token ({splits})")
-    add("--first-dense", type=int, metavar="N", help=f"layers at the bottom that stay dense (share of all: {dense})")
+    default = lambda field: ", ".join(f"{name}: {getattr(method, field)}" for name, method in METHODS.items())
+    add("--experts", metavar="SnAnEn", help=f"E slices per FFN, S shared, A of the rest active per token ({default('experts')})")
+    add("--first-dense", type=int, metavar="N", help=f"layers at the bottom that stay dense (share of all: {default('dense_share')})")
     add("--k-act", type=int, default=10, metavar="K", help="paper: neurons that count as firing per token (ATopK; %(default)s)")
-    add("--calib-tokens", type=int, metavar="N", help=f"calibration tokens, random windows ({tokens})")
+    add("--calib-tokens", type=int, metavar="N", help=f"calibration tokens, random windows ({default('calib_tokens')})")
     add("--eval-tokens", type=int, default=8 * 2048, metavar="N", help="first N evaluation tokens; 0: all (%(default)s)")
     add("--window", type=int, default=2048, metavar="N", help="tokens per sequence, at most the context (%(default)s)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of weights and products (%(default)s)")
@@ -781,7 +774,7 @@ def check_args(args):
     if args.window < 2 or args.eval_tokens < 0 or args.calib_tokens < args.window or not 0 <= args.seed < 2**63:
         raise InputError("--window must be at least 2, --calib-tokens at least --window, --eval-tokens and --seed at least 0")
     if args.experts:
-        Experts.parse(args.experts)
+        Split.parse(args.experts)
     if args.out:
         lm.check_output(args.out, args.force)
     for path, kind in ((args.json, Path.is_file), (args.plot, Path.is_dir)):
@@ -803,38 +796,40 @@ def describe(ffns: list[int | MoESpec]) -> str:
 
 
 def measure(when, model, tokenizer, eval_ids, window, prompt) -> dict:
-    bar, ffns = partial(tqdm, desc=f"perplexity {when}", unit="window"), model.config.ffns
-    text = tokenizer.decode([*prompt.tolist(), *lm.generate(model, prompt, 24)])
     ffn_parameters, parameters = lm.active_parameters(model)
-    result = {"name": describe(ffns), "dense_layers": sum(isinstance(ffn, int) for ffn in ffns), "text": text}
-    result |= {"ffn_parameters": ffn_parameters, "parameters": parameters}
-    return result | {"perplexity": lm.perplexity(model, eval_ids, window, bar)}
+    return {
+        "name": describe(model.config.ffns),
+        "text": tokenizer.decode([*prompt.tolist(), *lm.generate(model, prompt, 24)]),  # first: it refuses an empty prompt
+        "dense_layers": sum(isinstance(ffn, int) for ffn in model.config.ffns),
+        "ffn_parameters": ffn_parameters,
+        "parameters": parameters,
+        "perplexity": lm.perplexity(model, eval_ids, window, partial(tqdm, desc=f"perplexity {when}", unit="window")),
+    }
 
 
 def plan(model: lm.Decoder, tokenizer: Tokenizer, args: argparse.Namespace, window: int) -> tuple[torch.Tensor, dict]:
     """The calibration windows [N, window] and the arguments of `convert`; refuses what is not possible."""
-    experts = Experts.parse(args.experts or METHODS[args.method].experts)
-    first_dense = default_first_dense(model, args.method) if args.first_dense is None else args.first_dense
-    check_convertible(model, experts, args.method, first_dense, args.k_act)
+    split, first_dense = resolve(model, args.experts, args.method, args.first_dense, args.k_act)
     if args.out and args.format == "standard":
-        ffns = [lm.split_spec(ffn, experts, METHODS[args.method].router) for ffn in model.config.ffns]
+        ffns = [lm.split_spec(ffn, split, METHODS[args.method].router) for ffn in model.config.ffns]
         lm.check_standard(replace(model.config, ffns=ffns))
     windows = lm.cut_windows(lm.read_ids(model, tokenizer, args.calib, "train"), window)
     windows = draw(windows, args.calib_tokens // window, args.seed)
     if args.method == "joint" and windows.numel() < 10 * model.config.intermediate_size:
         few = f"{windows.numel()} calibration tokens for {model.config.intermediate_size} neurons"
         print(f"warning: {few}: least squares may fit the text rather than the model", file=sys.stderr)
-    return windows, {"experts": experts, "method": args.method, "first_dense": first_dense, "k_act": args.k_act}
+    return windows, {"experts": split, "method": args.method, "first_dense": first_dense, "k_act": args.k_act}
 
 
 def convert_and_time(model: lm.Decoder, windows: torch.Tensor, chosen: dict, report: Callable | None) -> float:
     """Convert the model -> the seconds it took."""
-    dense, start = describe(model.config.ffns) == "dense", time.perf_counter()
+    before, start = model.config.ffns, time.perf_counter()
     convert(model, windows, **chosen, progress=partial(tqdm, desc="converting", unit="layer"), report=report)
     seconds = time.perf_counter() - start
-    inner = [e for ffn in model.config.ffns[chosen["first_dense"] :] if isinstance(ffn, MoESpec) for e in ffn.experts]
-    whole = sum(isinstance(e, int) for e in inner)
-    if whole and not dense:
+    layers = list(zip(before, model.config.ffns))[chosen["first_dense"] :]
+    inner = [expert for was, now in layers if isinstance(was, MoESpec) for expert in now.experts]
+    whole = sum(isinstance(expert, int) for expert in inner)
+    if whole:
         few = "fewer calibration tokens than they have neurons"
         print(f"warning: {whole} of {len(inner)} routed experts got {few} and stay whole", file=sys.stderr)
     return seconds

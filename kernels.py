@@ -1,7 +1,7 @@
 """How an FFN and the routed experts of an MoE layer run fast.
 
 An FFN is F(x) = W_down (silu(W_gate x) * (W_up x)). W_gate and W_up lie above each other in one matrix, so that one
-product makes both (`ffn`, `gated`, `linear`). An MoE layer adds to the output y of its shared expert, for each token t
+product makes both (`ffn`, `swiglu`, `linear`). An MoE layer adds to the output y of its shared expert, for each token t
 and each of the A experts e that the token chose,
 
     y_t += weight[t, e] F_e(x_t).
@@ -74,19 +74,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def gated(both: Tensor) -> Tensor:
+def swiglu(both: Tensor) -> Tensor:
     """silu(gate) * up, of a product [T, 2m] that holds gate and up side by side and is not needed after -> [T, m]."""
     gate, up = both.chunk(2, dim=-1)
     if both.requires_grad or torch.compiler.is_compiling():
         return F.silu(gate) * up
     if both.is_cuda and has_triton() and len(both):
-        return compiled_gated()(both.reshape(-1, both.shape[-1])).view(gate.shape)
+        return compiled_swiglu()(both.reshape(-1, both.shape[-1])).view(gate.shape)
     return F.silu(gate, inplace=True).mul_(up)  # fresh memory would cost more than the arithmetic
 
 
 @functools.cache
-def compiled_gated() -> Callable:
-    """`gated` of [T, 2m] in one pass over memory in place of two, where a compiler is at hand: triton, on CUDA. Made when it
+def compiled_swiglu() -> Callable:
+    """`swiglu` of [T, 2m] in one pass over memory in place of two, where a compiler is at hand: triton, on CUDA. Made when it
     is wanted: torch.compile takes seconds to import."""
     return torch.compile(lambda both: F.silu(both.chunk(2, dim=-1)[0]) * both.chunk(2, dim=-1)[1], dynamic=True)
 
@@ -98,7 +98,7 @@ def can_compile(device: str) -> bool:
 
 def ffn(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """F(x): x [..., D], gate_up [2q, D], down [D, q] -> [..., D]."""
-    return linear(gated(linear(x, gate_up)), down)
+    return linear(swiglu(linear(x, gate_up)), down)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,7 +155,8 @@ def row_unit(x: Tensor) -> int:
 
 
 def moe_of_modules(y: Tensor, x: Tensor, experts: Sequence[Callable], chosen: Tensor, weights: Tensor, unit: int = 1) -> Tensor:
-    """The same with any functions for experts, x [t, D] -> [t, D]: MoE layers, say, for a mixture in two levels."""
+    """The same with any functions for experts, x [t, D] -> [t, D]: MoE layers, say, for a mixture in two levels. Their rows are
+    not padded unless `unit` says so, since an inner router would count the padding."""
     tokens, counts, row = rows_by_expert(chosen, len(experts), unit)
     rows = x.index_select(0, tokens).split(counts)
     out = [expert(mine) for expert, mine in zip(experts, rows) if len(mine)]
@@ -181,7 +182,7 @@ def moe_cpu(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor,
     for mine, part, w_gate_up, w_down in zip(tokens.split(counts), out.split(counts), gate_up, down):
         if not len(mine):
             continue
-        h = gated(linear(x.index_select(0, mine), w_gate_up))
+        h = swiglu(linear(x.index_select(0, mine), w_gate_up))
         if len(mine) > FEW:
             torch.mm(h, w_down.T, out=part)
         else:
@@ -198,13 +199,13 @@ def moe_cpu(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor,
 
 
 def moe_compiled(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    h = gated((gate_up[chosen] * widened(x)[:, None, None]).sum(-1)) * weights[..., None]  # [T, A, m]
+    h = swiglu((gate_up[chosen] * widened(x)[:, None, None]).sum(-1)) * weights[..., None]  # [T, A, m]
     return y + (down[chosen] * h[:, :, None]).sum(-1).sum(1).to(y.dtype)
 
 
 def moe_decode(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     experts = chosen[0].tolist()
-    h = gated(torch.cat([linear(x, gate_up[e]) for e in experts])).mul_(weights.T)  # [A, m]
+    h = swiglu(torch.cat([linear(x, gate_up[e]) for e in experts])).mul_(weights.T)  # [A, m]
     for e, row in zip(experts, h.split(1)):
         y.add_(linear(row, down[e]))
     return y
@@ -341,11 +342,9 @@ def moe(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, wei
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, gate_up, down, weights))
     if torch.compiler.is_compiling() and len(x) <= FEW:
         path = moe_compiled
-    elif trains:
-        path = moe_grouped
-    elif x.is_cpu:
+    elif x.is_cpu and not trains:
         path = moe_decode if len(x) == 1 else moe_cpu
-    elif x.is_cuda and x.dtype != torch.float64 and has_triton():
+    elif x.is_cuda and not trains and x.dtype != torch.float64 and has_triton():
         path = moe_triton
     else:
         path = moe_grouped

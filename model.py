@@ -82,7 +82,7 @@ def write_json(file: Path, content: dict | list):
 # 1. Configuration
 
 
-class Experts(NamedTuple):
+class Split(NamedTuple):
     """The split of an FFN, written S3A3E8: of `total` equal slices, `shared` always run, and `active` more per token."""
 
     shared: int
@@ -90,7 +90,7 @@ class Experts(NamedTuple):
     total: int
 
     @classmethod
-    def parse(cls, text: str) -> "Experts":
+    def parse(cls, text: str) -> "Split":
         match = re.fullmatch(r"S(\d{1,6})A(\d{1,6})E(\d{1,6})", str(text))
         if not match:
             raise InputError(f"experts {text!r}: expected S<shared>A<active>E<total>, for example S3A3E8")
@@ -120,11 +120,11 @@ class MoESpec(NamedTuple):
     gated: bool = False  # the shared expert's output is scaled by a sigmoid
 
     @property
-    def split(self) -> Experts | None:
+    def split(self) -> Split | None:
         """As S3A3E8, if the routed experts are of one size and the shared one is a multiple of it."""
         m = self.experts[0]
         if isinstance(self.shared, int) and isinstance(m, int) and set(self.experts) == {m} and self.shared % m == 0:
-            return Experts(self.shared // m, self.active, self.shared // m + len(self.experts))
+            return Split(self.shared // m, self.active, self.shared // m + len(self.experts))
 
     @property
     def down_scale(self) -> int:
@@ -135,13 +135,16 @@ class MoESpec(NamedTuple):
 ROUTERS = {"neurons": "one", "linear": "renormalised"}  # of what we convert: the weights that go with each router
 
 
-def split_spec(ffn: int | MoESpec, split: Experts | str, router: str) -> int | MoESpec:
+def split_spec(ffn: int | MoESpec, split: Split | str, router: str) -> int | MoESpec:
     """What becomes of an FFN, or of each expert of an MoE, that is split as "S3A3E8"."""
     if isinstance(ffn, MoESpec):
         parts = [split_spec(expert, split, router) for expert in (ffn.shared, *ffn.experts)]
         return ffn._replace(shared=parts[0], experts=parts[1:])
-    split, m = Experts.parse(str(split)), expert_size(ffn, Experts.parse(str(split)))
-    return MoESpec(split.shared * m, [m] * split.routed, split.active, router, ROUTERS[router]) if ffn else 0
+    if not ffn:  # no shared expert
+        return 0
+    split = Split.parse(split)
+    m = expert_size(ffn, split)
+    return MoESpec(split.shared * m, [m] * split.routed, split.active, router, ROUTERS[router])
 
 
 def spec_to_json(ffn: int | MoESpec) -> int | dict:
@@ -162,9 +165,14 @@ def spec_from_json(entry: int | dict, smallest: int = 1) -> int | MoESpec:
     raise InputError(f"config.json: {str(entry)[:80]!r} describes no FFN")
 
 
+def dense_sizes(ffn: int | MoESpec) -> list[int]:
+    """The neurons of each dense FFN that a layer's is made of."""
+    return [ffn] if isinstance(ffn, int) else [n for part in (ffn.shared, *ffn.experts) for n in dense_sizes(part)]
+
+
 def neurons_of(ffn: int | MoESpec) -> int:
     """All neurons of a layer's FFN, idle ones too."""
-    return ffn if isinstance(ffn, int) else sum(map(neurons_of, [ffn.shared, *ffn.experts]))
+    return sum(dense_sizes(ffn))
 
 
 def active_neurons(ffn: int | MoESpec) -> float:
@@ -305,11 +313,11 @@ def parse_config(raw: dict) -> Config:
     return config
 
 
-def expert_size(intermediate_size: int, experts: Experts) -> int:
+def expert_size(intermediate_size: int, split: Split) -> int:
     """Neurons per slice, m = q / E."""
-    if intermediate_size % experts.total:
-        raise InputError(f"intermediate_size {intermediate_size} is not divisible by E = {experts.total}")
-    return intermediate_size // experts.total
+    if intermediate_size % split.total:
+        raise InputError(f"intermediate_size {intermediate_size} is not divisible by E = {split.total}")
+    return intermediate_size // split.total
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -535,7 +543,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, ffn) for ffn in config.ffns)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # not a Linear: train.py puts no LoRA on it
+        # No buffer: it is not in checkpoints, and must not be cast.
         self.inverse_frequencies = rope_inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
 
     def rope(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1052,8 +1061,6 @@ def gguf_config(path: Path, meta: dict, shapes: dict) -> dict:
 def read_gguf_tensor(path: Path, kind: int, shape, offset: int, length: int, interleaved_heads=None) -> torch.Tensor:
     """Read and dequantise one tensor, as float16 (F16) or float32."""
     raw = np.fromfile(path, np.uint8, length, offset=offset)
-    if len(raw) != length:
-        raise InputError(f"{path} is truncated")
     name, _, block_bytes = GGUF_TENSORS[kind]
     if name in ("F32", "F16"):
         values = raw.view("<f4" if name == "F32" else "<f2")
@@ -1246,15 +1253,15 @@ def save_model(model: Decoder, tokenizer: Tokenizer, out: str | Path, force: boo
     home.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=home))
     try:
-        shards, room = [{}], SHARD_BYTES
+        shards, room, kind = [{}], SHARD_BYTES, model.config.raw["model_type"]
         for ours, parameter in model.state_dict().items():
+            if ours.endswith(("router_scale", "router_bias")) and kind != "ffn2moe":
+                continue  # no other model has them, and here they are 0
             for name, tensor in checkpoint_parts(ours, parameter).items():
-                if ours.endswith(("router_scale", "router_bias")) and model.config.raw["model_type"] != "ffn2moe":
-                    continue  # no other model has them, and here they are 0
                 if shards[-1] and tensor.nbytes > room:
                     shards, room = [*shards, {}], SHARD_BYTES
                 room -= tensor.nbytes
-                name = mixtral_name(name) if model.config.raw["model_type"] == "mixtral" else name
+                name = mixtral_name(name) if kind == "mixtral" else name
                 shards[-1][name if name.startswith("lm_head.") else f"model.{name}"] = tensor
         files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
         if len(shards) == 1:

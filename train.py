@@ -164,14 +164,8 @@ class Load:
         self.squares += (p - 1 / R).square().sum() * moe.spec.active / R
 
     def deviation(self):
-        """The standard deviation of p."""
+        """The standard deviation of p: counts add up to A for each token."""
         return (self.squares / self.counts.sum()).sqrt()
-
-
-def watch_load(model: lm.Decoder) -> tuple[dict[MoE, Load], list]:
-    """-> what each MoE layer's router does from now on, and hooks to remove."""
-    loads = {moe: Load(moe) for moe in moes_of(model)}
-    return loads, [moe.register_forward_pre_hook(load) for moe, load in loads.items()]
 
 
 @torch.no_grad()
@@ -204,7 +198,7 @@ def rate_factor(step: int, steps: int, s: SimpleNamespace) -> float:
         return (step + 1) / warmup
     if s.schedule == "constant":
         return 1.0
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def sample_order(num_windows: int, s: SimpleNamespace) -> torch.Tensor:
@@ -272,14 +266,16 @@ def finetune(
     steps = s.samples // per_step
     if not steps:
         raise InputError(f"{s.samples} samples are too few for steps of {per_step}")
-    order, start, log = sample_order(len(windows), s), 0, {"loss": [], "spread": []}
-    run, hooks = {"settings": vars(s), "of": [fingerprint(m, ids) for m in (model, teacher) if m]}, []
+    order = sample_order(len(windows), s)
+    run = {"settings": vars(s), "of": [fingerprint(m, ids) for m in (model, teacher) if m]}
+    start, log, hooks = 0, {"loss": [], "spread": []}, []
     try:
         optimizer = torch.optim.AdamW(prepare(model, s), betas=(0.9, 0.95), weight_decay=0.0)
         rates = [group["lr"] for group in optimizer.param_groups]
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         tensors = trained + [moe.router_bias for moe in moes_of(model)]
-        loads, hooks = watch_load(model)
+        loads = {moe: Load(moe) for moe in moes_of(model)}
+        hooks = [moe.register_forward_pre_hook(load) for moe, load in loads.items()]
         if s.checkpointing:
             for layer in model.layers:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -404,8 +400,9 @@ def run(args):
     ids, eval_ids = (lm.read_ids(model, tokenizer, text, split) for text, split in ((args.text, "train"), (args.eval, "test")))
     eval_ids = lm.cut_windows(eval_ids[: args.eval_tokens or None], window).flatten()
     measure = lambda name: lm.perplexity(model, eval_ids, window, partial(tqdm, desc=f"{name}: perplexity", unit="window"))
-    for file in found if not args.resume else ():
-        file.unlink()
+    if not args.resume:
+        for file in found:
+            file.unlink()
     tune = lambda file, teacher=None: finetune(model, ids, s, file, args.save_every, args.resume and file.exists(), teacher)
     result, teacher = {}, None
     if args.teacher:
@@ -417,7 +414,7 @@ def run(args):
         tune(dense_state)
         result["dense, fine-tuned"] = measure("dense, fine-tuned")
         teacher = copy.deepcopy(model)
-        calib = ffn2moe.draw(lm.cut_windows(ids, window), ffn2moe.METHODS["joint"].calib_tokens // 2048, s.seed)
+        calib = ffn2moe.draw(lm.cut_windows(ids, window), ffn2moe.METHODS["joint"].calib_tokens // window, s.seed)
         ffn2moe.convert(model, calib, progress=partial(tqdm, desc="converting", unit="layer"))
     before = "converted" if args.model is None else "before"
     result[before] = measure(before)

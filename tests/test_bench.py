@@ -13,9 +13,9 @@ from test_method import random_ffn
 import bench
 import ffn2moe
 import model as lm
-from model import Experts
+from model import Split
 
-SPLIT = Experts.parse("S2A2E8")  # of 48 neurons, 24 run
+SPLIT = Split.parse("S2A2E8")  # of 48 neurons, 24 run
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_all_rows_can_be_made():
     """Each layer function of the table runs, and within its budget."""
     ffn, x = random_ffn(16, 256, dtype=torch.float32), torch.randn(400, 16)
     for row in bench.quality_rows()[1:]:
-        split = Experts.parse(row.experts)
+        split = Split.parse(row.experts)
         assert row.layer(ffn, x, split)(x).isfinite().all()
         share = (split.shared + split.active) / split.total
         assert row.first_dense + (30 - row.first_dense) * share <= 30 * row.percent / 100  # of SmolLM2's 30 layers
@@ -52,7 +52,7 @@ def test_static_pruning_keeps_what_contributes_most_and_the_refit_makes_the_most
 
 def test_oracles_know_more_than_routers(layer, even_weights):
     ffn, x = layer
-    joint = error(ffn2moe.joint_layer(ffn, x, SPLIT)[0], ffn, x)
+    joint = error(ffn2moe.joint_layer(ffn, x, SPLIT), ffn, x)
     oracle = bench.oracle_router_layer(ffn, x, SPLIT)
     assert error(oracle, ffn, x) < joint
     neurons = bench.oracle_neurons_layer(ffn, x, SPLIT)
@@ -61,9 +61,8 @@ def test_oracles_know_more_than_routers(layer, even_weights):
         runs = contribution[t].argsort()[-24:]
         expected = ffn.down_proj[:, runs] @ ffn2moe.hidden(ffn, x[t : t + 1])[0, runs]
         assert torch.allclose(neurons(x[t : t + 1])[0], expected, atol=1e-5)
-    everything = Experts.parse("S4A4E8")
-    paper_refitted = lambda *args: ffn2moe.paper_layer(*args, refit=True)[0]
-    for whole in (bench.oracle_router_layer, bench.oracle_neurons_layer, bench.random_layer, paper_refitted):
+    everything = Split.parse("S4A4E8")
+    for whole in (bench.oracle_router_layer, bench.oracle_neurons_layer, bench.random_layer, bench.paper_refit_layer):
         assert error(whole(ffn, x, everything), ffn, x) < 1e-6
 
 
@@ -71,7 +70,7 @@ def test_the_joint_partition_is_better_than_one_drawn_by_lot(layer):
     ffn, x = layer
     drawn = bench.random_layer(ffn, x, SPLIT)
     assert drawn.gate_up_proj.shape == (6, 12, 16)
-    assert error(ffn2moe.joint_layer(ffn, x, SPLIT)[0], ffn, x) < 0.95 * error(drawn, ffn, x)
+    assert error(ffn2moe.joint_layer(ffn, x, SPLIT), ffn, x) < 0.95 * error(drawn, ffn, x)
 
 
 def test_metrics_equal_their_definitions():
@@ -140,13 +139,20 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
 
 def test_settings_can_be_chosen_on_the_end_of_the_calibration_text(checkpoint, text, tmp_path):
     file = tmp_path / "held.json"
-    tokens = ["--eval-tokens", "512", "--window", "64", "--dtype", "float32", "--only", "dense"]
+    tokens = ["--eval-tokens", "0", "--window", "64", "--dtype", "float32", "--only", "dense"]
     argv = ["quality", "--model", str(checkpoint), "--calib", str(text), "--eval", "held-back", *tokens, "--json", str(file)]
     assert bench.main(argv) == 0
     found = json.loads(file.read_text())["rows"][0]["texts"]["held-back"]["perplexity"]
     dense, tokenizer = lm.load_model(checkpoint)
-    windows = lm.cut_windows(torch.tensor(tokenizer.encode(text.read_text()).ids), 64)
-    assert found == pytest.approx(lm.perplexity(dense, windows[-8:].flatten(), 64), rel=1e-6)
+    ids = torch.tensor(tokenizer.encode(text.read_text()).ids)
+    assert found == pytest.approx(lm.perplexity(dense, ids[-8 * 64 :], 64), rel=1e-6)
+    kept, held_back = bench.hold_back(ids, 64)
+    assert len(held_back) == 8 * 64 and torch.equal(kept, ids[: -12 * 64])
+    file = tmp_path / "tuned.json"
+    argv = ["finetune", "--model", str(checkpoint), "--text", str(text), "--eval", "held-back", "--dtype", "float32", "--json", str(file)]
+    assert bench.main([*argv, "--samples", "8", "--length", "16", "--only", "dense"]) == 0
+    found = json.loads(file.read_text())["rows"][0]["before"]
+    assert found == pytest.approx(lm.perplexity(dense, ids[-8 * 128 :], 128), rel=1e-6)
 
 
 # --- Speed
@@ -160,7 +166,7 @@ def test_the_layers_and_peers_of_the_speed_table_compute_what_they_stand_for():
     assert torch.allclose(static(x), h[:, :32] @ ffn.down_proj[:, :32].T, atol=1e-5)
     assert torch.allclose(bench.plain_ffn(ffn, x), ffn(x), atol=1e-5)
     assert torch.allclose(bench.moe_by_grouped_mm(moe, x), moe(x), atol=1e-5)
-    everything = bench.random_layers(16, 64, Experts.parse("S2A6E8"), torch.empty(0))
+    everything = bench.random_layers(16, 64, Split.parse("S2A6E8"), torch.empty(0))
     everything[1].router_weight.zero_()  # all weights are 1 / A
     assert torch.allclose(everything[1](x), everything[0](x), atol=1e-5)
 
@@ -253,10 +259,10 @@ def test_levels(checkpoint, text, tmp_path, capsys, monkeypatch):
 
 def test_memory(tmp_path, capsys):
     out = tmp_path / "memory.json"
-    argv = ["memory", "--shape", "128x256", "--layers", "2", "--vocab-size", "500", "--calib-tokens", "4096", "--first-dense", "1"]
+    argv = ["memory", "--shape", "192x256", "--layers", "2", "--vocab-size", "500", "--calib-tokens", "4096", "--first-dense", "1"]
     assert bench.main([*argv, "--device", "cpu", "--json", str(out)]) == 0
     result = json.loads(out.read_text())
-    assert result["model_bytes"] == 2 * (128 * (500 + 1) + 2 * (3 * 128 * 128 + 3 * 128 * 256 + 2 * 128)) and "times the model" in capsys.readouterr().out
+    assert result["model_bytes"] == 2 * (192 * (500 + 1) + 2 * (4 * 192 * 192 + 3 * 192 * 256 + 2 * 192)) and "times the model" in capsys.readouterr().out
 
 
 def test_figures(checkpoint, text, tmp_path, capsys):
@@ -264,6 +270,7 @@ def test_figures(checkpoint, text, tmp_path, capsys):
     argv += ["--layers", "0", "2", "--layer", "2", "--text", "The old river", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path / "f")]
     assert bench.main(argv) == 0
     assert "expert  6 is for" in capsys.readouterr().out
+    assert bench.main([*argv, "--layer", "0"]) == bench.main([*argv, "--layers", "3"]) == 2
     for name in ("activation_rates.png", "partition.png", "words.png"):
         assert (tmp_path / "f" / name).read_bytes()[:4] == b"\x89PNG"
 

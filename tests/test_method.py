@@ -11,7 +11,7 @@ from conftest import CONFIGS, LLAMA, SHARED, random_model
 import ffn2moe
 import model as lm
 from ffn2moe import balanced_assignment
-from model import FFN, Experts, InputError
+from model import FFN, InputError, Split
 
 
 def random_ffn(hidden_size=16, intermediate_size=48, seed=0, dtype=torch.float64) -> FFN:
@@ -114,7 +114,7 @@ def test_partition_is_the_cheapest_and_complete():
     """On 12 neurons all balanced partitions can be tried."""
     torch.manual_seed(3)
     markers = torch.rand(200, 12) < torch.linspace(0.9, 0.05, 12)
-    split = Experts.parse("S1A1E4")
+    split = Split.parse("S1A1E4")
     bin_of, representatives = ffn2moe.partition_neurons(markers, split)
     shared, routed = ffn2moe.members(bin_of, 3)
     assert sorted([*shared.tolist(), *routed.flatten().tolist()]) == list(range(12))
@@ -138,7 +138,7 @@ def test_official_fixtures(name):
     if not file.exists():
         pytest.skip("outputs of the official code are not here")
     official = {key: torch.from_numpy(value) for key, value in np.load(file).items()}
-    split = Experts(int(official["S"]), int(official["A"]), int(official["E"]))
+    split = Split(int(official["S"]), int(official["A"]), int(official["E"]))
     x, gate, up = official["x"], official["gate"], official["up"]
     markers = ffn2moe.atopk_markers(ffn2moe.normalized_scores(x, gate, up), int(official["K"]))
     rates = ffn2moe.activation_rates(markers)
@@ -172,7 +172,7 @@ def test_official_fixtures(name):
 
 def converted_layer(split: str, seed=0):
     ffn, x = random_ffn(seed=seed), torch.randn(50, 16, dtype=torch.float64)
-    split = Experts.parse(split)
+    split = Split.parse(split)
     scores = ffn2moe.normalized_scores(x, ffn.gate_proj, ffn.up_proj)
     bin_of, representatives = ffn2moe.partition_neurons(ffn2moe.atopk_markers(scores, 5), split)
     moe = ffn2moe.build_moe(ffn, bin_of, split, ffn2moe.analytical_router(ffn, representatives))
@@ -190,7 +190,7 @@ def test_layer_runs_the_highest_scored_experts(split):
     """Token by token and neuron by neuron, from the dense weights and the partition alone."""
     ffn, moe, bin_of, representatives, x = converted_layer(split)
     gate, up, down = ffn.gate_proj, ffn.up_proj, ffn.down_proj
-    active = Experts.parse(split).active
+    active = Split.parse(split).active
     expected = torch.zeros_like(x)
     for t, token in enumerate(x):
         score = [
@@ -298,7 +298,7 @@ def test_alternation_ends_when_it_captures_no_more(monkeypatch):
 
 def linear_moe(split="S2A2E8"):
     ffn, x = random_ffn(dtype=torch.float32), torch.randn(400, 16)
-    split = Experts.parse(split)
+    split = Split.parse(split)
     return ffn, x, split, ffn2moe.joint_partition(ffn, x, split)
 
 
@@ -306,7 +306,7 @@ def test_partition_is_found_in_two_alternations(monkeypatch):
     """The first decides which neurons are shared; the second moves the others, for what the shared cannot predict."""
     monkeypatch.setattr(ffn2moe, "STORED", torch.float32)
     ffn, x = random_ffn(16, 192, dtype=torch.float32), ffn2moe.sample(torch.randn(400, 16))
-    bin_of = ffn2moe.joint_partition(ffn, x, Experts.parse("S2A2E8"))
+    bin_of = ffn2moe.joint_partition(ffn, x, Split.parse("S2A2E8"))
     assert bin_of.bincount().tolist() == [48] + [24] * 6
     x = ffn2moe.sample(x)
     energy = (ffn2moe.hidden(ffn, x) * ffn.down_proj.norm(dim=0)) ** 2
@@ -345,8 +345,8 @@ def test_router_is_the_ridge_optimum_up_to_what_moves_no_choice():
 def test_linear_layer_runs_the_highest_scored_experts():
     """Token by token, from the partition, the scores and the refitted columns."""
     ffn, x, split, bin_of = linear_moe()
-    moe, found = ffn2moe.joint_layer(ffn, x, split)
-    assert torch.equal(found, bin_of)
+    moe = ffn2moe.joint_layer(ffn, x, split)
+    assert torch.equal(moe.bin_of, bin_of)
     down = torch.empty(16, 48)
     down[:, bin_of == 0] = moe.shared_expert.down_proj
     for e in range(6):
@@ -362,7 +362,7 @@ def test_linear_layer_runs_the_highest_scored_experts():
 def test_refit_is_the_ridge_optimum(monkeypatch):
     """Its gradient is zero, next to what it is for half or twice the penalty; whatever the block size."""
     ffn, x, split, bin_of = linear_moe()
-    moe, _ = ffn2moe.joint_layer(ffn, x, split, bin_of=bin_of, refit=False)
+    moe = ffn2moe.joint_layer(ffn, x, split, bin_of=bin_of, refit=False)
 
     def active(block):
         chosen, weights = moe.route(block)
@@ -382,7 +382,7 @@ def test_refit_is_the_ridge_optimum(monkeypatch):
     monkeypatch.setattr(ffn2moe, "BLOCK", 33)
     assert torch.allclose(ffn2moe.refit_down(ffn, x, active, bin_of).double(), fitted, atol=1e-5)
     before = ((moe(x) - ffn(x)) ** 2).sum()
-    ffn2moe.refit_moe(ffn, moe, x, bin_of)
+    ffn2moe.refit_moe(ffn, moe, x)
     assert torch.allclose(moe(x), (running @ fitted.T).float(), atol=1e-4)
     assert ((moe(x) - ffn(x)) ** 2).sum() < 0.8 * before
 
@@ -397,21 +397,21 @@ def test_a_sample_is_drawn_from_all_of_the_text(monkeypatch):
 @pytest.mark.parametrize("split", ["S1A3E4", "S4A4E8"])
 def test_joint_layer_with_all_experts_active_is_the_dense_one(split, even_weights):
     ffn, x = random_ffn(dtype=torch.float32), torch.randn(200, 16)
-    moe, _ = ffn2moe.joint_layer(ffn, x, Experts.parse(split), rounds=2)
+    moe = ffn2moe.joint_layer(ffn, x, Split.parse(split), rounds=2)
     assert torch.allclose(moe(x), ffn(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_joint_beats_the_paper_where_it_can_be_seen(dtype):
     """Output error of one layer on tokens that neither has seen; each part of the method has its share."""
-    ffn, split = random_ffn(32, 128, dtype=dtype), Experts.parse("S2A2E16")
+    ffn, split = random_ffn(32, 128, dtype=dtype), Split.parse("S2A2E16")
     centres = 2 * torch.randn(6, 32)
     tokens = lambda n: (centres[torch.randint(6, (n,))] + torch.randn(n, 32)).to(dtype)
     x, new = tokens(3000), tokens(500)
     error = lambda moe: (((moe(new) - ffn(new)).float() ** 2).sum() / (ffn(new).float() ** 2).sum()).item()
-    joint, paper = ffn2moe.joint_layer(ffn, x, split)[0], ffn2moe.paper_layer(ffn, x, split)[0]
-    unfitted = ffn2moe.joint_layer(ffn, x, split, refit=False)[0]
-    dealt = ffn2moe.joint_layer(ffn, x, split, rounds=0)[0]
+    joint, paper = ffn2moe.joint_layer(ffn, x, split), ffn2moe.paper_layer(ffn, x, split)
+    unfitted = ffn2moe.joint_layer(ffn, x, split, refit=False)
+    dealt = ffn2moe.joint_layer(ffn, x, split, rounds=0)
     assert error(joint) < 0.7 * error(paper)
     assert error(joint) < 0.9 * error(unfitted) and error(joint) < 0.97 * error(dealt)
 

@@ -1,5 +1,6 @@
 """Models that are MoEs already, mixtures in two levels, and checkpoints that other engines run."""
 
+import copy
 import json
 
 import pytest
@@ -39,7 +40,7 @@ def test_two_levels_token_by_token():
     ffn2moe.convert(model, IDS, "S1A2E4", first_dense=1)
     assert model.config.ffns[0] == lm.parse_config(QWEN2_MOE).ffns[0] != model.config.ffns[1]
     outer = model.layers[2].mlp
-    ffn = lambda x, e, i: F.linear(kernels.gated(F.linear(x, e.gate_up_proj[i])), e.down_proj[i])
+    ffn = lambda x, e, i: F.linear(kernels.swiglu(F.linear(x, e.gate_up_proj[i])), e.down_proj[i])
 
     def inner(moe, x):
         scores = moe.router_weight @ x
@@ -78,7 +79,7 @@ def test_an_expert_with_too_few_tokens_stays_whole(tmp_path, tokenizer, even_wei
     counts, before = layer.route(x)[0].flatten().bincount().tolist(), layer(x)
     limit = sorted(counts)[2]
     monkeypatch.setattr(ffn2moe, "ENOUGH", limit / 16)
-    ffn2moe.convert_ffn(layer, x, lambda ffn, x: ffn2moe.joint_layer(ffn, x, lm.Experts(1, 3, 4))[0])
+    ffn2moe.convert_ffn(layer, x, lambda ffn, x: ffn2moe.joint_layer(ffn, x, lm.Split(1, 3, 4)))
     kinds = [type(expert).__name__ for expert in layer.experts]
     assert kinds == ["MoE" if count >= limit else "FFN" for count in counts] and kinds.count("FFN") == 2
     assert torch.allclose(layer(x), before, atol=1e-4)
@@ -224,3 +225,13 @@ def test_other_moes_are_saved_as_they_came(name, tmp_path, tokenizer):
     lm.save_model(lm.in_format(again, None), tokenizer, tmp_path / "back")
     assert kind(tmp_path / "back") == MOES[name]["model_type"]
     assert torch.equal(lm.load_model(tmp_path / "back")[0](IDS), model(IDS))
+
+
+def test_experts_that_stay_whole_are_counted(capsys):
+    model, ids = random_model(LLAMA), torch.randint(300, (40, 128), generator=torch.Generator().manual_seed(0))
+    ffn2moe.convert(model, ids, "S1A1E4", first_dense=1)
+    chosen = {"experts": "S1A1E2", "first_dense": 0}  # the first layer is split for the first time: none of its experts counts
+    ffn2moe.convert_and_time(copy.deepcopy(model), ids, chosen, None)
+    assert "whole" not in capsys.readouterr().err
+    ffn2moe.convert_and_time(model, ids[:1, :4], chosen, None)
+    assert "6 of 6 routed experts got fewer calibration tokens than they have neurons and stay whole" in capsys.readouterr().err
