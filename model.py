@@ -255,8 +255,10 @@ def parse_config(raw: dict) -> Config:
     if not layer_types <= {"full_attention", "sliding_attention"}:
         refuse(f"layer_types has {sorted(layer_types)}, and only full attention is implemented")
     max_positions = get("max_position_embeddings", int, 2048)
+    # Of the Mistral kind all slide, unless the window is null, of Qwen those that say so; a window that is not told is 4096
+    # tokens, in Mixtral none.
     slides = "sliding_attention" in layer_types or raw.get("use_sliding_window", kind in ("mistral", "mixtral"))
-    if slides and raw.get("sliding_window", None if kind == "mixtral" else 4096) is not None:  # null: no window
+    if slides and raw.get("sliding_window", None if kind == "mixtral" else 4096) is not None:
         # Up to one window a sliding model and a full one are the same; beyond it forward() refuses to run.
         max_positions = min(max_positions, get("sliding_window", int, 4096))
 
