@@ -203,7 +203,7 @@ HELD_BACK = "held-back"  # the name of the last windows of the calibration text,
 
 
 def hold_back(ids: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [T] -> those to calibrate on, and the last 8 windows. The 4 between are left out: no article is in both."""
+    """Token ids [T] -> those to calibrate on, and the last 8 windows. The 4 between are left out, so that no article is in both."""
     lm.cut_windows(ids, 13 * window)  # refuses a text that is shorter
     return ids[: -12 * window], ids[-8 * window :]
 
