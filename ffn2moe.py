@@ -751,7 +751,7 @@ def parse_args(argv):
     add("--first-dense", type=int, metavar="N", help=f"layers at the bottom that stay dense (share of all: {default('dense_share')})")
     add("--k-act", type=int, default=10, metavar="K", help="paper: neurons that count as firing per token (ATopK; %(default)s)")
     add("--calib-tokens", type=int, metavar="N", help=f"calibration tokens, random windows ({default('calib_tokens')})")
-    add("--eval-tokens", type=int, default=8 * 2048, metavar="N", help="first N evaluation tokens; 0: all (%(default)s)")
+    add("--eval-tokens", type=int, default=6 * 2048, metavar="N", help="first N evaluation tokens; 0: all (%(default)s)")
     add("--window", type=int, default=2048, metavar="N", help="tokens per sequence, at most the context (%(default)s)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of weights and products (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run (here: %(default)s)")
