@@ -31,14 +31,14 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import ffn2moe
 import kernels
 import model as lm
 import train
-from ffn2moe import joint_layer, joint_partition, paper_layer
+from ffn2moe import joint_layer, paper_layer, partition_and_router
 from model import FFN, InputError, MoE, Split
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -52,13 +52,13 @@ def active_width(q: int, split: Split) -> int:
     return (split.shared + split.active) * lm.expert_size(q, split)
 
 
-def total_energy(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
+def total_energy(ffn: FFN, x: Tensor) -> Tensor:
     """Squared contribution of each neuron, summed over all tokens: [q]."""
     blocks = x.split(ffn2moe.BLOCK)
     return sum(ffn2moe.contribution_energy(ffn2moe.hidden(ffn, block), ffn.down_proj).sum(dim=0) for block in blocks)
 
 
-def static_layer(ffn: FFN, x: torch.Tensor, split: Split, refit: bool) -> FFN:
+def static_layer(ffn: FFN, x: Tensor, split: Split, refit: bool) -> FFN:
     """Static pruning: the S + A slices of neurons of largest mean squared contribution, for every token the same."""
     keep = total_energy(ffn, x).topk(active_width(ffn.gate_proj.shape[0], split)).indices
     down = ffn.down_proj
@@ -70,26 +70,31 @@ def static_layer(ffn: FFN, x: torch.Tensor, split: Split, refit: bool) -> FFN:
     return narrow_ffn(ffn, keep, down[:, keep])
 
 
-def narrow_ffn(ffn: FFN, keep: torch.Tensor, down: torch.Tensor) -> FFN:
+def narrow_ffn(ffn: FFN, keep: Tensor, down: Tensor) -> FFN:
     """The FFN of the neurons `keep` [n] alone, with down [D, n]."""
     return FFN.of(torch.cat([ffn.gate_proj[keep], ffn.up_proj[keep]]), down.to(ffn.down_proj).contiguous())
 
 
-def paper_refit_layer(ffn: FFN, x: torch.Tensor, split: Split) -> MoE:
+def paper_refit_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
     """The paper's method with the joint method's refit."""
     moe = paper_layer(ffn, x, split)
     ffn2moe.refit_moe(ffn, moe, x)
     return moe
 
 
-def random_layer(ffn: FFN, x: torch.Tensor, split: Split) -> nn.Module:
+def random_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
     """The joint method's router and refit on a partition that is drawn by lot."""
     bins = bins_in_order(ffn.gate_proj.shape[0], split)
-    bins = bins[torch.randperm(len(bins), generator=torch.Generator().manual_seed(0))]
-    return joint_layer(ffn, x, split, bin_of=bins.to(x.device))
+    bin_of, down = ffn2moe.draw(bins, len(bins)).to(x.device), ffn.down_proj
+    sample = ffn2moe.draw(x, ffn2moe.SAMPLE_TOKENS)
+    h = ffn2moe.in_blocks(partial(ffn2moe.hidden, ffn), sample, len(bins))
+    router = ffn2moe.ridge_router(ffn2moe.unpredicted_energy(h, down, bin_of), sample, bin_of[bin_of > 0], split.routed)
+    moe = ffn2moe.build_moe(ffn, bin_of, router, split)
+    ffn2moe.refit_moe(ffn, moe, x)
+    return moe
 
 
-def bins_in_order(q: int, split: Split) -> torch.Tensor:
+def bins_in_order(q: int, split: Split) -> Tensor:
     """The first neurons are shared, and the others go to the experts in turn: [q]."""
     return torch.arange(split.total).sub(split.shared - 1).clamp_min(0).repeat_interleave(lm.expert_size(q, split))
 
@@ -100,19 +105,19 @@ class Oracle(nn.Module):
     It computes all of h first: something to compare with, not to use.
     """
 
-    def __init__(self, ffn: FFN, active: Callable, down: torch.Tensor | None = None):
+    def __init__(self, ffn: FFN, active: Callable, down: Tensor | None = None):
         super().__init__()
         self.ffn, self.active, self.down = ffn, active, ffn.down_proj if down is None else down
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         shape, x = x.shape, x.reshape(-1, x.shape[-1])
         h = ffn2moe.hidden(self.ffn, x)
         return F.linear((h * self.active(h)).to(x), self.down).view(shape)
 
 
-def oracle_router_layer(ffn: FFN, x: torch.Tensor, split: Split) -> Oracle:
+def oracle_router_layer(ffn: FFN, x: Tensor, split: Split) -> Oracle:
     """The joint partition under a router that knows how much energy each expert has, refitted under its choices."""
-    bin_of = joint_partition(ffn, x, split)
+    bin_of, _ = partition_and_router(ffn, x, split)
 
     def active(h):
         norms = ffn2moe.expert_norms(ffn2moe.contribution_energy(h, ffn.down_proj), bin_of, split.routed)
@@ -122,7 +127,7 @@ def oracle_router_layer(ffn: FFN, x: torch.Tensor, split: Split) -> Oracle:
     return Oracle(ffn, lambda h: active(h)[:, bin_of], down.to(x))
 
 
-def oracle_neurons_layer(ffn: FFN, x: torch.Tensor, split: Split) -> Oracle:
+def oracle_neurons_layer(ffn: FFN, x: Tensor, split: Split) -> Oracle:
     """For each token the neurons that contribute most, no experts, no refit."""
     width = active_width(ffn.gate_proj.shape[0], split)
     top = lambda h: ffn2moe.contribution_energy(h, ffn.down_proj).topk(width, dim=-1).indices
@@ -202,7 +207,7 @@ def quality_rows() -> list[Row]:
 HELD_BACK = "held-back"  # the name of the last windows of the calibration text, on which settings are chosen
 
 
-def hold_back(ids: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+def hold_back(ids: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Token ids [T] -> those to calibrate on, and the last 8 windows. The 4 between are left out, so that no article is in both."""
     lm.cut_windows(ids, 13 * window)  # refuses a text that is shorter
     return ids[: -12 * window], ids[-8 * window :]
@@ -210,8 +215,8 @@ def hold_back(ids: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tenso
 
 class Text(NamedTuple):
     name: str
-    windows: torch.Tensor  # [N, T]
-    dense: list[torch.Tensor]  # what the dense model puts out before its unembedding, [T, D] for the first windows
+    windows: Tensor  # [N, T]
+    dense: list[Tensor]  # what the dense model puts out before its unembedding, [T, D] for the first windows
 
 
 @torch.no_grad()
@@ -264,7 +269,7 @@ def check_only(only: list[str] | None, names: set[str]):
         raise InputError(f"--only: no such row; there are {sorted(names)}")
 
 
-def quality(args):
+def quality(args: argparse.Namespace):
     rows = [row for row in quality_rows() if args.only is None or row.name in args.only]
     check_only(args.only, {row.name for row in quality_rows()})
     file, names = Path(args.json), [Path(text).stem for text in args.eval]
@@ -281,14 +286,14 @@ def quality(args):
     publish(file, quality_table(done))
 
 
-def replace_by_row(model: lm.Decoder, row: Row, windows: torch.Tensor, title: str):
+def replace_by_row(model: lm.Decoder, row: Row, windows: Tensor, title: str):
     """Convert the model as the row says, in place."""
     split = Split.parse(row.experts)
     replacement = lambda i, ffn, x: ffn if i < row.first_dense else row.layer(ffn, x, split)
     ffn2moe.replace_ffns(model, windows, replacement, partial(tqdm, desc=f"{title}: convert", unit="layer"))
 
 
-def measure_rows(args, rows: list[Row], done: dict, file: Path):
+def measure_rows(args: argparse.Namespace, rows: list[Row], done: dict, file: Path):
     """Convert and evaluate once for each row; add the results to `done` and write it to the file after each."""
     model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
     window = min(args.window, model.config.max_position_embeddings)
@@ -457,7 +462,7 @@ def machine_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def random_ffn(hidden_size: int, spec: int | lm.MoESpec, like: torch.Tensor) -> FFN | MoE:
+def random_ffn(hidden_size: int, spec: int | lm.MoESpec, like: Tensor) -> FFN | MoE:
     ffn = lm.make_ffn(hidden_size, spec).to(like).requires_grad_(False)
     for name, p in ffn.named_parameters():
         if not name.endswith(("router_scale", "router_bias")):
@@ -465,22 +470,22 @@ def random_ffn(hidden_size: int, spec: int | lm.MoESpec, like: torch.Tensor) -> 
     return ffn
 
 
-def random_layers(hidden_size: int, intermediate_size: int, split: Split, like: torch.Tensor) -> tuple[FFN, MoE, FFN]:
+def random_layers(hidden_size: int, intermediate_size: int, split: Split, like: Tensor) -> tuple[FFN, MoE, FFN]:
     """A dense FFN of random weights, the same neurons in experts under a random router, and a static slice as wide as what
     runs of them."""
     ffn = random_ffn(hidden_size, intermediate_size, like)
     weight = torch.randn(split.routed, hidden_size).to(like)
-    moe = ffn2moe.build_moe(ffn, bins_in_order(intermediate_size, split), split, {"router_weight": weight})
+    moe = ffn2moe.build_moe(ffn, bins_in_order(intermediate_size, split), {"router_weight": weight}, split)
     width = active_width(intermediate_size, split)
     return ffn, moe, narrow_ffn(ffn, torch.arange(width), ffn.down_proj[:, :width])
 
 
-def plain_ffn(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
+def plain_ffn(ffn: FFN, x: Tensor) -> Tensor:
     """A peer: the dense FFN as it is usually written."""
     return F.linear(F.silu(F.linear(x, ffn.gate_proj)) * F.linear(x, ffn.up_proj), ffn.down_proj)
 
 
-def moe_by_grouped_mm(moe: MoE, x: torch.Tensor) -> torch.Tensor:
+def moe_by_grouped_mm(moe: MoE, x: Tensor) -> Tensor:
     """A peer: the same layer with PyTorch's own grouped product. x [T, D] -> [T, D]."""
     chosen, weights = moe.route(x)
     slots, counts = kernels.sort_by_expert(chosen, len(moe.spec.experts))
@@ -537,7 +542,7 @@ def speed_row(what, shape, tokens, batch, like, experts, ffns, times, peaks, wei
     return row | {f"{name}_ms": ms[name] for name in ms if name in ("static", "plain_dense", "grouped_mm", "transformers")}
 
 
-def ffn_speed(shape: str, tokens: int, split: Split, like: torch.Tensor, turns: int) -> dict:
+def ffn_speed(shape: str, tokens: int, split: Split, like: Tensor, turns: int) -> dict:
     """An FFN alone. For one token, as many copies as a large cache does not hold take turns, as the layers of a model do."""
     hidden_size, intermediate_size = map(int, shape.split("x"))
     bytes_of = lambda module: sum(p.numel() for p in module.parameters()) * like.element_size()
@@ -568,7 +573,7 @@ def ffn_speed(shape: str, tokens: int, split: Split, like: torch.Tensor, turns: 
     return speed_row("ffn", shape, tokens, 1, like, str(split), [moe.spec], times, peaks, read)
 
 
-def model_speed(models: dict[str, lm.Decoder], what: str, ids: torch.Tensor, turns: int) -> list[dict]:
+def model_speed(models: dict[str, lm.Decoder], what: str, ids: Tensor, turns: int) -> list[dict]:
     """The whole model on ids [B, T], a row for each split: what = "prefill", to the logits of the last token; or "decode",
     a token at a time with a KV cache, the second half of ids after the first."""
     like, half = models["dense"].embed_tokens.weight, ids.shape[1] // 2
@@ -611,7 +616,7 @@ def model_speed(models: dict[str, lm.Decoder], what: str, ids: torch.Tensor, tur
 
 
 @torch.no_grad()
-def speed(args):
+def speed(args: argparse.Namespace):
     splits = [Split.parse(text) for text in args.experts]
     file = args.json and Path(args.json)
     found = lm.read_json(file) if file and file.exists() else []  # of other shapes or another machine, say
@@ -741,7 +746,7 @@ def finetune_rows() -> list[tuple[str, Row, dict]]:
     return [("dense", rows["dense", 100], {}), *main(75), *main(25), *main(50), *ablations]  # which begin as the last one
 
 
-def blank_router_layer(ffn: FFN, x: torch.Tensor, split: Split) -> MoE:
+def blank_router_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
     """The joint method's experts under a router that has everything to learn."""
     moe = joint_layer(ffn, x, split)
     weight = torch.randn(moe.router_weight.shape, generator=torch.Generator().manual_seed(0))
@@ -749,7 +754,7 @@ def blank_router_layer(ffn: FFN, x: torch.Tensor, split: Split) -> MoE:
     return moe
 
 
-def finetune(args):
+def finetune(args: argparse.Namespace):
     file = Path(args.json)
     s = train.settings(**{name: getattr(args, name) for name in ("samples", "length", "rate", "distill", "seed")})
     settings = {"model": args.model or Path(lm.WHEEL_MEMBER).name, "dtype": args.dtype, "device": args.device}
@@ -816,7 +821,7 @@ def finetune_table(done: dict) -> str:
 # 4. Two levels
 
 
-def ffn_levels(levels: list[str], like: torch.Tensor, turns: int, hidden_size=2048, intermediate_size=8192) -> list[dict]:
+def ffn_levels(levels: list[str], like: Tensor, turns: int, hidden_size=2048, intermediate_size=8192) -> list[dict]:
     """A random FFN on 2,048 tokens, split once and twice."""
     one = lm.split_spec(intermediate_size, levels[0], "linear")
     two = lm.split_spec(one, levels[1], "linear")
@@ -829,7 +834,7 @@ def ffn_levels(levels: list[str], like: torch.Tensor, turns: int, hidden_size=20
 
 
 @torch.no_grad()
-def levels(args):
+def levels(args: argparse.Namespace):
     """A model that was converted, one whose experts were converted again, and one that is as sparse in one level."""
     chosen = {"one level": args.levels[:1], "two levels": args.levels, "one level, as sparse": [args.flat]}
     models, results = {"dense": lm.load_model(args.model, args.dtype, args.device)[0]}, []
@@ -856,7 +861,7 @@ def levels(args):
     publish(Path(args.json), levels_table(done))
 
 
-def plain_settings(args) -> dict:
+def plain_settings(args: argparse.Namespace) -> dict:
     """The arguments, files by their names alone."""
     settings = {key: value for key, value in vars(args).items() if key not in ("command", "json")}
     return settings | {key: Path(settings[key]).name for key in ("model", "calib", "eval") if settings.get(key)}
@@ -877,7 +882,7 @@ def levels_table(done: dict) -> str:
 # 5. Memory
 
 
-def memory(args):
+def memory(args: argparse.Namespace):
     """What a conversion needs at its peak beyond the model, on one of random weights. Layers are converted one by one, so
     that a few of a large model's are enough to tell."""
     if peak_memory(lambda: None, args.device) is None:
@@ -906,14 +911,14 @@ def memory(args):
 # 6. Figures
 
 
-def plot_partition(ffn: FFN, x: torch.Tensor, split: Split, file: Path):
+def plot_partition(ffn: FFN, x: Tensor, split: Split, file: Path):
     """What the router's first choice says about where a token's energy is, before and after the joint alternation."""
-    R, x = split.routed, ffn2moe.sample(x)
-    energy = ffn2moe.stored_energy(ffn, x, slice(None), partial(ffn2moe.hidden, ffn))
+    R, x = split.routed, ffn2moe.draw(x, ffn2moe.SAMPLE_TOKENS)
+    energy = ffn2moe.in_blocks(lambda block: ffn2moe.contribution_energy(ffn2moe.hidden(ffn, block), ffn.down_proj), x, ffn.down_proj.shape[1])
     inputs = x.float()
     solve = ffn2moe.ridge_solver(inputs.T @ inputs, ffn2moe.ROUTER_RIDGE)
     figure = Figure(figsize=(7.6, 3.7), layout="constrained")
-    bins = {"before": ffn2moe.first_bins(energy, split), "after": joint_partition(ffn, x, split)}
+    bins = {"before": ffn2moe.first_bins(energy, split), "after": partition_and_router(ffn, x, split)[0]}
     for ax, (when, bin_of) in zip(figure.subplots(1, 2), bins.items()):
         norms = ffn2moe.expert_norms(energy, bin_of, R)
         chosen = (inputs @ solve(inputs.T @ norms)).topk(split.active, dim=-1).indices
@@ -935,7 +940,7 @@ def plot_partition(ffn: FFN, x: torch.Tensor, split: Split, file: Path):
     figure.savefig(file, dpi=120)
 
 
-def plot_words(model: lm.Decoder, tokenizer: Tokenizer, shown: torch.Tensor, words: list[list[str]], layer: int, file: Path):
+def plot_words(model: lm.Decoder, tokenizer: Tokenizer, shown: Tensor, words: list[list[str]], layer: int, file: Path):
     """Which routed experts run for the tokens of a text [T], and which words each is for."""
     R = len(words)
     ran = F.one_hot(ffn2moe.chosen_experts(model, shown[None], layer), R).sum(dim=1).T.cpu()  # [R, T]
@@ -953,7 +958,7 @@ def plot_words(model: lm.Decoder, tokenizer: Tokenizer, shown: torch.Tensor, wor
 
 
 @torch.no_grad()
-def figures(args):
+def figures(args: argparse.Namespace):
     """The three figures of the README, from one conversion."""
     out, split = Path(args.out), Split.parse(args.experts)
     lm.check_writable(out / "x.png")
@@ -967,7 +972,7 @@ def figures(args):
 
     def replacement(i, ffn, x):
         if i in args.layers:
-            markers = ffn2moe.neuron_markers(ffn, ffn2moe.sample(x), 10)
+            markers = ffn2moe.neuron_markers(ffn, ffn2moe.draw(x, ffn2moe.SAMPLE_TOKENS), 10)
             bin_of, _ = ffn2moe.partition_neurons(markers, split)
             reports.append(ffn2moe.LayerReport(i, bin_of, ffn2moe.activation_rates(markers), None))
         if i == args.layer:
@@ -987,7 +992,7 @@ def figures(args):
 # The command line
 
 
-def parse_args(argv):
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Quality and speed of the conversion, beside its controls.")
     commands = parser.add_subparsers(dest="command", required=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"

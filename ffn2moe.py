@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure  # not pyplot: it would set the caller's backend
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import model as lm
@@ -57,7 +57,7 @@ ENOUGH = 1  # calibration tokens per neuron, for an expert of an MoE to be conve
 # 1. Activation pattern: which neurons fire for which token
 
 
-def normalized_scores(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def normalized_scores(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """h_i(x) = silu(x^ . g^_i) * (x^ . u^_i): x [T, D]; gate, up [q, D] -> float32 [T, q].
 
     g_i and u_i are neuron i's rows of gate and up, and ^ scales to unit length: without it, neurons with long weights
@@ -67,19 +67,19 @@ def normalized_scores(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> 
     return F.silu(x @ gate.T) * (x @ up.T)
 
 
-def atopk_markers(scores: torch.Tensor, k: int) -> torch.Tensor:
+def atopk_markers(scores: Tensor, k: int) -> Tensor:
     """ATopK: M[t, i] = 1 if |h_i(x_t)| is among the k largest of token t. scores [T, q] -> bool [T, q]."""
     top = scores.abs().topk(k, dim=-1).indices
     return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(1, top, True)
 
 
-def neuron_markers(ffn: FFN, x: torch.Tensor, k: int) -> torch.Tensor:
+def neuron_markers(ffn: FFN, x: Tensor, k: int) -> Tensor:
     """Both steps, for an FFN and its inputs x [T, D], a block at a time: bool [T, q], on the CPU."""
     gate, up = ffn.gate_proj, ffn.up_proj
     return torch.cat([atopk_markers(normalized_scores(block, gate, up), k).cpu() for block in x.split(BLOCK)])
 
 
-def activation_rates(markers: torch.Tensor) -> torch.Tensor:
+def activation_rates(markers: Tensor) -> Tensor:
     """mu_i = mean_t M[t, i]: the share of tokens for which neuron i fires. markers [T, q] -> [q]."""
     return markers.sum(dim=0, dtype=torch.int32) / len(markers)
 
@@ -88,7 +88,7 @@ def activation_rates(markers: torch.Tensor) -> torch.Tensor:
 # 2. Shared expert: the neurons that fire most often
 
 
-def split_shared(rates: torch.Tensor, num_shared_neurons: int) -> tuple[torch.Tensor, torch.Tensor]:
+def split_shared(rates: Tensor, num_shared_neurons: int) -> tuple[Tensor, Tensor]:
     """The neurons of highest rate, which always run, and the others; both in falling order of rate."""
     order = rates.argsort(descending=True, stable=True)
     return order[:num_shared_neurons], order[num_shared_neurons:]
@@ -167,7 +167,7 @@ def balanced_assignment(cost: np.ndarray, capacity: Sequence[int]) -> np.ndarray
     return bin_of
 
 
-def l1_distances(markers: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+def l1_distances(markers: Tensor, centroids: Tensor) -> Tensor:
     """L1 distance of each binary column M_i to each centroid c_e in [0, 1]: [T, n], [T, R] -> float64 [n, R].
 
     |1 - c| = 1 - c and |0 - c| = c, so |M_i - c_e|_1 = sum_t M_i + sum_t c_e - 2 M_i . c_e: one matrix product.
@@ -177,7 +177,7 @@ def l1_distances(markers: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor
     return total - 2 * sum(m.double().T @ c.double() for m, c in blocks)
 
 
-def group_routed(markers: torch.Tensor, num_routed: int, rounds: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def group_routed(markers: Tensor, num_routed: int, rounds: int = 1) -> tuple[Tensor, Tensor]:
     """Balanced k-means: markers [T, n], columns in falling order of rate -> expert of each column [n], centroids [T, R].
 
     The R neurons that fire most are the seeds. In each round, neurons are assigned to the experts at the least total L1
@@ -199,14 +199,14 @@ def group_routed(markers: torch.Tensor, num_routed: int, rounds: int = 1) -> tup
 # From here on neurons live in bins: bin 0 is the shared expert, bin 1 + e is routed expert e. bin_of [q] says which.
 
 
-def representative_neurons(markers: torch.Tensor, expert: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+def representative_neurons(markers: Tensor, expert: Tensor, centroids: Tensor) -> Tensor:
     """The member of each expert that is closest (L1) to its centroid: indices into the columns of markers, [R]."""
     distance = l1_distances(markers, centroids)  # [n, R]
     outside = expert[:, None] != torch.arange(centroids.shape[1])
     return distance.masked_fill(outside, torch.inf).argmin(dim=0)
 
 
-def partition_neurons(markers: torch.Tensor, split: Split, rounds: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def partition_neurons(markers: Tensor, split: Split, rounds: int = 1) -> tuple[Tensor, Tensor]:
     """Steps 2 and 3 on the markers [T, q] of one layer -> bin_of [q], and the representative of each routed expert [R]."""
     _, rest = split_shared(activation_rates(markers), split.shared * expert_size(markers.shape[1], split))
     expert, centroids = group_routed(markers[:, rest], split.routed, rounds)
@@ -215,7 +215,7 @@ def partition_neurons(markers: torch.Tensor, split: Split, rounds: int = 1) -> t
     return bin_of, rest[representative_neurons(markers[:, rest], expert, centroids)]
 
 
-def analytical_router(ffn: FFN, representatives: torch.Tensor) -> dict[str, torch.Tensor]:
+def analytical_router(ffn: FFN, representatives: Tensor) -> dict[str, Tensor]:
     """The router scores expert e with the gate and up rows of its representative neuron r, each of unit length:
 
         s_e(x) = | silu(g^_r . x) * (u^_r . x) |.
@@ -229,7 +229,7 @@ def analytical_router(ffn: FFN, representatives: torch.Tensor) -> dict[str, torc
     return {"router_gate": unit(gate), "router_up": unit(up)}
 
 
-def members(bin_of: torch.Tensor, num_routed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def members(bin_of: Tensor, num_routed: int) -> tuple[Tensor, Tensor]:
     """The neurons of the shared expert [S * m], and of each routed one [R, m], in order."""
     order = bin_of.argsort(stable=True)
     num_shared = int((bin_of == 0).sum())
@@ -237,7 +237,7 @@ def members(bin_of: torch.Tensor, num_routed: int) -> tuple[torch.Tensor, torch.
 
 
 @torch.no_grad()
-def build_moe(ffn: FFN, bin_of: torch.Tensor, split: Split, router: dict[str, torch.Tensor]) -> MoE:
+def build_moe(ffn: FFN, bin_of: Tensor, router: dict[str, Tensor], split: Split) -> MoE:
     """Slice an FFN into the experts that bin_of [q] says, under a router (its tensors, by the names they have in model.MoE).
 
     With a linear router, the weights of the experts that run sum to 1, as in Mixtral or Qwen2-MoE, so that the W_down of
@@ -264,10 +264,10 @@ def build_moe(ffn: FFN, bin_of: torch.Tensor, split: Split, router: dict[str, to
     return moe.requires_grad_(False)
 
 
-def paper_layer(ffn: FFN, x: torch.Tensor, split: Split, k_act: int = 10, rounds: int = 1) -> MoE:
+def paper_layer(ffn: FFN, x: Tensor, split: Split, k_act: int = 10, rounds: int = 1) -> MoE:
     """Steps 1 to 4 on one FFN and its inputs x [T, D]."""
     bin_of, representatives = partition_neurons(neuron_markers(ffn, x, k_act), split, rounds)
-    return build_moe(ffn, bin_of, split, analytical_router(ffn, representatives))
+    return build_moe(ffn, bin_of, analytical_router(ffn, representatives), split)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -281,25 +281,29 @@ def paper_layer(ffn: FFN, x: torch.Tensor, split: Split, k_act: int = 10, rounds
 # Energies are added up as if the outputs of different neurons were at right angles; the refit makes up for some of that.
 
 
-def hidden(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
+def hidden(ffn: FFN, x: Tensor) -> Tensor:
     """h(x) = silu(W_gate x) * (W_up x): x [T, D] -> float32 [T, q]."""
     return swiglu(F.linear(x, ffn.gate_up_proj)).float()
 
 
-def contribution_energy(h: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """c[t, i]^2 = |h_i(x_t)|^2 |W_down[:, i]|^2: h [T, n], down [D, n] -> [T, n]."""
+def contribution_energy(h: Tensor, down: Tensor) -> Tensor:
+    """c[t, i]^2 = |h_i(x_t)|^2 |W_down[:, i]|^2: h [T, n], down [D, n] -> float32 [T, n]."""
     return (h * down.float().norm(dim=0)) ** 2
 
 
-def draw(rows: torch.Tensor, n: int, seed: int) -> torch.Tensor:
+def in_blocks(function: Callable, x: Tensor, width: int) -> Tensor:
+    """function [t, .] -> [t, width] of all tokens x [T, .], a block at a time: [T, width] in STORED. Of such tensors a
+    conversion holds two, and they are its largest."""
+    y = torch.empty(len(x), width, dtype=STORED, device=x.device)
+    for part, block in zip(y.split(BLOCK), x.split(BLOCK)):
+        part.copy_(function(block))
+    return y
+
+
+def draw(rows: Tensor, n: int, seed: int = 0) -> Tensor:
     """n of the rows at most, by lot."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return rows[order[:n].to(rows.device)]
-
-
-def sample(x: torch.Tensor) -> torch.Tensor:
-    """SAMPLE_TOKENS of the tokens x [T, D], for what needs all of them at once."""
-    return draw(x, SAMPLE_TOKENS, seed=0)
 
 
 @contextmanager
@@ -314,7 +318,7 @@ def fast_products():
         torch.backends.mkldnn.matmul.fp32_precision = before
 
 
-def ridge_solver(xx: torch.Tensor, strength: float) -> Callable[[torch.Tensor], torch.Tensor]:
+def ridge_solver(xx: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
     """Ridge regression from its normal equations: xx = X^T X [n, n], which is overwritten -> a function of X^T Y [n, k]
     that returns
 
@@ -327,18 +331,18 @@ def ridge_solver(xx: torch.Tensor, strength: float) -> Callable[[torch.Tensor], 
     return lambda xy: back(y := forth(xy), out=y)
 
 
-def expert_norms(energy: torch.Tensor, bin_of: torch.Tensor, num_routed: int) -> torch.Tensor:
+def expert_norms(energy: Tensor, bin_of: Tensor, num_routed: int) -> Tensor:
     """sqrt(sum_{i in e} c[t, i]^2), what the router predicts: energy [T, n] -> float32 [T, R]."""
     members = F.one_hot(bin_of, 1 + num_routed)[:, 1:].float()  # [n, R]
     return torch.cat([block.float() @ members for block in energy.split(BLOCK)]).sqrt()
 
 
-def energy_gain(energy: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+def energy_gain(energy: Tensor, active: Tensor) -> Tensor:
     """sum_t c[t, i]^2 active[t, b], what neuron i would contribute in bin b: energy [T, n], active [T, k] -> [n, k]."""
     return sum(e.float().T @ a for e, a in zip(energy.split(BLOCK), active.split(BLOCK)))
 
 
-def active_bins(chosen: torch.Tensor, num_routed: int, weights: torch.Tensor | None = None) -> torch.Tensor:
+def active_bins(chosen: Tensor, num_routed: int, weights: Tensor | None = None) -> Tensor:
     """1 for each bin that runs, the shared one always: chosen experts [T, A], their weights if not 1 -> float32 [T, 1 + R]."""
     weights = torch.ones(chosen.shape, device=chosen.device) if weights is None else weights.float()
     active = torch.zeros(len(chosen), 1 + num_routed, device=chosen.device).scatter_(1, chosen + 1, weights)
@@ -346,12 +350,12 @@ def active_bins(chosen: torch.Tensor, num_routed: int, weights: torch.Tensor | N
     return active
 
 
-def captured_energy(gain: torch.Tensor, bin_of: torch.Tensor) -> float:
+def captured_energy(gain: Tensor, bin_of: Tensor) -> float:
     """sum_t sum_i c[t, i]^2 active[t, bin_of[i]], the energy of what runs: gain [n, k], bin_of [n]."""
     return gain.gather(1, bin_of[:, None]).sum(dtype=torch.float64).item()
 
 
-def best_bins(gain: torch.Tensor, capacity: Sequence[int]) -> torch.Tensor:
+def best_bins(gain: Tensor, capacity: Sequence[int]) -> Tensor:
     """The assignment that captures the most energy, with capacity[b] neurons in bin b: gain [n, k] -> bin_of [n].
 
     All neurons would like the shared bin best, and handing them on one by one takes long. So each bin first gets a price:
@@ -369,8 +373,8 @@ def best_bins(gain: torch.Tensor, capacity: Sequence[int]) -> torch.Tensor:
 
 
 def alternate(
-    energy: torch.Tensor, x: torch.Tensor, bin_of: torch.Tensor, capacity: Sequence[int], active: int, rounds: int
-) -> torch.Tensor:
+    energy: Tensor, x: Tensor, bin_of: Tensor, capacity: Sequence[int], active: int, rounds: int
+) -> Tensor:
     """Improve an assignment of neurons to bins, by two steps in turn, each solved exactly:
 
         router, given the experts    ridge regression from x to the root of each expert's energy; the top `active` run
@@ -394,7 +398,7 @@ def alternate(
     return bin_of
 
 
-def first_bins(energy: torch.Tensor, split: Split) -> torch.Tensor:
+def first_bins(energy: Tensor, split: Split) -> Tensor:
     """To start with, the neurons of most energy are shared, and the others are dealt out to the experts in turn:
     energy [T, q] -> bin_of [q]."""
     total = sum(block.float().sum(dim=0) for block in energy.split(BLOCK))
@@ -406,61 +410,28 @@ def first_bins(energy: torch.Tensor, split: Split) -> torch.Tensor:
     return bin_of
 
 
-def stored_energy(ffn: FFN, x: torch.Tensor, neurons: torch.Tensor, h: Callable) -> torch.Tensor:
-    """The energies of h(x) [t, n], of some `neurons` [n]: x [T, D] -> [T, n] in STORED, the largest tensor of a conversion."""
-    down = ffn.down_proj[:, neurons]
-    energy = torch.empty(len(x), down.shape[1], dtype=STORED, device=x.device)
-    for part, block in zip(energy.split(BLOCK), x.split(BLOCK)):
-        part.copy_(contribution_energy(h(block), down))
-    return energy
-
-
-def unpredicted_energy(ffn: FFN, x: torch.Tensor, bin_of: torch.Tensor) -> torch.Tensor:
+def unpredicted_energy(h: Tensor, down: Tensor, bin_of: Tensor) -> Tensor:
     """The refit below lets the shared neurons, which always run, stand in for what they predict of the others. A routed
     neuron i is worth only the rest: with B the ridge regression from h_shared to h_routed,
 
-        (h_i(x) - B_i . h_shared(x))^2 |W_down[:, i]|^2.    x [T, D] -> [T, routed neurons]
+        (h_i(x) - B_i . h_shared(x))^2 |W_down[:, i]|^2.    h [T, q], down [D, q], bin_of [q] -> [T, routed neurons]
     """
     shared, routed = (bin_of == 0).nonzero().flatten(), bin_of.nonzero().flatten()
-    hh = sum(h[:, shared].T @ h for h in (hidden(ffn, block) for block in x.split(BLOCK)))  # [shared, q]
+    hh = sum(block[:, shared].float().T @ block.float() for block in h.split(BLOCK))  # [shared, q]
     B = ridge_solver(hh[:, shared], HIDDEN_RIDGE)(hh[:, routed])
-
-    def rest(block):
-        h = hidden(ffn, block)
-        return h[:, routed] - h[:, shared] @ B
-
-    return stored_energy(ffn, x, routed, rest)
+    rest = lambda block: block[:, routed].float() - block[:, shared].float() @ B
+    return in_blocks(lambda block: contribution_energy(rest(block), down[:, routed]), h, len(routed))
 
 
-@torch.no_grad()
-@fast_products()
-def joint_partition(ffn: FFN, x: torch.Tensor, split: Split, rounds: int = 8) -> torch.Tensor:
-    """Which bin each neuron goes into: x [T, D], inputs of the FFN -> bin_of [q]."""
-    R, m = split.routed, expert_size(ffn.gate_proj.shape[0], split)
-    x = sample(x)
-    energy = stored_energy(ffn, x, slice(None), partial(hidden, ffn))  # [T, q]
-    bin_of = alternate(energy, x, first_bins(energy, split), [split.shared * m] + [m] * R, split.active, rounds)
-    # Then the routed experts once more, among themselves, by what the shared expert cannot make up for.
-    del energy  # before there is another
-    energy = unpredicted_energy(ffn, x, bin_of)
-    routed = bin_of > 0
-    bin_of[routed] = alternate(energy, x, bin_of[routed], [0] + [m] * R, split.active, rounds)
-    return bin_of
-
-
-@torch.no_grad()
-@fast_products()
-def ridge_router(ffn: FFN, x: torch.Tensor, bin_of: torch.Tensor, num_routed: int) -> dict[str, torch.Tensor]:
-    """The router of a partition: ridge regression from x to the root of each expert's unpredicted energy. x [T, D].
+def ridge_router(energy: Tensor, x: Tensor, bin_of: Tensor, num_routed: int) -> dict[str, Tensor]:
+    """The router of a partition: ridge regression from x [T, D] to the root of each expert's energy. energy [T, n], bin_of [n].
 
     Without an intercept, for which standard MoE layers have no place; the README says what that costs. What all experts have
     in common moves no choice: scores are made to have mean 0 over the experts, which spares bfloat16 digits. They are scaled
     to a root mean square of ROUTER_SCALE.
     """
-    x = sample(x)
-    norms = expert_norms(unpredicted_energy(ffn, x, bin_of), bin_of[bin_of > 0], num_routed)  # [T, R]
     inputs = x.float()
-    weight = ridge_solver(inputs.T @ inputs, ROUTER_RIDGE)(inputs.T @ norms)  # [D, R]
+    weight = ridge_solver(inputs.T @ inputs, ROUTER_RIDGE)(inputs.T @ expert_norms(energy, bin_of, num_routed))  # [D, R]
     weight -= weight.mean(dim=1, keepdim=True)
     weight *= ROUTER_SCALE / (inputs @ weight).square().mean().sqrt().clamp_min(1e-30)
     return {"router_weight": weight.T.to(x)}
@@ -468,7 +439,24 @@ def ridge_router(ffn: FFN, x: torch.Tensor, bin_of: torch.Tensor, num_routed: in
 
 @torch.no_grad()
 @fast_products()
-def refit_down(ffn: FFN, x: torch.Tensor, active: Callable, bin_of: torch.Tensor) -> torch.Tensor:
+def partition_and_router(ffn: FFN, x: Tensor, split: Split, rounds: int = 8) -> tuple[Tensor, dict[str, Tensor]]:
+    """Which bin each neuron goes into, bin_of [q], and the router of that, from inputs of the FFN x [T, D], of which
+    SAMPLE_TOKENS are looked at."""
+    (_, q), R, m = ffn.down_proj.shape, split.routed, expert_size(ffn.down_proj.shape[1], split)
+    x = draw(x, SAMPLE_TOKENS)
+    h = in_blocks(partial(hidden, ffn), x, q)
+    energy = in_blocks(partial(contribution_energy, down=ffn.down_proj), h, q)
+    bin_of = alternate(energy, x, first_bins(energy, split), [split.shared * m] + [m] * R, split.active, rounds)
+    # Then the routed experts once more, among themselves, by what the shared expert cannot make up for.
+    del energy  # before there is another
+    energy, routed = unpredicted_energy(h, ffn.down_proj, bin_of), bin_of > 0
+    bin_of[routed] = alternate(energy, x, bin_of[routed], [0] + [m] * R, split.active, rounds)
+    return bin_of, ridge_router(energy, x, bin_of[routed], R)
+
+
+@torch.no_grad()
+@fast_products()
+def refit_down(ffn: FFN, x: Tensor, active: Callable, bin_of: Tensor) -> Tensor:
     """The W_down' that makes the most of the neurons that run, h~ = h * active[bin_of]. Costs nothing at inference.
 
         min over W'   sum_t |W' h~(x_t) - F(x_t)|^2 + penalty |W' - W_down|^2
@@ -487,7 +475,7 @@ def refit_down(ffn: FFN, x: torch.Tensor, active: Callable, bin_of: torch.Tensor
     return ffn.down_proj + ridge_solver(hh, HIDDEN_RIDGE)(hy).T
 
 
-def refit_moe(ffn: FFN, moe: MoE, x: torch.Tensor):
+def refit_moe(ffn: FFN, moe: MoE, x: Tensor):
     """Refit, in place, the W_down of an MoE that was made of an FFN, under its own routing of x [T, D]."""
     R = len(moe.spec.experts)
     shared, routed = members(moe.bin_of, R)
@@ -501,12 +489,9 @@ def refit_moe(ffn: FFN, moe: MoE, x: torch.Tensor):
     moe.down_proj.copy_(moe.spec.down_scale * down[:, routed].transpose(0, 1))
 
 
-def joint_layer(
-    ffn: FFN, x: torch.Tensor, split: Split, rounds: int = 8, refit: bool = True, bin_of: torch.Tensor | None = None
-) -> MoE:
-    """The joint method on one FFN and its inputs x [T, D]; the partition bin_of [q] may be given."""
-    bin_of = joint_partition(ffn, x, split, rounds) if bin_of is None else bin_of
-    moe = build_moe(ffn, bin_of, split, ridge_router(ffn, x, bin_of, split.routed))
+def joint_layer(ffn: FFN, x: Tensor, split: Split, rounds: int = 8, refit: bool = True) -> MoE:
+    """The joint method on one FFN and its inputs x [T, D]."""
+    moe = build_moe(ffn, *partition_and_router(ffn, x, split, rounds), split)
     if refit:
         refit_moe(ffn, moe, x)
     return moe
@@ -518,9 +503,9 @@ def joint_layer(
 
 class LayerReport(NamedTuple):
     layer: int
-    bin_of: torch.Tensor  # [q], 0 for the neurons of the shared expert
-    rates: torch.Tensor  # [q], activation rates (step 1), on a sample
-    load: torch.Tensor  # [R], the share of calibration tokens that each routed expert gets; A / R on average
+    bin_of: Tensor  # [q], 0 for the neurons of the shared expert
+    rates: Tensor  # [q], activation rates (step 1), on a sample
+    load: Tensor  # [R], the share of calibration tokens that each routed expert gets; A / R on average
 
 
 class Method(NamedTuple):
@@ -534,12 +519,12 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "joint": Method(joint_layer, "linear", "S10A10E32", 0.3, 32 * 2048),
+    "joint": Method(joint_layer, "linear", "S10A10E32", 0.3, 16 * 2048),
     "paper": Method(paper_layer, "neurons", "S3A3E8", 0.0, 8 * 2048),
 }
 
 
-def convert_ffn(ffn: FFN | MoE, x: torch.Tensor, convert_layer: Callable) -> FFN | MoE:
+def convert_ffn(ffn: FFN | MoE, x: Tensor, convert_layer: Callable) -> FFN | MoE:
     """A dense FFN becomes an MoE. In an MoE, the same happens to each expert (hierarchical sparsity, section 4.4), on the
     tokens that its router sends there; a routed expert that gets too few of them for its size stays whole. x [T, D]."""
     if isinstance(ffn, FFN):
@@ -582,7 +567,7 @@ def resolve(
 
 
 @torch.no_grad()
-def replace_ffns(model: lm.Decoder, calib_ids: torch.Tensor, replacement: Callable, progress: Callable = lambda layers: layers):
+def replace_ffns(model: lm.Decoder, calib_ids: Tensor, replacement: Callable, progress: Callable = lambda layers: layers):
     """Walk calib_ids [B, T] through the model, in place. replacement(i, ffn, x [B * T, D]) returns what stands for the FFN
     of layer i, given its inputs; the layers above see what that puts out."""
     rope = model.rope(0, calib_ids.shape[1])
@@ -602,7 +587,7 @@ def replace_ffns(model: lm.Decoder, calib_ids: torch.Tensor, replacement: Callab
 @torch.no_grad()
 def convert(
     model: lm.Decoder,
-    calib_ids: torch.Tensor | list[int],
+    calib_ids: Tensor | list[int],
     experts: Split | str | None = None,
     method: str = "joint",
     first_dense: int | None = None,
@@ -633,7 +618,7 @@ def convert(
             return ffn
         moe = convert_ffn(ffn, x, convert_layer)
         if report and isinstance(ffn, FFN):
-            rates = activation_rates(neuron_markers(ffn, sample(x), k_act))
+            rates = activation_rates(neuron_markers(ffn, draw(x, SAMPLE_TOKENS), k_act))
             load = moe.route(x)[0].flatten().bincount(minlength=split.routed) / len(x)
             report(LayerReport(i, moe.bin_of, rates, load.cpu()))
         return moe
@@ -649,7 +634,7 @@ def convert(
 
 
 @torch.no_grad()
-def chosen_experts(model: lm.Decoder, windows: torch.Tensor, layer: int) -> torch.Tensor:
+def chosen_experts(model: lm.Decoder, windows: Tensor, layer: int) -> Tensor:
     """The routed experts that run in a layer for each token: windows [B, T] -> [B * T, A]."""
     moe, chosen = model.layers[layer].mlp, []
     hook = moe.register_forward_pre_hook(lambda moe, inputs: chosen.append(moe.route(inputs[0].flatten(0, -2))[0]))
@@ -661,7 +646,7 @@ def chosen_experts(model: lm.Decoder, windows: torch.Tensor, layer: int) -> torc
     return torch.cat(chosen)
 
 
-def favourite_words(words: list[str], chosen: torch.Tensor, num_routed: int, n: int = 8) -> list[list[str]]:
+def favourite_words(words: list[str], chosen: Tensor, num_routed: int, n: int = 8) -> list[list[str]]:
     """The words that choose each expert most clearly: of a word that occurs c times, z = (c_e - c p_e) / sqrt(c p_e (1 - p_e))
     says by how much its choices of expert e exceed those of all words, p_e. words [T], chosen [T, A] -> n words of each expert.
     """
@@ -677,13 +662,13 @@ def favourite_words(words: list[str], chosen: torch.Tensor, num_routed: int, n: 
     return [[names[i] for i in column.topk(min(n, len(names))).indices if column[i] > 1] for column in z.T]
 
 
-def words_of_experts(model: lm.Decoder, tokenizer: Tokenizer, windows: torch.Tensor, layer: int) -> list[list[str]]:
+def words_of_experts(model: lm.Decoder, tokenizer: Tokenizer, windows: Tensor, layer: int) -> list[list[str]]:
     """The words that each routed expert of a layer is for, in a text: windows [B, T]."""
     words = [tokenizer.decode([i], skip_special_tokens=False).strip() for i in windows.flatten().tolist()]
     return favourite_words(words, chosen_experts(model, windows, layer), len(model.layers[layer].mlp.spec.experts))
 
 
-def explain(model: lm.Decoder, tokenizer: Tokenizer, ids: torch.Tensor, words: list[list[str]], layer: int) -> str:
+def explain(model: lm.Decoder, tokenizer: Tokenizer, ids: Tensor, words: list[list[str]], layer: int) -> str:
     """The tokens of a text, ids [T], with the routed experts that run for them in a layer, and the words that each is for."""
     lines = [f"Layer {layer}: {model.layers[layer].mlp.spec.active} of {len(words)} routed experts run for each token (#)", ""]
     for i, experts in zip(ids.tolist(), chosen_experts(model, ids[None], layer).tolist()):
@@ -735,7 +720,7 @@ def plot_load(reports: list[LayerReport], split: str, file: Path):
     figure.savefig(file, dpi=120)
 
 
-def parse_args(argv):
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Convert the FFNs of a Llama-style model into mixtures of experts, without training, and compare "
         "perplexity before and after. Without arguments: SmolLM2-135M-Instruct, on text that every Python carries.",
@@ -769,7 +754,7 @@ def parse_args(argv):
     return args
 
 
-def check_args(args):
+def check_args(args: argparse.Namespace):
     """Refuse what is known to be impossible before anything is loaded."""
     if args.window < 2 or args.eval_tokens < 0 or args.calib_tokens < args.window or not 0 <= args.seed < 2**63:
         raise InputError("--window must be at least 2, --calib-tokens at least --window, --eval-tokens and --seed at least 0")
@@ -795,7 +780,7 @@ def describe(ffns: list[int | MoESpec]) -> str:
     return f"MoE {moes[0].split or f'{moes[0].active} of {len(moes[0].experts)}'}"
 
 
-def measure(when, model, tokenizer, eval_ids, window, prompt) -> dict:
+def measure(when: str, model: lm.Decoder, tokenizer: Tokenizer, eval_ids: Tensor, window: int, prompt: Tensor) -> dict:
     ffn_parameters, parameters = lm.active_parameters(model)
     return {
         "name": describe(model.config.ffns),
@@ -807,7 +792,7 @@ def measure(when, model, tokenizer, eval_ids, window, prompt) -> dict:
     }
 
 
-def plan(model: lm.Decoder, tokenizer: Tokenizer, args: argparse.Namespace, window: int) -> tuple[torch.Tensor, dict]:
+def plan(model: lm.Decoder, tokenizer: Tokenizer, args: argparse.Namespace, window: int) -> tuple[Tensor, dict]:
     """The calibration windows [N, window] and the arguments of `convert`; refuses what is not possible."""
     split, first_dense = resolve(model, args.experts, args.method, args.first_dense, args.k_act)
     if args.out and args.format == "standard":
@@ -821,7 +806,7 @@ def plan(model: lm.Decoder, tokenizer: Tokenizer, args: argparse.Namespace, wind
     return windows, {"experts": split, "method": args.method, "first_dense": first_dense, "k_act": args.k_act}
 
 
-def convert_and_time(model: lm.Decoder, windows: torch.Tensor, chosen: dict, report: Callable | None) -> float:
+def convert_and_time(model: lm.Decoder, windows: Tensor, chosen: dict, report: Callable | None) -> float:
     """Convert the model -> the seconds it took."""
     before, start = model.config.ffns, time.perf_counter()
     convert(model, windows, **chosen, progress=partial(tqdm, desc="converting", unit="layer"), report=report)

@@ -49,7 +49,7 @@ from tokenizers import (
     pre_tokenizers,
     processors,
 )
-from torch import nn
+from torch import Tensor, nn
 
 import kernels
 
@@ -326,7 +326,7 @@ def expert_size(intermediate_size: int, split: Split) -> int:
 # 2. The decoder
 
 
-def rope_inverse_frequencies(head_dim: int, theta: float, scaling: dict) -> torch.Tensor:
+def rope_inverse_frequencies(head_dim: int, theta: float, scaling: dict) -> Tensor:
     """Rotary angles per position, float32 [d/2]: theta^(-2i/d), rescaled as Llama 3 or a linear factor asks."""
     inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -351,13 +351,16 @@ def rope_inverse_frequencies(head_dim: int, theta: float, scaling: dict) -> torc
     return inverse
 
 
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+Pair = tuple[Tensor, Tensor]  # cos and sin; keys and values
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [B, H, T, d] by cos, sin [T, d]; the halves of d are the two coordinates of each rotated pair."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def short_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention by plain products, q [B, H, T, d], k, v [B, K, T, d] -> [B, H, T, d]. To train on a CPU, on sequences
     of a few hundred tokens, it takes a quarter of the time of PyTorch's own, which is made for long ones."""
     (B, H, T, d), K = q.shape, k.shape[1]
@@ -367,7 +370,7 @@ def short_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
 
 
 class Linear(nn.Linear):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.bias)
 
 
@@ -382,7 +385,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, rope, cache=None, start=0):
+    def forward(self, x: Tensor, rope: Pair, cache: Pair | None = None, start: int = 0) -> Tensor:
         B, T, _ = x.shape
         heads = lambda y: y.view(B, T, -1, self.head_dim)
         q = apply_rope(self.q_norm(heads(self.q_proj(x))).transpose(1, 2), *rope)  # [B, H, T, d]
@@ -415,7 +418,7 @@ class FFN(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(hidden_size, intermediate_size))
 
     @classmethod
-    def of(cls, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> "FFN":
+    def of(cls, gate_up_proj: Tensor, down_proj: Tensor) -> "FFN":
         """The FFN that has these weights."""
         with torch.device("meta"):
             self = cls(*down_proj.shape)
@@ -423,16 +426,16 @@ class FFN(nn.Module):
         return self
 
     @property
-    def gate_proj(self) -> torch.Tensor:
+    def gate_proj(self) -> Tensor:
         """W_gate [q, D], a view."""
         return self.gate_up_proj.chunk(2)[0]
 
     @property
-    def up_proj(self) -> torch.Tensor:
+    def up_proj(self) -> Tensor:
         """W_up [q, D], a view."""
         return self.gate_up_proj.chunk(2)[1]
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return kernels.ffn(x, self.gate_up_proj, self.down_proj)
 
 
@@ -474,13 +477,13 @@ class MoE(nn.Module):
         self.router_scale = nn.Parameter(torch.zeros(R))
         self.router_bias = nn.Parameter(torch.zeros(R))
 
-    def scores(self, x):
+    def scores(self, x: Tensor) -> Tensor:
         """x [T, D] -> s [T, R]."""
         if self.spec.router == "neurons":
             return (F.silu(kernels.linear(x, self.router_gate)) * kernels.linear(x, self.router_up)).abs()
         return kernels.linear(x, self.router_weight)
 
-    def route(self, x):
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, D] -> the chosen experts [T, A] and their weights [T, A]."""
         p = self.scores(x).softmax(dim=-1, dtype=torch.float32)
         chosen = (p + self.router_bias).topk(self.spec.active, dim=-1).indices  # [T, A]
@@ -490,7 +493,7 @@ class MoE(nn.Module):
             weights = weights * (top / top.sum(dim=-1, keepdim=True) if self.spec.weights == "renormalised" else top)
         return chosen, weights.to(x.dtype)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         shape, x = x.shape, x.reshape(-1, x.shape[-1])  # [T, D]
         chosen, weights = self.route(x)
         y = self.shared_expert(x) if self.spec.shared else torch.zeros_like(x)
@@ -517,7 +520,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = make_ffn(c.hidden_size, ffn)
 
-    def forward(self, x, rope, cache=None, start=0):
+    def forward(self, x: Tensor, rope: Pair, cache: Pair | None = None, start: int = 0) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, cache, start)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -549,7 +552,7 @@ class Decoder(nn.Module):
         # No buffer: it is not in checkpoints, and must not be cast.
         self.inverse_frequencies = rope_inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
 
-    def rope(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def rope(self, start: int, stop: int) -> Pair:
         """cos and sin, each [T, d], of positions start..stop-1."""
         if stop > self.config.max_position_embeddings:
             raise InputError(f"{stop} tokens are more than the {self.config.max_position_embeddings} this model can run")
@@ -557,13 +560,13 @@ class Decoder(nn.Module):
         angles = torch.outer(torch.arange(start, stop).float(), self.inverse_frequencies).repeat(1, 2)
         return angles.cos().to(weight), angles.sin().to(weight)
 
-    def new_cache(self, batch: int, positions: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def new_cache(self, batch: int, positions: int) -> list[Pair]:
         """Of each layer, room for keys and values, each [B, K, positions, d]."""
         c, weight = self.config, self.embed_tokens.weight
         room = lambda: torch.zeros(batch, c.num_kv_heads, positions, c.head_dim, dtype=weight.dtype, device=weight.device)
         return [(room(), room()) for _ in self.layers]
 
-    def hidden_states(self, input_ids, cache=None, start=0):
+    def hidden_states(self, input_ids: Tensor, cache: list[Pair] | None = None, start: int = 0) -> Tensor:
         """The normalised output of the last layer, [B, T, D]; `start` tokens are in the cache already."""
         rope = self.rope(start, start + input_ids.shape[1])
         x = self.embed_tokens(input_ids)
@@ -573,10 +576,10 @@ class Decoder(nn.Module):
             x = run(layer, x, rope, cache[i] if cache else None, start)
         return self.norm(x)
 
-    def logits(self, x):
+    def logits(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight)
 
-    def forward(self, input_ids, cache=None, start=0):
+    def forward(self, input_ids: Tensor, cache: list[Pair] | None = None, start: int = 0) -> Tensor:
         return self.logits(self.hidden_states(input_ids, cache, start))
 
 
@@ -584,7 +587,7 @@ class Decoder(nn.Module):
 # 3. Generation and perplexity
 
 
-def as_ids(model: Decoder, ids: torch.Tensor | list[int]) -> torch.Tensor:
+def as_ids(model: Decoder, ids: Tensor | list[int]) -> Tensor:
     """Token ids as a LongTensor on the model's device, checked against the vocabulary."""
     ids = torch.as_tensor(ids, dtype=torch.long)
     if ids.numel() and not (0 <= ids.min() and ids.max() < model.config.vocab_size):
@@ -601,12 +604,12 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
         raise InputError(f"the tokenizer cannot encode this text: {first_line(error)}") from None
 
 
-def read_ids(model: Decoder, tokenizer: Tokenizer, source: str, split: str) -> torch.Tensor:
+def read_ids(model: Decoder, tokenizer: Tokenizer, source: str, split: str) -> Tensor:
     """The token ids [T] of a text, named as for `load_text`."""
     return as_ids(model, encode(tokenizer, load_text(source, split)))
 
 
-def cut_windows(ids: torch.Tensor, window: int) -> torch.Tensor:
+def cut_windows(ids: Tensor, window: int) -> Tensor:
     """Token ids [T] in windows that do not overlap, [T // window, window]; the rest is dropped."""
     if len(ids) < window or window < 2:
         raise InputError(f"{len(ids)} tokens of text are less than one window of {max(window, 2)}")
@@ -616,7 +619,7 @@ def cut_windows(ids: torch.Tensor, window: int) -> torch.Tensor:
 @torch.no_grad()
 def generate(
     model: Decoder,
-    ids: torch.Tensor | list[int],
+    ids: Tensor | list[int],
     max_new_tokens: int,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -648,7 +651,7 @@ def generate(
 
 
 @torch.no_grad()
-def perplexity(model: Decoder, ids: torch.Tensor | list[int], window: int, progress: Callable = lambda windows: windows) -> float:
+def perplexity(model: Decoder, ids: Tensor | list[int], window: int, progress: Callable = lambda windows: windows) -> float:
     """exp of the mean negative log-likelihood, in the standard protocol: the ids [T] are cut into windows of `window`
     tokens that do not overlap (the rest is dropped), and in each every token but the first is predicted."""
     windows = cut_windows(as_ids(model, ids), window)
@@ -688,7 +691,7 @@ def active_parameters(model: Decoder) -> tuple[int, int]:
 
 class Checkpoint(NamedTuple):
     config: dict
-    tensors: dict[str, Callable[[], torch.Tensor]]  # names as in Hugging Face files, less the leading "model."
+    tensors: dict[str, Callable[[], Tensor]]  # names as in Hugging Face files, less the leading "model."
     tokenizer: Tokenizer
     files: dict[str, bytes]  # the small files beside them, such as the chat template
 
@@ -746,7 +749,7 @@ def load_model(
     return model.eval().requires_grad_(False), tokenizer
 
 
-def checkpoint_parts(name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+def checkpoint_parts(name: str, parameter: Tensor) -> dict[str, Tensor]:
     """What checkpoints call a parameter of ours, or the parts of it that they keep apart -> those parts, as views."""
     stem, _, last = name.rpartition(".")
     if last in ("router_weight", "shared_expert_gate"):
@@ -842,7 +845,7 @@ def open_safetensors(file: Path):
         raise InputError(f"{file} is truncated or not a safetensors file: {first_line(error)}") from None
 
 
-def read_tensor(file: Path, name: str) -> torch.Tensor:
+def read_tensor(file: Path, name: str) -> Tensor:
     # The file is mapped anew for each tensor: pages that were read for the last one are given back.
     with open_safetensors(file) as shard:
         try:
@@ -1060,7 +1063,7 @@ def gguf_config(path: Path, meta: dict, shapes: dict) -> dict:
     return config
 
 
-def read_gguf_tensor(path: Path, kind: int, shape, offset: int, length: int, interleaved_heads=None) -> torch.Tensor:
+def read_gguf_tensor(path: Path, kind: int, shape, offset: int, length: int, interleaved_heads=None) -> Tensor:
     """Read and dequantise one tensor, as float16 (F16) or float32."""
     raw = np.fromfile(path, np.uint8, length, offset=offset)
     name, _, block_bytes = GGUF_TENSORS[kind]

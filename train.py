@@ -1,7 +1,8 @@
 """Fine-tune a converted model on a few thousand samples.
 
-    python train.py                                              fine-tune SmolLM2-135M, convert it, distil from the former
-    python train.py --model DIR --teacher DENSE --out OTHER      fine-tune a checkpoint that ffn2moe.py --out wrote
+    python train.py                                              convert SmolLM2-135M and fine-tune what became of it
+    python train.py --model DIR --out OTHER                      fine-tune a checkpoint that ffn2moe.py --out wrote
+    python train.py --model DIR --teacher DENSE --out OTHER      towards the dense model that it was made of
 
 What is trained (section numbers are the paper's):
 
@@ -10,16 +11,15 @@ What is trained (section numbers are the paper's):
 3. The **selection bias** b, without gradient: after each step it moves by a small constant against experts that got more
    than their share of the tokens (`balance`).
 
-The loss is that of the text (the paper's), or the divergence from the dense model that was converted, or both (`backward`).
-The text teaches a model the text, dense or converted, and little of what the conversion lost. So without arguments the order is
-another than the paper's: the dense model learns the text, is converted, and then teaches what became of it.
+The loss is that of the text (the paper's), or the divergence from a teacher, or both (`backward`). The text teaches a model
+the text, dense or converted, and little of what the conversion lost. So an order other than the paper's does better: the dense
+model learns the text, is converted, and then teaches what became of it (three commands, which the README has).
 
 The rest is frozen, but for the router (--router, with its own rate), or everything is trained (--full). Trained weights are
 float32, and are cast to the model's dtype for products. The loop is `finetune`; the files are read and written in `run`.
 """
 
 import argparse
-import copy
 import hashlib
 import math
 import os
@@ -31,7 +31,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -80,7 +80,7 @@ class LoRA(nn.Module):
     anew for each batch, rather than on the input of each token.
     """
 
-    def __init__(self, weight: torch.Tensor, parts: int, s: SimpleNamespace):
+    def __init__(self, weight: Tensor, parts: int, s: SimpleNamespace):
         super().__init__()
         *stack, n, d = weight.shape
         self.a = nn.Parameter(torch.randn(*stack, parts, s.rank, d, device=weight.device) / d**0.5)
@@ -201,13 +201,13 @@ def rate_factor(step: int, steps: int, s: SimpleNamespace) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def sample_order(num_windows: int, s: SimpleNamespace) -> torch.Tensor:
+def sample_order(num_windows: int, s: SimpleNamespace) -> Tensor:
     """Which window each sample is, [samples]: all in random order, then all in another one."""
     random = torch.Generator().manual_seed(s.seed)
     return torch.cat([torch.randperm(num_windows, generator=random) for _ in range(-(-s.samples // num_windows))])[: s.samples]
 
 
-def backward(model: lm.Decoder, ids: torch.Tensor, scale: float = 1.0, teacher: lm.Decoder | None = None, share: float = 0.0) -> float:
+def backward(model: lm.Decoder, ids: Tensor, scale: float = 1.0, teacher: lm.Decoder | None = None, share: float = 0.0) -> float:
     """Add up the gradients of scale * loss -> scale * loss. ids [B, T]; the loss, averaged over all next tokens, is
 
         (1 - share) * -log p(token) + share * KL(p_teacher || p),    without a teacher -log p(token).
@@ -240,7 +240,7 @@ def backward(model: lm.Decoder, ids: torch.Tensor, scale: float = 1.0, teacher: 
     return total
 
 
-def fingerprint(model: lm.Decoder, ids: torch.Tensor) -> str:
+def fingerprint(model: lm.Decoder, ids: Tensor) -> str:
     """Of a model and a text, to tell whether a saved state is of the same run."""
     sums = [t.sum(dtype=torch.float64).item() for t in model.state_dict().values()]
     return hashlib.sha256(repr((sums, model.embed_tokens.weight.dtype, ids.tolist())).encode()).hexdigest()
@@ -248,7 +248,7 @@ def fingerprint(model: lm.Decoder, ids: torch.Tensor) -> str:
 
 def finetune(
     model: lm.Decoder,
-    ids: torch.Tensor,
+    ids: Tensor,
     s: SimpleNamespace,
     state_file: Path | None = None,
     save_every: int = 50,
@@ -311,11 +311,11 @@ def finetune(
     return log
 
 
-def random_state() -> list[torch.Tensor]:
+def random_state() -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
 
 
-def save_state(file: Path, run: dict, step: int, log: dict, optimizer: torch.optim.Optimizer, tensors: list[torch.Tensor], random: list):
+def save_state(file: Path, run: dict, step: int, log: dict, optimizer: torch.optim.Optimizer, tensors: list[Tensor], random: list):
     """All of the file or nothing."""
     state = {**run, "step": step, "log": log, "optimizer": optimizer.state_dict(), "random": random}
     state["tensors"] = [t.detach() for t in tensors]
@@ -329,7 +329,7 @@ def save_state(file: Path, run: dict, step: int, log: dict, optimizer: torch.opt
         raise InputError(f"could not write {file}: {lm.first_line(error)}") from None
 
 
-def load_state(file: Path, run: dict, optimizer: torch.optim.Optimizer, tensors: list[torch.Tensor]) -> tuple[int, dict]:
+def load_state(file: Path, run: dict, optimizer: torch.optim.Optimizer, tensors: list[Tensor]) -> tuple[int, dict]:
     """-> the step to go on with, and the log so far."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
@@ -352,14 +352,14 @@ def load_state(file: Path, run: dict, optimizer: torch.optim.Optimizer, tensors:
 # The command line
 
 
-def parse_args(argv):
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Fine-tune a checkpoint that ffn2moe.py wrote, and compare perplexity before and after. Without "
-        "arguments: fine-tune SmolLM2-135M-Instruct, convert that, and distil from it, on text that every Python carries.",
+        "arguments: convert SmolLM2-135M-Instruct and fine-tune that, on text that every Python carries.",
     )
     add = parser.add_argument
-    add("--model", metavar="SOURCE", help="a converted checkpoint, or a dense one, which is fine-tuned as it is")
-    add("--teacher", metavar="SOURCE", help="the dense model that --model was made of; without it, all of the loss is that of the text")
+    add("--model", metavar="SOURCE", help="a converted checkpoint, or a dense one, which is fine-tuned as it is; if not given, SmolLM2 is converted")
+    add("--teacher", metavar="SOURCE", help="the dense model that it was made of; without it, all of the loss is that of the text")
     add("--text", default="manual", help="training text: a file, 'wikitext2' or 'manual', as for ffn2moe.py (%(default)s)")
     add("--eval", default="manual", metavar="TEXT", help="evaluation text (%(default)s)")
     add("--eval-tokens", type=int, default=10 * 2048, metavar="N", help="first N of them; 0: all (%(default)s)")
@@ -368,7 +368,7 @@ def parse_args(argv):
     add("--force", action="store_true", help="replace the checkpoint in an --out that is not empty")
     add("--save-every", type=int, default=50, metavar="N", help="steps between saves of the state, to OUT.state (%(default)s)")
     add("--resume", action="store_true", help="go on from the saved state")
-    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of frozen weights and products (%(default)s)")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of frozen weights and products; bfloat16 is faster where the hardware has it (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(here: %(default)s)")
     add("--json", metavar="FILE", help="write results and settings")
     for name, (default, what) in SETTINGS.items():
@@ -377,22 +377,19 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
-def run(args):
+def run(args: argparse.Namespace):
     s = settings(**{name: getattr(args, name) for name in SETTINGS})
     if min(s.samples, s.length - 1, s.batch, s.accumulate, s.rank, args.save_every) < 1:
         raise InputError("--samples, --batch, --accumulate, --rank and --save-every must be at least 1, --length at least 2")
     if s.schedule not in ("cosine", "constant") or not 0 <= s.distill <= 1:
         raise InputError("--schedule must be cosine or constant, --distill from 0 to 1")
     out = Path(args.out).absolute()
+    state = out.with_name(f"{out.name}.state")
     lm.check_output(out, args.force)
-    dense_state, state = (out.with_name(out.name + end) for end in (".dense.state", ".state"))
-    found = [file for file in (dense_state, state) if file.exists()]
-    if args.resume and not found:
+    if args.resume and not state.exists():
         raise InputError(f"there is no {state} to resume from")
-    if found and not args.resume and not args.force:
-        raise InputError(f"{found[0]} is of a run that was cut off: --resume goes on with it, --force starts over")
-    if args.teacher and args.model is None:
-        raise InputError("--teacher is for --model; without that, the teacher is the default model after its fine-tune")
+    if state.exists() and not args.resume and not args.force:
+        raise InputError(f"{state} is of a run that was cut off: --resume goes on with it, --force starts over")
     if args.format == "standard" and (s.scale_rate or s.bias_step):
         raise InputError("--format standard has no place for gate scales and selection biases: add --scale-rate 0 --bias-step 0")
     model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
@@ -401,28 +398,21 @@ def run(args):
     eval_ids = lm.cut_windows(eval_ids[: args.eval_tokens or None], window).flatten()
     measure = lambda name: lm.perplexity(model, eval_ids, window, partial(tqdm, desc=f"{name}: perplexity", unit="window"))
     if not args.resume:
-        for file in found:
-            file.unlink()
-    tune = lambda file, teacher=None: finetune(model, ids, s, file, args.save_every, args.resume and file.exists(), teacher)
+        state.unlink(missing_ok=True)
     result, teacher = {}, None
     if args.teacher:
         teacher, _ = lm.load_model(args.teacher, args.dtype, args.device)
         if teacher.config.vocab_size != model.config.vocab_size:
-            raise InputError("--teacher has another vocabulary than --model")
+            raise InputError("--teacher has another vocabulary than the model")
     if args.model is None:
         result["dense"] = measure("dense")
-        tune(dense_state)
-        result["dense, fine-tuned"] = measure("dense, fine-tuned")
-        teacher = copy.deepcopy(model)
         calib = ffn2moe.draw(lm.cut_windows(ids, window), ffn2moe.METHODS["joint"].calib_tokens // window, s.seed)
         ffn2moe.convert(model, calib, progress=partial(tqdm, desc="converting", unit="layer"))
-    before = "converted" if args.model is None else "before"
-    result[before] = measure(before)
-    log = tune(state, teacher)
+    result["before"] = measure("before")
+    log = finetune(model, ids, s, state, args.save_every, args.resume, teacher)
     model = lm.in_format(model, args.format)
     lm.save_model(model, tokenizer, out, args.force)
-    for file in (dense_state, state):
-        file.unlink(missing_ok=True)
+    state.unlink(missing_ok=True)
     result["after"] = measure("after")
     print()
     for name, value in result.items():

@@ -161,7 +161,7 @@ def test_official_fixtures(name):
     router = ffn2moe.analytical_router(ffn, representatives)
     bin_of = torch.zeros(len(gate), dtype=torch.long)
     bin_of[routed] = torch.arange(1, 1 + split.routed)[:, None]
-    moe = ffn2moe.build_moe(ffn, bin_of, split, router)
+    moe = ffn2moe.build_moe(ffn, bin_of, router, split)
     assert torch.equal(moe.route(x)[0].sort().values, official["topk_experts"].sort().values)
     assert torch.allclose(moe(x), official["moe_out"], rtol=1e-5, atol=1e-3)  # values up to 1,700
     assert torch.allclose(ffn(x), official["dense_out"], rtol=1e-5, atol=1e-3)
@@ -175,7 +175,7 @@ def converted_layer(split: str, seed=0):
     split = Split.parse(split)
     scores = ffn2moe.normalized_scores(x, ffn.gate_proj, ffn.up_proj)
     bin_of, representatives = ffn2moe.partition_neurons(ffn2moe.atopk_markers(scores, 5), split)
-    moe = ffn2moe.build_moe(ffn, bin_of, split, ffn2moe.analytical_router(ffn, representatives))
+    moe = ffn2moe.build_moe(ffn, bin_of, ffn2moe.analytical_router(ffn, representatives), split)
     return ffn, moe, bin_of, representatives, x
 
 
@@ -299,23 +299,23 @@ def test_alternation_ends_when_it_captures_no_more(monkeypatch):
 def linear_moe(split="S2A2E8"):
     ffn, x = random_ffn(dtype=torch.float32), torch.randn(400, 16)
     split = Split.parse(split)
-    return ffn, x, split, ffn2moe.joint_partition(ffn, x, split)
+    return ffn, x, split, ffn2moe.partition_and_router(ffn, x, split)[0]
 
 
 def test_partition_is_found_in_two_alternations(monkeypatch):
     """The first decides which neurons are shared; the second moves the others, for what the shared cannot predict."""
     monkeypatch.setattr(ffn2moe, "STORED", torch.float32)
-    ffn, x = random_ffn(16, 192, dtype=torch.float32), ffn2moe.sample(torch.randn(400, 16))
-    bin_of = ffn2moe.joint_partition(ffn, x, Split.parse("S2A2E8"))
+    ffn, x = random_ffn(16, 192, dtype=torch.float32), torch.randn(400, 16)
+    bin_of, _ = ffn2moe.partition_and_router(ffn, x, Split.parse("S2A2E8"))
     assert bin_of.bincount().tolist() == [48] + [24] * 6
-    x = ffn2moe.sample(x)
+    x = ffn2moe.draw(x, ffn2moe.SAMPLE_TOKENS)
     energy = (ffn2moe.hidden(ffn, x) * ffn.down_proj.norm(dim=0)) ** 2
     start = torch.empty(192, dtype=torch.long)
     start[energy.sum(dim=0).argsort(descending=True)] = torch.tensor([0] * 48 + [1, 2, 3, 4, 5, 6] * 24)
     first = ffn2moe.alternate(energy, x, start, [48] + [24] * 6, 2, 8)
     assert torch.equal(first == 0, bin_of == 0) and not torch.equal(first, start)
     routed = first > 0
-    unpredicted = ffn2moe.unpredicted_energy(ffn, x, first)
+    unpredicted = ffn2moe.unpredicted_energy(ffn2moe.hidden(ffn, x), ffn.down_proj, first)
     second = ffn2moe.alternate(unpredicted, x, first[routed], [0] + [24] * 6, 2, 8)
     assert torch.equal(second, bin_of[routed]) and not torch.equal(second, first[routed])
 
@@ -327,13 +327,14 @@ def test_unpredicted_energy_is_what_least_squares_leaves(monkeypatch):
     h, shared = ffn2moe.hidden(ffn, x).double(), bin_of == 0
     rest = h - h[:, shared] @ torch.linalg.lstsq(h[:, shared], h).solution
     expected = ((rest * ffn.down_proj.double().norm(dim=0)) ** 2)[:, ~shared]
-    assert torch.allclose(ffn2moe.unpredicted_energy(ffn, x, bin_of).double(), expected, atol=1e-4)
+    assert torch.allclose(ffn2moe.unpredicted_energy(h.float(), ffn.down_proj, bin_of).double(), expected, atol=1e-4)
 
 
 def test_router_is_the_ridge_optimum_up_to_what_moves_no_choice():
     ffn, x, _, bin_of = linear_moe()
-    router = ffn2moe.ridge_router(ffn, x, bin_of, 6)
-    norms = ffn2moe.expert_norms(ffn2moe.unpredicted_energy(ffn, x, bin_of), bin_of[bin_of > 0], 6).double()
+    energy = ffn2moe.unpredicted_energy(ffn2moe.hidden(ffn, x), ffn.down_proj, bin_of)
+    router = ffn2moe.ridge_router(energy, x, bin_of[bin_of > 0], 6)
+    norms = ffn2moe.expert_norms(energy, bin_of[bin_of > 0], 6).double()
     inputs = x.double()
     penalty = ffn2moe.ROUTER_RIDGE * (inputs.T @ inputs).diagonal().mean()
     scores = inputs @ torch.linalg.solve(inputs.T @ inputs + penalty * torch.eye(16).double(), inputs.T @ norms)
@@ -362,7 +363,7 @@ def test_linear_layer_runs_the_highest_scored_experts():
 def test_refit_is_the_ridge_optimum(monkeypatch):
     """Its gradient is zero, next to what it is for half or twice the penalty; whatever the block size."""
     ffn, x, split, bin_of = linear_moe()
-    moe = ffn2moe.joint_layer(ffn, x, split, bin_of=bin_of, refit=False)
+    moe = ffn2moe.joint_layer(ffn, x, split, refit=False)
 
     def active(block):
         chosen, weights = moe.route(block)
@@ -387,11 +388,10 @@ def test_refit_is_the_ridge_optimum(monkeypatch):
     assert ((moe(x) - ffn(x)) ** 2).sum() < 0.8 * before
 
 
-def test_a_sample_is_drawn_from_all_of_the_text(monkeypatch):
-    monkeypatch.setattr(ffn2moe, "SAMPLE_TOKENS", 100)
-    rows = ffn2moe.sample(torch.arange(1000)[:, None])[:, 0]
+def test_a_sample_is_drawn_from_all_of_the_text():
+    rows = ffn2moe.draw(torch.arange(1000)[:, None], 100)[:, 0]
     assert len(rows.unique()) == 100 and rows.min() < 100 and rows.max() > 900
-    assert sorted(ffn2moe.sample(torch.arange(50)[:, None])[:, 0].tolist()) == list(range(50))
+    assert sorted(ffn2moe.draw(torch.arange(50)[:, None], 100)[:, 0].tolist()) == list(range(50))
 
 
 @pytest.mark.parametrize("split", ["S1A3E4", "S4A4E8"])
