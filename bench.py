@@ -209,7 +209,8 @@ HELD_BACK = "held-back"  # the name of the last windows of the calibration text,
 
 def hold_back(ids: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Token ids [T] -> those to calibrate on, and the last 8 windows. The 4 between are left out, so that no article is in both."""
-    lm.cut_windows(ids, 13 * window)  # refuses a text that is shorter
+    if len(ids) < 13 * window:
+        raise InputError(f"{len(ids)} tokens of calibration text are too few to hold back 8 of at least 13 windows of {window}")
     return ids[: -12 * window], ids[-8 * window :]
 
 
@@ -730,8 +731,8 @@ def plot_speed(rows: list[dict], file: Path):
 def finetune_rows() -> list[tuple[str, Row, dict]]:
     """(name, how to convert, settings of train.py that differ): the methods at three sizes, then ablations at one.
 
-    The dense model learns the text, is converted as the row says, and teaches what became of it. Rows without a teacher
-    (distill = 0) are in the paper's order: the dense model is converted, and that learns the text.
+    The dense model learns the text, is converted as the row says, and teaches the converted one. Rows without a teacher
+    (distill = 0) are in the paper's order: the dense model is converted, and the result learns the text.
     """
     rows = {(row.name, row.percent): row for row in quality_rows()}
     joint = rows["joint", 50]
@@ -747,7 +748,7 @@ def finetune_rows() -> list[tuple[str, Row, dict]]:
 
 
 def blank_router_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
-    """The joint method's experts under a router that has everything to learn."""
+    """The joint method's experts, as they are, under a router that has everything to learn."""
     moe = joint_layer(ffn, x, split)
     weight = torch.randn(moe.router_weight.shape, generator=torch.Generator().manual_seed(0))
     moe.router_weight.copy_(ffn2moe.ROUTER_SCALE * weight / len(x[0]) ** 0.5)
@@ -797,7 +798,7 @@ def finetune(args: argparse.Namespace):
         result |= {"seconds": time.perf_counter() - start, "after": measure(model)}
         tuned = model if not row.layer else tuned
         tenth = len(log["loss"]) // 10 + 1
-        result |= {key: [float(np.mean(log[key][:tenth])), float(np.mean(log[key][-tenth:]))] for key in ("loss", "spread")}
+        result |= {key: [float(np.mean(log[key][:tenth])), float(np.mean(log[key][-tenth:]))] for key in ("loss", "imbalance")}
         add_row(file, done, result)
         print(f"{title}: {result['before']:.2f} -> {result['after']:.2f}", flush=True)
     publish(file, finetune_table(done))
@@ -810,9 +811,9 @@ def finetune_table(done: dict) -> str:
     dense, main = results.get(("dense", 100)), ["static pruning, refit", "paper", "joint"]
     over_dense = lambda r: f" ({r['after'] / dense['after']:.2f})" if dense else ""
     cell = lambda r: f"{r['before']:.2f} → {r['after']:.2f}" + over_dense(r) if r else ""
-    spread = lambda r: " → ".join(f"{load:.2f}" for load in r["spread"])
+    imbalance = lambda r: " → ".join(f"{load:.2f}" for load in r["imbalance"])
     lines = [[name, *(cell(results.get((name, percent))) for percent in (75, 50, 25))] for name in main]
-    ablations = [[name, cell(r), spread(r)] for (name, percent), r in results.items() if percent == 50 and r["spread"][0]]
+    ablations = [[name, cell(r), imbalance(r)] for (name, percent), r in results.items() if percent == 50 and r["imbalance"][0]]
     tables = markdown(["active FFN", "75 %", "50 %", "25 %"], [["dense", *[cell(dense)] * 3], *lines])
     return tables + "\n" + markdown(["at 50 %", "perplexity", "load, max / mean"], ablations)
 
@@ -915,13 +916,12 @@ def plot_partition(ffn: FFN, x: Tensor, split: Split, file: Path):
     """What the router's first choice says about where a token's energy is, before and after the joint alternation."""
     R, x = split.routed, ffn2moe.draw(x, ffn2moe.SAMPLE_TOKENS)
     energy = ffn2moe.in_blocks(lambda block: ffn2moe.contribution_energy(ffn2moe.hidden(ffn, block), ffn.down_proj), x, ffn.down_proj.shape[1])
-    inputs = x.float()
-    solve = ffn2moe.ridge_solver(inputs.T @ inputs, ffn2moe.ROUTER_RIDGE)
     figure = Figure(figsize=(7.6, 3.7), layout="constrained")
     bins = {"before": ffn2moe.first_bins(energy, split), "after": partition_and_router(ffn, x, split)[0]}
     for ax, (when, bin_of) in zip(figure.subplots(1, 2), bins.items()):
         norms = ffn2moe.expert_norms(energy, bin_of, R)
-        chosen = (inputs @ solve(inputs.T @ norms)).topk(split.active, dim=-1).indices
+        scores = x @ ffn2moe.ridge_router(energy, x, bin_of, R)["router_weight"].T
+        chosen = scores.topk(split.active, dim=-1).indices
         gain = ffn2moe.energy_gain(energy, ffn2moe.active_bins(chosen, R))  # [q, 1 + R]
         captured = ffn2moe.captured_energy(gain, bin_of) / gain[:, 0].sum(dtype=torch.float64).item()
         first = F.one_hot(chosen[:, 0], R).float()  # [T, R]

@@ -8,7 +8,7 @@ Steps 1 to 4 are Analytical FFN-to-MoE Restructuring via Activation Pattern Anal
 3. Routed experts       the others, in groups of equal size that fire together: `balanced_assignment`, `group_routed`
 4. Analytical router    one neuron of each expert speaks for it: `representative_neurons`, `analytical_router`, `build_moe`
 5. Beyond the paper     partition and router found together, and a refitted output, which do better: `alternate`,
-                        `ridge_router`, `refit_down`, `joint_layer`
+                        `partition_and_router`, `refit_down`, `joint_layer`
 6. The whole model      layer by layer, each profiled on what the converted layers below it put out: `convert`; in a model
                         that is an MoE already, each of its experts becomes one too: `convert_ffn`
 7. What experts are for the words that each runs for: `favourite_words`, `explain`
@@ -48,10 +48,14 @@ SAMPLE_TOKENS = 16384  # for partition and router; the refit sees all calibratio
 ROUTER_RIDGE = 1e-3
 ROUTER_SCALE = 2.0**-6  # root mean square of the scores: so small that the experts that run do so with nearly the same weight
 HIDDEN_RIDGE = 1e-3
-BLOCK = 1024  # tokens at a time
-STORED = torch.bfloat16  # energies of a whole sample
 
-ENOUGH = 1  # calibration tokens per neuron, for an expert of an MoE to be converted
+# Settings that trade memory for time
+BLOCK = 1024  # tokens at a time
+STORED = torch.bfloat16  # what is known of each token and neuron of a sample
+
+# Calibration tokens per neuron
+PLENTY = 10  # for least squares to fit the model rather than the text
+ENOUGH = 1  # for an expert of an MoE to be converted
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Activation pattern: which neurons fire for which token
@@ -292,8 +296,7 @@ def contribution_energy(h: Tensor, down: Tensor) -> Tensor:
 
 
 def in_blocks(function: Callable, x: Tensor, width: int) -> Tensor:
-    """function [t, .] -> [t, width] of all tokens x [T, .], a block at a time: [T, width] in STORED. Of such tensors a
-    conversion holds two, and they are its largest."""
+    """function [t, .] -> [t, width] of all tokens x [T, .], a block at a time: [T, width] in STORED."""
     y = torch.empty(len(x), width, dtype=STORED, device=x.device)
     for part, block in zip(y.split(BLOCK), x.split(BLOCK)):
         part.copy_(function(block))
@@ -318,23 +321,27 @@ def fast_products():
         torch.backends.mkldnn.matmul.fp32_precision = before
 
 
+def check_finite(activations: Tensor):
+    if not activations.isfinite().all():
+        raise InputError("hidden activations overflow: choose another dtype")
+
+
 def ridge_solver(xx: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
     """Ridge regression from its normal equations: xx = X^T X [n, n], which is overwritten -> a function of X^T Y [n, k]
     that returns
 
         W = argmin |X W - Y|^2 + penalty |W|^2,   penalty = strength * mean(diag(X^T X)).   [n, k]
     """
+    check_finite(xx)
     xx.diagonal().add_(strength * xx.diagonal().mean().clamp_min(1e-30))
     factor = torch.linalg.cholesky(xx.mT, out=xx.mT)  # LAPACK wants columns first: so nothing is copied
-    forth = partial(torch.linalg.solve_triangular, factor, upper=False)
-    back = partial(torch.linalg.solve_triangular, factor.mT, upper=True)
-    return lambda xy: back(y := forth(xy), out=y)
+    return lambda xy: torch.cholesky_solve(xy, factor)
 
 
 def expert_norms(energy: Tensor, bin_of: Tensor, num_routed: int) -> Tensor:
     """sqrt(sum_{i in e} c[t, i]^2), what the router predicts: energy [T, n] -> float32 [T, R]."""
-    members = F.one_hot(bin_of, 1 + num_routed)[:, 1:].float()  # [n, R]
-    return torch.cat([block.float() @ members for block in energy.split(BLOCK)]).sqrt()
+    inside = F.one_hot(bin_of, 1 + num_routed)[:, 1:].float()  # [n, R]
+    return torch.cat([block.float() @ inside for block in energy.split(BLOCK)]).sqrt()
 
 
 def energy_gain(energy: Tensor, active: Tensor) -> Tensor:
@@ -402,8 +409,6 @@ def first_bins(energy: Tensor, split: Split) -> Tensor:
     """To start with, the neurons of most energy are shared, and the others are dealt out to the experts in turn:
     energy [T, q] -> bin_of [q]."""
     total = sum(block.float().sum(dim=0) for block in energy.split(BLOCK))
-    if not total.isfinite().all():
-        raise InputError("hidden activations overflow: choose another dtype")
     routed = total.argsort(descending=True)[split.shared * expert_size(len(total), split) :]
     bin_of = torch.zeros(len(total), dtype=torch.long, device=energy.device)
     bin_of[routed] = torch.arange(len(routed), device=energy.device) % split.routed + 1
@@ -442,9 +447,11 @@ def ridge_router(energy: Tensor, x: Tensor, bin_of: Tensor, num_routed: int) -> 
 def partition_and_router(ffn: FFN, x: Tensor, split: Split, rounds: int = 8) -> tuple[Tensor, dict[str, Tensor]]:
     """Which bin each neuron goes into, bin_of [q], and the router of that, from inputs of the FFN x [T, D], of which
     SAMPLE_TOKENS are looked at."""
-    (_, q), R, m = ffn.down_proj.shape, split.routed, expert_size(ffn.down_proj.shape[1], split)
+    q, R = ffn.down_proj.shape[1], split.routed
+    m = expert_size(q, split)
     x = draw(x, SAMPLE_TOKENS)
     h = in_blocks(partial(hidden, ffn), x, q)
+    check_finite(h)
     energy = in_blocks(partial(contribution_energy, down=ffn.down_proj), h, q)
     bin_of = alternate(energy, x, first_bins(energy, split), [split.shared * m] + [m] * R, split.active, rounds)
     # Then the routed experts once more, among themselves, by what the shared expert cannot make up for.
@@ -514,7 +521,7 @@ class Method(NamedTuple):
     convert_layer: Callable
     router: str
     experts: str
-    dense_share: float  # of the layers, from the bottom, stays dense
+    dense_share: float  # of the layers of a dense model, from the bottom, stays dense
     calib_tokens: int
 
 
@@ -554,7 +561,9 @@ def resolve(
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
     split, num_layers = Split.parse(experts or METHODS[method].experts), model.config.num_layers
-    first_dense = int(METHODS[method].dense_share * num_layers) if first_dense is None else first_dense
+    if first_dense is None:  # an MoE whose experts are split has no dense layers to keep
+        share = 0 if any(isinstance(ffn, MoESpec) for ffn in model.config.ffns) else METHODS[method].dense_share
+        first_dense = int(share * num_layers)
     if not 0 <= first_dense < num_layers:
         raise InputError(f"first_dense = {first_dense} leaves none of the {num_layers} layers to convert")
     sizes = {q for ffn in model.config.ffns[first_dense:] for q in lm.dense_sizes(ffn)} - {0}
@@ -735,7 +744,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--experts", metavar="SnAnEn", help=f"E slices per FFN, S shared, A of the rest active per token ({default('experts')})")
     add("--first-dense", type=int, metavar="N", help=f"layers at the bottom that stay dense (share of all: {default('dense_share')})")
     add("--k-act", type=int, default=10, metavar="K", help="paper: neurons that count as firing per token (ATopK; %(default)s)")
-    add("--calib-tokens", type=int, metavar="N", help=f"calibration tokens, random windows ({default('calib_tokens')})")
+    add("--calib-tokens", type=int, metavar="N", help=f"calibration tokens, random windows ({default('calib_tokens')}; joint: {PLENTY} per neuron, if more)")
     add("--eval-tokens", type=int, default=6 * 2048, metavar="N", help="first N evaluation tokens; 0: all (%(default)s)")
     add("--window", type=int, default=2048, metavar="N", help="tokens per sequence, at most the context (%(default)s)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of weights and products (%(default)s)")
@@ -749,14 +758,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--force", action="store_true", help="replace the checkpoint in an --out that is not empty")
     add("--json", metavar="FILE", help="write the final table and the settings")
     add("--plot", metavar="DIR", help="write activation_rates.png and expert_load.png")
-    args = parser.parse_args(argv)
-    args.calib_tokens = METHODS[args.method].calib_tokens if args.calib_tokens is None else args.calib_tokens
-    return args
+    return parser.parse_args(argv)
 
 
 def check_args(args: argparse.Namespace):
     """Refuse what is known to be impossible before anything is loaded."""
-    if args.window < 2 or args.eval_tokens < 0 or args.calib_tokens < args.window or not 0 <= args.seed < 2**63:
+    few = args.calib_tokens is not None and args.calib_tokens < args.window
+    if args.window < 2 or args.eval_tokens < 0 or few or not 0 <= args.seed < 2**63:
         raise InputError("--window must be at least 2, --calib-tokens at least --window, --eval-tokens and --seed at least 0")
     if args.experts:
         Split.parse(args.experts)
@@ -799,8 +807,10 @@ def plan(model: lm.Decoder, tokenizer: Tokenizer, args: argparse.Namespace, wind
         ffns = [lm.split_spec(ffn, split, METHODS[args.method].router) for ffn in model.config.ffns]
         lm.check_standard(replace(model.config, ffns=ffns))
     windows = lm.cut_windows(lm.read_ids(model, tokenizer, args.calib, "train"), window)
-    windows = draw(windows, args.calib_tokens // window, args.seed)
-    if args.method == "joint" and windows.numel() < 10 * model.config.intermediate_size:
+    plenty = PLENTY * model.config.intermediate_size if args.method == "joint" else 0
+    tokens = args.calib_tokens or max(METHODS[args.method].calib_tokens, plenty + window)
+    windows = draw(windows, tokens // window, args.seed)
+    if windows.numel() < plenty:
         few = f"{windows.numel()} calibration tokens for {model.config.intermediate_size} neurons"
         print(f"warning: {few}: least squares may fit the text rather than the model", file=sys.stderr)
     return windows, {"experts": split, "method": args.method, "first_dense": first_dense, "k_act": args.k_act}

@@ -657,9 +657,9 @@ def perplexity(model: Decoder, ids: Tensor | list[int], window: int, progress: C
     windows = cut_windows(as_ids(model, ids), window)
     total, count = 0.0, 0
     for one in progress(windows):
-        logits = model(one[None])[0, :-1]
-        for part, target in zip(logits.split(256), one[1:].split(256)):  # the float32 copy stays small
-            total += F.cross_entropy(part.float(), target, reduction="sum").item()
+        x = model.hidden_states(one[None])[0, :-1]
+        for part, target in zip(x.split(256), one[1:].split(256)):  # all logits at once would be large
+            total += F.cross_entropy(model.logits(part).float(), target, reduction="sum").item()
         count += window - 1
     return float(np.exp(total / count))  # inf rather than an exception, for a model that is broken
 

@@ -1,6 +1,6 @@
-"""Fine-tune a converted model on a few thousand samples.
+"""Fine-tune a model on a few thousand samples: a converted one, or a dense one to compare with.
 
-    python train.py                                              convert SmolLM2-135M and fine-tune what became of it
+    python train.py                                              convert SmolLM2-135M and fine-tune the result
     python train.py --model DIR --out OTHER                      fine-tune a checkpoint that ffn2moe.py --out wrote
     python train.py --model DIR --teacher DENSE --out OTHER      towards the dense model that it was made of
 
@@ -11,12 +11,12 @@ What is trained (section numbers are the paper's):
 3. The **selection bias** b, without gradient: after each step it moves by a small constant against experts that got more
    than their share of the tokens (`balance`).
 
-The loss is that of the text (the paper's), or the divergence from a teacher, or both (`backward`). The text teaches a model
-the text, dense or converted, and little of what the conversion lost. So an order other than the paper's does better: the dense
-model learns the text, is converted, and then teaches what became of it (three commands, which the README has).
+The loss is that of the text (the paper's), or the divergence from a teacher, or both (`backward`). Training on text mostly
+teaches the text, to a dense model as well. So an order other than the paper's does better: fine-tune the dense model, convert it,
+and let it teach the converted one (three commands, which the README has).
 
 The rest is frozen, but for the router (--router, with its own rate), or everything is trained (--full). Trained weights are
-float32, and are cast to the model's dtype for products. The loop is `finetune`; the files are read and written in `run`.
+float32, and are cast to the model's dtype for products. The loop is `finetune`.
 """
 
 import argparse
@@ -154,18 +154,20 @@ class Load:
     """What an MoE layer's router did since the last `balance`: tokens per routed expert [R], and how far apart its p are."""
 
     def __init__(self, moe: MoE):
-        self.counts, self.squares = torch.zeros(len(moe.spec.experts), device=moe.router_bias.device), 0.0
+        self.counts = torch.zeros(len(moe.spec.experts), device=moe.router_bias.device)
+        self.tokens, self.squares = 0, 0.0
 
     @torch.no_grad()
     def __call__(self, moe, inputs):  # a forward pre-hook; with checkpointing it counts twice, which changes no ratio
         x, R = inputs[0].flatten(0, -2), len(self.counts)
         self.counts += moe.route(x)[0].flatten().bincount(minlength=R)
         p = moe.scores(x).softmax(dim=-1, dtype=torch.float32)
-        self.squares += (p - 1 / R).square().sum() * moe.spec.active / R
+        self.squares += (p - 1 / R).square().mean(dim=-1).sum()
+        self.tokens += len(x)
 
-    def deviation(self):
-        """The standard deviation of p: counts add up to A for each token."""
-        return (self.squares / self.counts.sum()).sqrt()
+    def deviation(self) -> Tensor:
+        """The standard deviation of p."""
+        return (self.squares / self.tokens).sqrt()
 
 
 @torch.no_grad()
@@ -175,16 +177,16 @@ def balance(loads: dict[MoE, Load], step: float) -> float:
     The step is in standard deviations of p, since those of a router may be far apart or close together (the paper's is 1e-3).
     Returns the largest load over the mean load, averaged over layers: 1 is perfect balance.
     """
-    spread = 0.0
+    imbalance = 0.0
     for moe, load in loads.items():
         counts = load.counts
-        if not counts.any():  # an expert's own router, and no token came
+        if not load.tokens:  # an expert's own router, and no token came
             continue
         moe.router_bias -= step * load.deviation() * (counts - counts.mean()).sign()
-        spread += (counts.max() / counts.mean()).item() / len(loads)
+        imbalance += (counts.max() / counts.mean()).item() / len(loads)
         counts.zero_()
-        load.squares = 0.0
-    return spread
+        load.tokens, load.squares = 0, 0.0
+    return imbalance
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -208,7 +210,8 @@ def sample_order(num_windows: int, s: SimpleNamespace) -> Tensor:
 
 
 def backward(model: lm.Decoder, ids: Tensor, scale: float = 1.0, teacher: lm.Decoder | None = None, share: float = 0.0) -> float:
-    """Add up the gradients of scale * loss -> scale * loss. ids [B, T]; the loss, averaged over all next tokens, is
+    """Add the gradients of scale * loss to those of the weights, and return scale * loss. ids [B, T]; the loss, averaged over all
+    next tokens, is
 
         (1 - share) * -log p(token) + share * KL(p_teacher || p),    without a teacher -log p(token).
 
@@ -240,6 +243,16 @@ def backward(model: lm.Decoder, ids: Tensor, scale: float = 1.0, teacher: lm.Dec
     return total
 
 
+def plan(model: lm.Decoder, ids: Tensor, s: SimpleNamespace) -> tuple[Tensor, int, int]:
+    """The samples to draw from [N, length], how many a step takes, and how many steps; InputError if there is nothing to do."""
+    per_step = s.batch * s.accumulate
+    if s.samples < per_step:
+        raise InputError(f"{s.samples} samples are too few for steps of {per_step}")
+    if s.length > model.config.max_position_embeddings:
+        raise InputError(f"--length {s.length} is more than the {model.config.max_position_embeddings} tokens this model can run")
+    return lm.cut_windows(ids, s.length), per_step, s.samples // per_step
+
+
 def fingerprint(model: lm.Decoder, ids: Tensor) -> str:
     """Of a model and a text, to tell whether a saved state is of the same run."""
     sums = [t.sum(dtype=torch.float64).item() for t in model.state_dict().values()]
@@ -255,20 +268,17 @@ def finetune(
     resume: bool = False,
     teacher: lm.Decoder | None = None,
 ) -> dict:
-    """Fine-tune the model on token ids [N], in place -> {"loss": of each step, "spread": max / mean load of each step}.
+    """Fine-tune the model on token ids [N], in place -> {"loss": of each step, "imbalance": max / mean load of each step}.
 
     With a state_file, the state is saved every `save_every` steps, and a run can go on from it to the same weights. What is
     saved is the state before a step, once its loss is known to be finite. Raises InputError if a loss is not. However it
     ends, the model is an ordinary one again. teacher: the dense model, for the share s.distill of the loss.
     """
-    windows, per_step = lm.cut_windows(ids, s.length), s.batch * s.accumulate
+    windows, per_step, steps = plan(model, ids, s)
     teacher = teacher if s.distill else None
-    steps = s.samples // per_step
-    if not steps:
-        raise InputError(f"{s.samples} samples are too few for steps of {per_step}")
     order = sample_order(len(windows), s)
     run = {"settings": vars(s), "of": [fingerprint(m, ids) for m in (model, teacher) if m]}
-    start, log, hooks = 0, {"loss": [], "spread": []}, []
+    start, log, hooks = 0, {"loss": [], "imbalance": []}, []
     try:
         optimizer = torch.optim.AdamW(prepare(model, s), betas=(0.9, 0.95), weight_decay=0.0)
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -297,9 +307,9 @@ def finetune(
             optimizer.step()
             optimizer.zero_grad()
             log["loss"].append(total)
-            log["spread"].append(balance(loads, s.bias_step))
+            log["imbalance"].append(balance(loads, s.bias_step))
             speed = s.length * per_step * (bar.format_dict["rate"] or 0)
-            bar.set_postfix_str(f"loss {total:.3f}, {speed:.0f} tokens/s, load max/mean {log['spread'][-1]:.2f}")
+            bar.set_postfix_str(f"loss {total:.3f}, {speed:.0f} tokens/s, load max/mean {log['imbalance'][-1]:.2f}")
         if state_file:
             save_state(state_file, run, steps, log, optimizer, tensors, random_state())
     finally:
@@ -362,7 +372,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--teacher", metavar="SOURCE", help="the dense model that it was made of; without it, all of the loss is that of the text")
     add("--text", default="manual", help="training text: a file, 'wikitext2' or 'manual', as for ffn2moe.py (%(default)s)")
     add("--eval", default="manual", metavar="TEXT", help="evaluation text (%(default)s)")
-    add("--eval-tokens", type=int, default=10 * 2048, metavar="N", help="first N of them; 0: all (%(default)s)")
+    add("--eval-tokens", type=int, default=6 * 2048, metavar="N", help="first N of them; 0: all (%(default)s)")
     add("--out", metavar="DIR", default="tuned", help="where to write the checkpoint (%(default)s)")
     add("--format", choices=["standard", "native"], help="of --out: Qwen2-MoE, if possible, or our own")
     add("--force", action="store_true", help="replace the checkpoint in an --out that is not empty")
@@ -390,12 +400,13 @@ def run(args: argparse.Namespace):
         raise InputError(f"there is no {state} to resume from")
     if state.exists() and not args.resume and not args.force:
         raise InputError(f"{state} is of a run that was cut off: --resume goes on with it, --force starts over")
-    if args.format == "standard" and (s.scale_rate or s.bias_step):
-        raise InputError("--format standard has no place for gate scales and selection biases: add --scale-rate 0 --bias-step 0")
     model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
+    if args.format == "standard" and (s.scale_rate or s.bias_step) and (args.model is None or moes_of(model)):
+        raise InputError("--format standard has no place for gate scales and selection biases: add --scale-rate 0 --bias-step 0")
     window = min(2048, model.config.max_position_embeddings)
     ids, eval_ids = (lm.read_ids(model, tokenizer, text, split) for text, split in ((args.text, "train"), (args.eval, "test")))
     eval_ids = lm.cut_windows(eval_ids[: args.eval_tokens or None], window).flatten()
+    plan(model, ids, s)  # refuses before the long work
     measure = lambda name: lm.perplexity(model, eval_ids, window, partial(tqdm, desc=f"{name}: perplexity", unit="window"))
     if not args.resume:
         state.unlink(missing_ok=True)

@@ -491,6 +491,10 @@ def test_a_model_that_overflows_is_refused():
     model.layers[1].self_attn.o_proj.weight.fill_(float("inf"))
     with pytest.raises(InputError, match="layer 1 are not finite"):
         ffn2moe.convert(model, ids, first_dense=0)
+    model = random_model(LLAMA, dtype=torch.float16)
+    model.layers[1].mlp.gate_up_proj.fill_(3e4)
+    with pytest.raises(InputError, match="hidden activations overflow"):
+        ffn2moe.convert(model, ids, "S2A2E8", first_dense=0)
 
 
 def test_active_parameters_count_what_a_token_touches():

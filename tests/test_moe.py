@@ -92,6 +92,11 @@ def test_an_expert_with_too_few_tokens_stays_whole(tmp_path, tokenizer, even_wei
     assert torch.equal(lm.load_model(tmp_path / "out")[0](IDS), model(IDS))
 
 
+def test_the_first_layers_of_an_moe_are_split_too():
+    first_dense = lambda config: ffn2moe.resolve(random_model(config), "S1A2E4", "joint", None, 10)[1]
+    assert first_dense(QWEN2_MOE) == 0 and first_dense(LLAMA | {"num_hidden_layers": 10}) == 3
+
+
 @pytest.mark.parametrize("method", ["joint", "paper"])
 def test_our_own_model_is_split_again(method, tmp_path, tokenizer, monkeypatch):
     model = converted_model("S2A4E8", dtype=torch.float64, method=method, k_act=5)

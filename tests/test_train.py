@@ -68,7 +68,7 @@ def test_a_dense_model_is_trained_as_well():
     before = weights(model)
     log = train.finetune(model, text_ids(), train.settings(**SMALL))
     moved = {name for name, t in weights(model).items() if not torch.equal(t, before[name])}
-    assert moved == {name for name in before if "_proj" in name} and log["spread"] == [0.0] * 6
+    assert moved == {name for name in before if "_proj" in name} and log["imbalance"] == [0.0] * 6
 
 
 def test_what_is_trained():
@@ -195,18 +195,18 @@ def test_balance_by_hand():
     load(moe, (x,))
     assert load.counts.tolist() == [(moe.route(x)[0] == e).sum().item() for e in range(7)]
     assert load.deviation().item() == pytest.approx((x @ moe.router_weight.T).softmax(-1).std(correction=0).item(), rel=1e-5)
-    load.counts, load.squares = torch.tensor([4.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0]), torch.tensor(0.25 * 14)
+    load.counts, load.tokens, load.squares = torch.tensor([4.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0]), 7, torch.tensor(0.25 * 7)
     assert train.balance({moe: load}, 0.5) == pytest.approx(2.0)  # 4 over a mean of 2
     assert moe.router_bias.tolist() == [-0.25, 0.25, 0.25, 0, 0, 0, 0] and not load.counts.any()
 
 
 def test_balancing_balances():
-    spread = {}
+    imbalance = {}
     for step in (0.0, 0.05):
         changes = {"batch": 24, "samples": 24 * 40, "rate": 0.0, "bias_step": step}
         log = train.finetune(moe_model(), text_ids(), train.settings(**SMALL | changes))
-        spread[step] = sum(log["spread"][-10:]) / 10
-    assert spread[0.0] > 1.5 and spread[0.05] < 1.3, spread
+        imbalance[step] = sum(log["imbalance"][-10:]) / 10
+    assert imbalance[0.0] > 1.5 and imbalance[0.05] < 1.3, imbalance
 
 
 def test_rates_and_order():
@@ -240,6 +240,12 @@ def test_command_line(checkpoint, text, tmp_path, capsys):
     assert train.main([*argv, "--out", str(tmp_path / "fresh")]) == 2 and "--resume goes on" in capsys.readouterr().err
     assert train.main([*argv, "--out", str(tmp_path / "fresh"), "--resume"]) == 2 and "cannot be resumed" in capsys.readouterr().err
     assert train.main([*argv, "--force", "--schedule", "linear"]) == 2
+    for flags, message in ((["--samples", "2"], "too few"), (["--length", "9999"], "more than the"), (["--length", "250"], "less than one window")):
+        short = ["--text", str(tmp_path / "short.txt")]
+        (tmp_path / "short.txt").write_text("a few words")
+        assert train.main([*argv, "--force", *flags, *(short if "250" in flags else [])]) == 2
+        err = capsys.readouterr().err
+        assert message in err and "perplexity" not in err  # refused before the long work
     assert train.main([*argv]) == 2 and "not empty" in capsys.readouterr().err
 
 
