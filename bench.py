@@ -728,6 +728,9 @@ def plot_speed(rows: list[dict], file: Path):
 # 3. Fine-tuning
 
 
+RECIPE = ("samples", "length", "rate", "distill", "dropout", "bias_step")  # settings of train.py that are flags here too
+
+
 def finetune_rows() -> list[tuple[str, Row, dict]]:
     """(name, how to convert, settings of train.py that differ): the methods at three sizes, then ablations at one.
 
@@ -757,7 +760,7 @@ def blank_router_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
 
 def finetune(args: argparse.Namespace):
     file = Path(args.json)
-    s = train.settings(**{name: getattr(args, name) for name in ("samples", "length", "rate", "distill", "seed")})
+    s = train.settings(**{name: getattr(args, name) for name in (*RECIPE, "seed")})
     settings = {"model": args.model or Path(lm.WHEEL_MEMBER).name, "dtype": args.dtype, "device": args.device}
     settings |= {"text": Path(args.text).stem, "eval": Path(args.eval).stem, "eval_tokens": args.eval_tokens, **vars(s)}
     done = read_results(file, settings)
@@ -1042,9 +1045,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = command("finetune", "perplexity before and after the fine-tune of train.py, the dense model's too",
                   "model eval eval-tokens only dtype device seed", eval_tokens={"default": 0})  # fmt: skip
     add("--text", default="manual", help=f"for calibration and fine-tuning: {text} (%(default)s)")
-    for name in ("samples", "length", "rate", "distill"):
+    for name in RECIPE:
         default, what = train.SETTINGS[name]
-        add("--" + name, type=type(default), default=default, help=f"{what} (%(default)s)")
+        add("--" + name.replace("_", "-"), type=type(default), default=default, help=f"{what} (%(default)s)")
     add("--json", default="finetune.json", metavar="FILE", help="raw results; a table beside it (%(default)s)")
 
     add = command("levels", "a conversion of a conversion, beside one in one level",

@@ -1191,7 +1191,7 @@ def check_standard(c: Config, trained: bool = False):
     elif c.qk_norm or c.o_bias or c.head_dim * c.num_heads != c.hidden_size or c.rope_scaling.get("rope_type") == "divisors":
         why = "its attention is not Qwen2's"
     if why:
-        raise InputError(f"this model cannot be written as a Qwen2-MoE checkpoint: {why}; --format native can hold it")
+        raise InputError(f"this model cannot be written as a Qwen2-MoE checkpoint, only in our own form (--format native): {why}")
 
 
 def standard_form(model: Decoder) -> Decoder:

@@ -1,8 +1,8 @@
 """Fine-tune a model on a few thousand samples: a converted one, or a dense one to compare with.
 
-    python train.py                                              convert SmolLM2-135M and fine-tune the result
-    python train.py --model DIR --out OTHER                      fine-tune a checkpoint that ffn2moe.py --out wrote
-    python train.py --model DIR --teacher DENSE --out OTHER      towards the dense model that it was made of
+    python train.py                                              convert SmolLM2-135M and let the dense model teach the result
+    python train.py --model DIR --out OTHER                      fine-tune a checkpoint that ffn2moe.py --out wrote on text
+    python train.py --model DIR --teacher DENSE --out OTHER      let the dense model that it was made of teach it
 
 What is trained (section numbers are the paper's):
 
@@ -20,6 +20,7 @@ float32, and are cast to the model's dtype for products. The loop is `finetune`.
 """
 
 import argparse
+import copy
 import hashlib
 import math
 import os
@@ -43,7 +44,7 @@ from model import InputError, MoE
 # Settings, each a flag of the command line
 SETTINGS = {
     "samples": (2048, "sequences in all; a text that is shorter is gone through again"),
-    "length": (128, "tokens per sequence"),
+    "length": (64, "tokens per sequence"),
     "batch": (8, "sequences at a time"),
     "distill": (1.0, "share of the loss that is the divergence from the teacher, if there is one; the rest is that of the text"),
     "accumulate": (1, "batches per step"),
@@ -215,30 +216,23 @@ def backward(model: lm.Decoder, ids: Tensor, scale: float = 1.0, teacher: lm.Dec
 
         (1 - share) * -log p(token) + share * KL(p_teacher || p),    without a teacher -log p(token).
 
-    Its gradient by the logits, p - (1 - share) * onehot(token) - share * p_teacher, is made by hand and in blocks of tokens:
-    all logits would be larger than everything else together.
+    Logits are made in blocks of tokens, with a backward pass each: all of them would be larger than everything else together.
     """
     share = share if teacher else 0.0
-    x, targets = model.hidden_states(ids)[:, :-1].flatten(0, 1), ids[:, 1:].reshape(-1, 1)
+    x, targets = model.hidden_states(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     with torch.no_grad():
         theirs = teacher.hidden_states(ids)[:, :-1].flatten(0, 1) if teacher else x
     blocks, total = [block.detach().requires_grad_() for block in x.split(128)], 0.0
     for block, target, their in zip(blocks, targets.split(128), theirs.split(128)):
-        logits = model.logits(block)  # [t, vocab_size]
-        with torch.no_grad():
-            z = logits.float()
-            norm = z.logsumexp(dim=-1, keepdim=True)  # log p = z - norm
-            loss = (1 - share) * (norm - z.gather(1, target)).sum()
-            gradient = (z - norm).exp_()
-            gradient.scatter_add_(1, target, torch.full(target.shape, share - 1, device=z.device))
-            if teacher:
-                z_teacher = teacher.logits(their).float()
-                norm_teacher = z_teacher.logsumexp(dim=-1, keepdim=True)
-                p_teacher = (z_teacher - norm_teacher).exp_()
-                loss += share * (((z_teacher - z) * p_teacher).sum() + (norm - norm_teacher).sum())
-                gradient.sub_(p_teacher, alpha=share)
-        logits.backward(gradient.mul_(scale / len(targets)).to(logits.dtype))
-        total += loss.item() * scale / len(targets)
+        logp = model.logits(block).float().log_softmax(dim=-1)  # [t, vocab_size]
+        loss = (1 - share) * F.nll_loss(logp, target, reduction="sum")
+        if teacher:
+            with torch.no_grad():
+                wanted = teacher.logits(their).float().log_softmax(dim=-1)
+            loss = loss + share * F.kl_div(logp, wanted, reduction="sum", log_target=True)
+        loss = loss * scale / len(targets)
+        loss.backward()
+        total += loss.item()
     x.backward(torch.cat([block.grad for block in blocks]))
     return total
 
@@ -365,11 +359,11 @@ def load_state(file: Path, run: dict, optimizer: torch.optim.Optimizer, tensors:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Fine-tune a checkpoint that ffn2moe.py wrote, and compare perplexity before and after. Without "
-        "arguments: convert SmolLM2-135M-Instruct and fine-tune that, on text that every Python carries.",
+        "arguments: convert SmolLM2-135M-Instruct and let the dense model teach the result, on text that every Python carries.",
     )
     add = parser.add_argument
     add("--model", metavar="SOURCE", help="a converted checkpoint, or a dense one, which is fine-tuned as it is; if not given, SmolLM2 is converted")
-    add("--teacher", metavar="SOURCE", help="the dense model that it was made of; without it, all of the loss is that of the text")
+    add("--teacher", metavar="SOURCE", help="the dense model that --model was made of; without it, all of the loss is that of the text")
     add("--text", default="manual", help="training text: a file, 'wikitext2' or 'manual', as for ffn2moe.py (%(default)s)")
     add("--eval", default="manual", metavar="TEXT", help="evaluation text (%(default)s)")
     add("--eval-tokens", type=int, default=6 * 2048, metavar="N", help="first N of them; 0: all (%(default)s)")
@@ -417,6 +411,7 @@ def run(args: argparse.Namespace):
             raise InputError("--teacher has another vocabulary than the model")
     if args.model is None:
         result["dense"] = measure("dense")
+        teacher = teacher or copy.deepcopy(model)
         calib = ffn2moe.draw(lm.cut_windows(ids, window), ffn2moe.METHODS["joint"].calib_tokens // window, s.seed)
         ffn2moe.convert(model, calib, progress=partial(tqdm, desc="converting", unit="layer"))
     result["before"] = measure("before")
