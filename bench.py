@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import cycle, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -728,11 +729,11 @@ def plot_speed(rows: list[dict], file: Path):
 # 3. Fine-tuning
 
 
-RECIPE = ("samples", "length", "rate", "distill", "dropout", "bias_step")  # settings of train.py that are flags here too
+RECIPE = ("samples", "length", "rate", "distill", "dropout", "scale_rate", "bias_step")  # settings of train.py that are flags here too
 
 
-def finetune_rows() -> list[tuple[str, Row, dict]]:
-    """(name, how to convert, settings of train.py that differ): the methods at three sizes, then ablations at one.
+def finetune_rows(s: SimpleNamespace) -> list[tuple[str, Row, dict]]:
+    """(name, how to convert, settings of train.py that differ from s): the methods at three sizes, then ablations at one.
 
     The dense model learns the text, is converted as the row says, and teaches the converted one. Rows without a teacher
     (distill = 0) are in the paper's order: the dense model is converted, and the result learns the text.
@@ -740,8 +741,15 @@ def finetune_rows() -> list[tuple[str, Row, dict]]:
     rows = {(row.name, row.percent): row for row in quality_rows()}
     joint = rows["joint", 50]
     main = lambda percent: [(name, rows[name, percent], {}) for name in ("static pruning, refit", "paper", "joint")]
+
+    def switched(what, name, on):  # off, if the recipe has it on
+        value = getattr(s, name)
+        return (f"joint, no {what}", joint, {name: 0.0}) if value else (f"joint, with {what}", joint, {name: on})
+
     ablations = [
-        ("joint, no balancing", joint, {"bias_step": 0.0}),
+        switched("balancing", "bias_step", 0.02),
+        switched("gate scales", "scale_rate", 1e-3),
+        switched("dropout", "dropout", 0.1),
         ("joint, router trained too", joint, {"router": True}),
         ("joint, in the paper's order", joint, {"distill": 0.0}),
         ("joint, router learned from nothing", joint._replace(layer=blank_router_layer), {"router": True}),
@@ -764,8 +772,9 @@ def finetune(args: argparse.Namespace):
     settings = {"model": args.model or Path(lm.WHEEL_MEMBER).name, "dtype": args.dtype, "device": args.device}
     settings |= {"text": Path(args.text).stem, "eval": Path(args.eval).stem, "eval_tokens": args.eval_tokens, **vars(s)}
     done = read_results(file, settings)
-    rows = [row for row in finetune_rows() if args.only is None or row[0] in args.only]
-    check_only(args.only, {name for name, _, _ in finetune_rows()})
+    rows = finetune_rows(s)
+    check_only(args.only, {name for name, _, _ in rows})
+    rows = [row for row in rows if args.only is None or row[0] in args.only]
     dense, tokenizer = lm.load_model(args.model, args.dtype, args.device)
     ids = lm.read_ids(dense, tokenizer, args.text, "train")
     window = min(2048, dense.config.max_position_embeddings)

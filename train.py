@@ -4,12 +4,14 @@
     python train.py --model DIR --out OTHER                      fine-tune a checkpoint that ffn2moe.py --out wrote on text
     python train.py --model DIR --teacher DENSE --out OTHER      let the dense model that it was made of teach it
 
-What is trained (section numbers are the paper's):
+What is trained:
 
 1. `LoRA` on all matrices of attention, experts and dense FFNs: W + (alpha / rank) B A, merged into W at the end.
-2. The **gate scale** u of each expert, which weighs its output by 1 + p u (`model.MoE.route`), with its own rate.
-3. The **selection bias** b, without gradient: after each step it moves by a small constant against experts that got more
-   than their share of the tokens (`balance`).
+2. With --scale-rate, the **gate scale** u of each expert, which weighs its output by 1 + p u (`model.MoE.route`).
+3. With --bias-step, the **selection bias** b, without gradient: after each step it moves by a small constant against experts
+   that got more than their share of the tokens (`balance`).
+
+The paper has 2 and 3. We found no gain in the one and some loss in the other; without them, what is written stays a Qwen2-MoE.
 
 The loss is that of the text (the paper's), or the divergence from a teacher, or both (`backward`). Training on text mostly
 teaches the text, to a dense model as well. So an order other than the paper's does better: fine-tune the dense model, convert it,
@@ -49,15 +51,15 @@ SETTINGS = {
     "distill": (1.0, "share of the loss that is the divergence from the teacher, if there is one; the rest is that of the text"),
     "accumulate": (1, "batches per step"),
     "rate": (1e-3, "learning rate of LoRA, or of all weights"),
-    "scale_rate": (1e-3, "learning rate of the gate scale u"),
+    "scale_rate": (0.0, "learning rate of the gate scale u; the paper's is 1e-3"),
     "router_rate": (1e-2, "learning rate of a router that is trained, over the root mean square of its weights"),
-    "bias_step": (0.02, "by which the selection bias b moves after a step, in standard deviations of p; 0: no balancing"),
+    "bias_step": (0.0, "by which the selection bias b moves after a step, in standard deviations of p; 0.02 balances"),
     "warmup": (0.05, "share of the steps in which the rates rise"),
     "schedule": ("cosine", "of the rates after that: cosine, to a tenth, or constant"),
     "clip": (1.0, "norm that gradients are cut down to"),
     "rank": (8, "of LoRA"),
     "alpha": (32.0, "of LoRA, whose product is scaled by alpha / rank"),
-    "dropout": (0.1, "of LoRA"),
+    "dropout": (0.0, "of LoRA; the paper's is 0.1"),
     "router": (False, "train the router too"),
     "full": (False, "train all weights, without LoRA"),
     "checkpointing": (False, "compute activations again in the backward pass rather than keep them"),

@@ -223,7 +223,7 @@ def test_finetune_rows(tokenizer, text, tmp_path, capsys):
     raw = LLAMA | {"num_hidden_layers": 5}  # of which the joint method leaves 3 alone
     checkpoint, file = write_checkpoint(tmp_path / "five", random_model(raw), tokenizer, raw), tmp_path / "finetune.json"
     argv = ["finetune", "--model", str(checkpoint), "--text", str(text), "--eval", str(text), "--dtype", "float32", "--json", str(file)]
-    argv += ["--samples", "80", "--length", "32", "--rate", "0.01", "--distill", "0.2", "--eval-tokens", "512"]
+    argv += ["--samples", "80", "--length", "32", "--rate", "0.01", "--distill", "0.2", "--bias-step", "0.02", "--eval-tokens", "512"]
     argv += ["--only", "dense", "joint", "joint, no balancing", "joint, in the paper's order", "joint, router learned from nothing"]
     assert bench.main(argv) == 0
     rows = {(r["key"]["name"], r["key"]["percent"]): r for r in json.loads(file.read_text())["rows"]}

@@ -13,7 +13,7 @@ import model as lm
 import train
 from model import InputError
 
-SMALL = {"samples": 24, "length": 16, "batch": 4, "rate": 1e-2, "rank": 2, "alpha": 4.0, "dropout": 0.1, "bias_step": 0.02}
+SMALL = {"samples": 24, "length": 16, "batch": 4, "rate": 1e-2, "rank": 2, "alpha": 4.0, "dropout": 0.1, "scale_rate": 1e-3, "bias_step": 0.02}
 
 
 def moe_model(dtype=torch.float32, seed=0) -> lm.Decoder:
