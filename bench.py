@@ -1054,9 +1054,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = command("finetune", "perplexity before and after the fine-tune of train.py, the dense model's too",
                   "model eval eval-tokens only dtype device seed", eval_tokens={"default": 0})  # fmt: skip
     add("--text", default="manual", help=f"for calibration and fine-tuning: {text} (%(default)s)")
-    for name in RECIPE:
-        default, what = train.SETTINGS[name]
-        add("--" + name.replace("_", "-"), type=type(default), default=default, help=f"{what} (%(default)s)")
+    train.add_settings(add, RECIPE)
     add("--json", default="finetune.json", metavar="FILE", help="raw results; a table beside it (%(default)s)")
 
     add = command("levels", "a conversion of a conversion, beside one in one level",

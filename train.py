@@ -28,6 +28,7 @@ import math
 import os
 import pickle
 import sys
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -358,6 +359,14 @@ def load_state(file: Path, run: dict, optimizer: torch.optim.Optimizer, tensors:
 # The command line
 
 
+def add_settings(add: Callable, names: Iterable[str]):
+    """A flag for each of these settings; bench.py has some of them."""
+    for name in names:
+        default, what = SETTINGS[name]
+        flag = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
+        add("--" + name.replace("_", "-"), **flag, help=what if default is False else f"{what} ({default})")
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Fine-tune a checkpoint that ffn2moe.py wrote, and compare perplexity before and after. Without "
@@ -377,9 +386,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of frozen weights and products; bfloat16 is faster where the hardware has it (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(here: %(default)s)")
     add("--json", metavar="FILE", help="write results and settings")
-    for name, (default, what) in SETTINGS.items():
-        flag = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
-        add("--" + name.replace("_", "-"), **flag, help=what if default is False else f"{what} ({default})")
+    add_settings(add, SETTINGS)
     return parser.parse_args(argv)
 
 

@@ -13,6 +13,7 @@ from test_method import random_ffn
 import bench
 import ffn2moe
 import model as lm
+import train
 from model import Split
 
 SPLIT = Split.parse("S2A2E8")  # of 48 neurons, 24 run
@@ -241,6 +242,12 @@ def test_finetune_rows(tokenizer, text, tmp_path, capsys):
     before = file.read_text()
     assert bench.main(argv) == 0 and file.read_text() == before  # nothing is done again
     assert f"{joint['after'] / rows['dense', 100]['after']:.2f}" in capsys.readouterr().out
+
+
+def test_an_ablation_switches_what_the_recipe_has():
+    for step, name, changed in ((0.0, "joint, with balancing", {"bias_step": 0.02}), (0.1, "joint, no balancing", {"bias_step": 0.0})):
+        rows = {row[0]: row[2] for row in bench.finetune_rows(train.settings(bias_step=step))}
+        assert rows[name] == changed and len([other for other in rows if "balancing" in other]) == 1
 
 
 def test_levels(checkpoint, text, tmp_path, capsys, monkeypatch):

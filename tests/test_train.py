@@ -16,6 +16,10 @@ from model import InputError
 SMALL = {"samples": 24, "length": 16, "batch": 4, "rate": 1e-2, "rank": 2, "alpha": 4.0, "dropout": 0.1, "scale_rate": 1e-3, "bias_step": 0.02}
 
 
+def as_flags(settings: dict) -> list[str]:
+    return [part for name, value in settings.items() for part in ("--" + name.replace("_", "-"), str(value))]
+
+
 def moe_model(dtype=torch.float32, seed=0) -> lm.Decoder:
     ids = torch.randint(300, (512,), generator=torch.Generator().manual_seed(seed))
     return ffn2moe.convert(random_model(LLAMA, seed, dtype), ids, "S1A2E8", first_dense=1, window=128)
@@ -226,8 +230,7 @@ def test_command_line(checkpoint, text, tmp_path, capsys):
     assert ffn2moe.main(argv) == 0
     argv = ["--model", str(moe), "--text", str(text), "--eval", str(text), "--eval-tokens", "256", "--dtype", "float32", "--out", str(out)]
     argv += ["--json", str(result)]
-    for name, value in (SMALL | {"samples": 200}).items():
-        argv += ["--" + name.replace("_", "-"), str(value)]
+    argv += as_flags(SMALL | {"samples": 200})
     assert train.main(argv) == 0
     found = json.loads(result.read_text())
     assert found["perplexity"]["after"] < 0.9 * found["perplexity"]["before"] and len(found["log"]["loss"]) == 50
@@ -254,8 +257,7 @@ def test_the_default_job(checkpoint, text, tmp_path, monkeypatch, capsys):
     load = lm.load_model
     monkeypatch.setattr(lm, "load_model", lambda source, *rest: load(source or checkpoint, *rest))
     argv = ["--text", str(text), "--eval", str(text), "--eval-tokens", "256", "--format", "native", "--save-every", "1"]
-    for name, value in (SMALL | {"samples": 40}).items():
-        argv += ["--" + name.replace("_", "-"), str(value)]
+    argv += as_flags(SMALL | {"samples": 40})
     assert train.main([*argv, "--out", str(tmp_path / "whole"), "--json", str(tmp_path / "result.json")]) == 0
     printed = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("perplexity")]
     found = json.loads((tmp_path / "result.json").read_text())["perplexity"]
@@ -276,8 +278,7 @@ def test_a_standard_checkpoint_stays_one_where_it_can(tmp_path, tokenizer, text,
     model = moe_model()
     lm.save_model(lm.standard_form(model), tokenizer, tmp_path / "moe")
     argv = ["--model", str(tmp_path / "moe"), "--text", str(text), "--eval", str(text), "--eval-tokens", "256", "--dtype", "float32"]
-    for name, value in SMALL.items():
-        argv += ["--" + name.replace("_", "-"), str(value)]
+    argv += as_flags(SMALL)
     plain = ["--scale-rate", "0", "--bias-step", "0"]
     for out, flags, kind in (("a", plain, "qwen2_moe"), ("b", [], "ffn2moe"), ("c", [*plain, "--format", "native"], "ffn2moe")):
         assert train.main([*argv, *flags, "--out", str(tmp_path / out), "--json", str(tmp_path / "result.json")]) == 0
