@@ -850,13 +850,13 @@ def ffn_levels(levels: list[str], like: Tensor, turns: int, hidden_size=2048, in
 def levels(args: argparse.Namespace):
     """A model that was converted, one whose experts were converted again, and one that is as sparse in one level."""
     chosen = {"one level": args.levels[:1], "two levels": args.levels, "one level, as sparse": [args.flat]}
-    models, results = {"dense": lm.load_model(args.model, args.dtype, args.device)[0]}, []
-    like = models["dense"].embed_tokens.weight[:0]
+    dense, tokenizer = lm.load_model(args.model, args.dtype, args.device)
+    like, window = dense.embed_tokens.weight[:0], min(2048, dense.config.max_position_embeddings)
+    calib, text = (lm.read_ids(dense, tokenizer, *source) for source in ((args.calib, "train"), (args.eval, "test")))
+    calib = ffn2moe.draw(lm.cut_windows(calib, window), 32, args.seed)
+    models, results = {"dense": dense}, []
     for name, splits in chosen.items():
-        models[name], tokenizer = lm.load_model(args.model, args.dtype, args.device)
-        window = min(2048, models[name].config.max_position_embeddings)
-        calib, text = (lm.read_ids(models[name], tokenizer, *source) for source in ((args.calib, "train"), (args.eval, "test")))
-        calib = ffn2moe.draw(lm.cut_windows(calib, window), 32, args.seed)
+        models[name] = copy.deepcopy(dense)
         for split in splits:
             bar = partial(tqdm, desc=f"{name}, {split}: convert", unit="layer")
             ffn2moe.convert(models[name], calib, split, first_dense=args.first_dense, progress=bar)

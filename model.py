@@ -485,7 +485,7 @@ class MoE(nn.Module):
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, D] -> the chosen experts [T, A] and their weights [T, A]."""
-        p = self.scores(x).softmax(dim=-1, dtype=torch.float32)
+        p = kernels.widened(self.scores(x)).softmax(dim=-1)
         chosen = (p + self.router_bias).topk(self.spec.active, dim=-1).indices  # [T, A]
         weights = 1 + (p * self.router_scale).gather(-1, chosen)
         if self.spec.weights != "one":
@@ -1185,7 +1185,7 @@ def check_standard(c: Config, trained: bool = False):
     if any(moe.router == "neurons" for moe in moes):
         why = "the paper's router is not a linear one (that of --method joint is)"
     elif trained:
-        why = "gate scales or selection biases were trained (--scale-rate 0 --bias-step 0 trains without them)"
+        why = "gate scales or selection biases were trained (by --scale-rate, --bias-step)"
     elif not moes or any(moe.split is None or moe.gated or moe != moes[0] for moe in moes):
         why = "it is a mixture in two levels, or was no dense model at first"
     elif c.qk_norm or c.o_bias or c.head_dim * c.num_heads != c.hidden_size or c.rope_scaling.get("rope_type") == "divisors":

@@ -11,7 +11,8 @@ What is trained:
 3. With --bias-step, the **selection bias** b, without gradient: after each step it moves by a small constant against experts
    that got more than their share of the tokens (`balance`).
 
-The paper has 2 and 3. We found no gain in the one and some loss in the other; without them, what is written stays a Qwen2-MoE.
+The paper has 2 and 3. Here balancing costs perplexity (README), and gate scales gained nothing in trials on held-back text;
+without them, what is written stays a Qwen2-MoE.
 
 The loss is that of the text (the paper's), or the divergence from a teacher, or both (`backward`). Training on text mostly
 teaches the text, to a dense model as well. So an order other than the paper's does better: fine-tune the dense model, convert it,
@@ -42,6 +43,7 @@ from tqdm import tqdm
 
 import ffn2moe
 import model as lm
+from kernels import widened
 from model import InputError, MoE
 
 # Settings, each a flag of the command line
@@ -53,8 +55,8 @@ SETTINGS = {
     "accumulate": (1, "batches per step"),
     "rate": (1e-3, "learning rate of LoRA, or of all weights"),
     "scale_rate": (0.0, "learning rate of the gate scale u; the paper's is 1e-3"),
-    "router_rate": (1e-2, "learning rate of a router that is trained, over the root mean square of its weights"),
-    "bias_step": (0.0, "by which the selection bias b moves after a step, in standard deviations of p; 0.02 balances"),
+    "router_rate": (1e-2, "learning rate of a router that is trained (--router, --full), over the root mean square of its weights"),
+    "bias_step": (0.0, "by which the selection bias b moves after a step, in standard deviations of p; 0, or e.g. 0.02"),
     "warmup": (0.05, "share of the steps in which the rates rise"),
     "schedule": ("cosine", "of the rates after that: cosine, to a tenth, or constant"),
     "clip": (1.0, "norm that gradients are cut down to"),
@@ -66,6 +68,7 @@ SETTINGS = {
     "checkpointing": (False, "compute activations again in the backward pass rather than keep them"),
     "seed": (0, "of the order of the samples, of LoRA and of dropout"),
 }
+RATES = ("rate", "scale_rate", "router_rate")
 
 
 def settings(**changes) -> SimpleNamespace:
@@ -80,8 +83,8 @@ class LoRA(nn.Module):
     """W -> W + (alpha / rank) B A: W [..., n, d], A [..., rank, d], B [..., n, rank], zero at first.
 
     Gate and up lie in one W and have an A and a B each (`parts` = 2). W + ... is made anew for each batch, so that all else
-    works as ever; its gradient is as large as W, which costs the time but not the memory of training W. Dropout falls on A,
-    anew for each batch, rather than on the input of each token.
+    works as ever; that costs the time of training W and a second copy of it, but no optimizer state. Dropout falls on A, anew for
+    each batch, rather than on the input of each token.
     """
 
     def __init__(self, weight: Tensor, parts: int, s: SimpleNamespace):
@@ -129,7 +132,7 @@ def prepare(model: lm.Decoder, s: SimpleNamespace) -> list[dict]:
         elif name in ("gate_up_proj", "down_proj") or (isinstance(module, lm.Linear) and name == "weight"):
             parametrize.register_parametrization(module, name, LoRA(weight, 2 if name == "gate_up_proj" else 1, s))
             masters += module.parametrizations[name][0].parameters()
-    scales = [moe.router_scale.requires_grad_() for moe in moes_of(model)]
+    scales = [moe.router_scale.requires_grad_() for moe in moes_of(model)] if s.scale_rate else []
     return [{"params": masters, "lr": s.rate}, {"params": scales, "lr": s.scale_rate}, *routers]
 
 
@@ -165,7 +168,7 @@ class Load:
     def __call__(self, moe, inputs):  # a forward pre-hook; with checkpointing it counts twice, which changes no ratio
         x, R = inputs[0].flatten(0, -2), len(self.counts)
         self.counts += moe.route(x)[0].flatten().bincount(minlength=R)
-        p = moe.scores(x).softmax(dim=-1, dtype=torch.float32)
+        p = widened(moe.scores(x)).softmax(dim=-1)
         self.squares += (p - 1 / R).square().mean(dim=-1).sum()
         self.tokens += len(x)
 
@@ -179,18 +182,18 @@ def balance(loads: dict[MoE, Load], step: float) -> float:
     """b_e -= step for experts with more tokens than the mean, += step for those with fewer; counts start again.
 
     The step is in standard deviations of p, since those of a router may be far apart or close together (the paper's is 1e-3).
-    Returns the largest load over the mean load, averaged over layers: 1 is perfect balance.
+    Returns the largest load over the mean load, averaged over layers: 1 is perfect balance, 0 that there are no experts.
     """
-    imbalance = 0.0
+    imbalance = []
     for moe, load in loads.items():
         counts = load.counts
         if not load.tokens:  # an expert's own router, and no token came
             continue
         moe.router_bias -= step * load.deviation() * (counts - counts.mean()).sign()
-        imbalance += (counts.max() / counts.mean()).item() / len(loads)
+        imbalance.append((counts.max() / counts.mean()).item())
         counts.zero_()
         load.tokens, load.squares = 0, 0.0
-    return imbalance
+    return sum(imbalance) / max(1, len(imbalance))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,7 +222,7 @@ def backward(model: lm.Decoder, ids: Tensor, scale: float = 1.0, teacher: lm.Dec
 
         (1 - share) * -log p(token) + share * KL(p_teacher || p),    without a teacher -log p(token).
 
-    Logits are made in blocks of tokens, with a backward pass each: all of them would be larger than everything else together.
+    Logits are made in blocks of tokens, with a backward pass each, since they are many: [B * T, vocab_size].
     """
     share = share if teacher else 0.0
     x, targets = model.hidden_states(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
@@ -227,11 +230,11 @@ def backward(model: lm.Decoder, ids: Tensor, scale: float = 1.0, teacher: lm.Dec
         theirs = teacher.hidden_states(ids)[:, :-1].flatten(0, 1) if teacher else x
     blocks, total = [block.detach().requires_grad_() for block in x.split(128)], 0.0
     for block, target, their in zip(blocks, targets.split(128), theirs.split(128)):
-        logp = model.logits(block).float().log_softmax(dim=-1)  # [t, vocab_size]
+        logp = widened(model.logits(block)).log_softmax(dim=-1)  # [t, vocab_size]
         loss = (1 - share) * F.nll_loss(logp, target, reduction="sum")
         if teacher:
             with torch.no_grad():
-                wanted = teacher.logits(their).float().log_softmax(dim=-1)
+                wanted = widened(teacher.logits(their)).log_softmax(dim=-1)
             loss = loss + share * F.kl_div(logp, wanted, reduction="sum", log_target=True)
         loss = loss * scale / len(targets)
         loss.backward()
@@ -252,8 +255,10 @@ def plan(model: lm.Decoder, ids: Tensor, s: SimpleNamespace) -> tuple[Tensor, in
 
 def fingerprint(model: lm.Decoder, ids: Tensor) -> str:
     """Of a model and a text, to tell whether a saved state is of the same run."""
-    sums = [t.sum(dtype=torch.float64).item() for t in model.state_dict().values()]
-    return hashlib.sha256(repr((sums, model.embed_tokens.weight.dtype, ids.tolist())).encode()).hexdigest()
+    sha = hashlib.sha256(repr(model.embed_tokens.weight.dtype).encode())
+    for t in (ids, *model.state_dict().values()):
+        sha.update(t.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def finetune(
@@ -267,9 +272,10 @@ def finetune(
 ) -> dict:
     """Fine-tune the model on token ids [N], in place -> {"loss": of each step, "imbalance": max / mean load of each step}.
 
-    With a state_file, the state is saved every `save_every` steps, and a run can go on from it to the same weights. What is
-    saved is the state before a step, once its loss is known to be finite. Raises InputError if a loss is not. However it
-    ends, the model is an ordinary one again. teacher: the dense model, for the share s.distill of the loss.
+    With a state_file, the state is saved every `save_every` steps, and a run can go on from it: to the same weights, on the
+    same machine (a GPU may add up in another order). What is saved is the state before a step, once its loss is known to be
+    finite. Raises InputError if a loss is not; the run can then go on from that state with other RATES. However it ends, the
+    model is an ordinary one again. teacher: the dense model, for the share s.distill of the loss.
     """
     windows, per_step, steps = plan(model, ids, s)
     teacher = teacher if s.distill else None
@@ -298,7 +304,8 @@ def finetune(
                 total += backward(model, windows[batch], 1 / s.accumulate, teacher, s.distill)
             norm = nn.utils.clip_grad_norm_(trained, s.clip).item()
             if not math.isfinite(total) or not math.isfinite(norm):
-                raise InputError(f"step {step}: the loss is {total}, its gradient {norm}; the learning rate may be too high")
+                last = f"; --resume with a smaller --rate goes on from {state_file}" if state_file and state_file.exists() else ""
+                raise InputError(f"step {step}: the loss is {total}, its gradient {norm}; the learning rate may be too high{last}")
             if state_file and step > start and step % save_every == 0:
                 save_state(state_file, run, step, log, optimizer, tensors, random)
             optimizer.step()
@@ -306,7 +313,8 @@ def finetune(
             log["loss"].append(total)
             log["imbalance"].append(balance(loads, s.bias_step))
             speed = s.length * per_step * (bar.format_dict["rate"] or 0)
-            bar.set_postfix_str(f"loss {total:.3f}, {speed:.0f} tokens/s, load max/mean {log['imbalance'][-1]:.2f}")
+            load = f", load max/mean {log['imbalance'][-1]:.2f}" if loads else ""
+            bar.set_postfix_str(f"loss {total:.3f}, {speed:.0f} tokens/s{load}")
         if state_file:
             save_state(state_file, run, steps, log, optimizer, tensors, random_state())
     finally:
@@ -329,18 +337,28 @@ def save_state(file: Path, run: dict, step: int, log: dict, optimizer: torch.opt
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
-        torch.save(state, scratch)
+        with open(scratch, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(scratch, file)
-    except (OSError, RuntimeError) as error:  # the latter from PyTorch, if the disk is full
+    except BaseException as error:
         scratch.unlink(missing_ok=True)
-        raise InputError(f"could not write {file}: {lm.first_line(error)}") from None
+        if isinstance(error, (OSError, RuntimeError)):  # the latter from PyTorch, if the disk is full
+            raise InputError(f"could not write {file}: {lm.first_line(error)}") from None
+        raise
+
+
+def what_stays(run: dict) -> tuple:
+    """Of a run, when it is resumed: all but the learning rates."""
+    return {name: value for name, value in run["settings"].items() if name not in RATES}, run["of"]
 
 
 def load_state(file: Path, run: dict, optimizer: torch.optim.Optimizer, tensors: list[Tensor]) -> tuple[int, dict]:
     """-> the step to go on with, and the log so far."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        same = all(state[key] == run[key] for key in run)
+        same = what_stays(state) == what_stays(run)
         if same:
             for tensor, saved in zip(tensors, state["tensors"], strict=True):
                 tensor.data.copy_(saved)
@@ -394,8 +412,14 @@ def run(args: argparse.Namespace):
     s = settings(**{name: getattr(args, name) for name in SETTINGS})
     if min(s.samples, s.length - 1, s.batch, s.accumulate, s.rank, args.save_every) < 1:
         raise InputError("--samples, --batch, --accumulate, --rank and --save-every must be at least 1, --length at least 2")
-    if s.schedule not in ("cosine", "constant") or not 0 <= s.distill <= 1:
-        raise InputError("--schedule must be cosine or constant, --distill from 0 to 1")
+    if s.schedule not in ("cosine", "constant") or not (0 <= s.distill <= 1 and 0 <= s.warmup <= 1 and 0 <= s.dropout < 1):
+        raise InputError("--schedule must be cosine or constant, --distill and --warmup from 0 to 1, --dropout below 1")
+    if min(s.rate, s.scale_rate, s.router_rate, s.bias_step, args.eval_tokens) < 0 or s.clip <= 0:
+        raise InputError("rates, --bias-step and --eval-tokens must be at least 0, --clip more")
+    if args.json:
+        lm.check_writable(args.json)
+    if args.text == args.eval and Path(args.text).exists():
+        print("warning: training and evaluating on the same file", file=sys.stderr)
     out = Path(args.out).absolute()
     state = out.with_name(f"{out.name}.state")
     lm.check_output(out, args.force)
@@ -405,7 +429,9 @@ def run(args: argparse.Namespace):
         raise InputError(f"{state} is of a run that was cut off: --resume goes on with it, --force starts over")
     model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
     if args.format == "standard" and (s.scale_rate or s.bias_step) and (args.model is None or moes_of(model)):
-        raise InputError("--format standard has no place for gate scales and selection biases: add --scale-rate 0 --bias-step 0")
+        raise InputError("--format standard has no place for gate scales and selection biases: leave out --scale-rate and --bias-step")
+    if args.format == "standard" and args.model:
+        lm.standard_form(model)  # or refuse
     window = min(2048, model.config.max_position_embeddings)
     ids, eval_ids = (lm.read_ids(model, tokenizer, text, split) for text, split in ((args.text, "train"), (args.eval, "test")))
     eval_ids = lm.cut_windows(eval_ids[: args.eval_tokens or None], window).flatten()
@@ -420,15 +446,15 @@ def run(args: argparse.Namespace):
             raise InputError("--teacher has another vocabulary than the model")
     if args.model is None:
         result["dense"] = measure("dense")
-        teacher = teacher or copy.deepcopy(model)
+        teacher = teacher or (copy.deepcopy(model) if s.distill else None)
         calib = ffn2moe.draw(lm.cut_windows(ids, window), ffn2moe.METHODS["joint"].calib_tokens // window, s.seed)
         ffn2moe.convert(model, calib, progress=partial(tqdm, desc="converting", unit="layer"))
     result["before"] = measure("before")
     log = finetune(model, ids, s, state, args.save_every, args.resume, teacher)
     model = lm.in_format(model, args.format)
     lm.save_model(model, tokenizer, out, args.force)
-    state.unlink(missing_ok=True)
     result["after"] = measure("after")
+    state.unlink(missing_ok=True)
     print()
     for name, value in result.items():
         print(f"perplexity {name:<20}{value:>10.2f}")
