@@ -1052,7 +1052,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--plot", metavar="FILE", help="draw speedup against active share, a PNG")
 
     add = command("finetune", "perplexity before and after the fine-tune of train.py, the dense model's too",
-                  "model eval eval-tokens only dtype device seed", eval_tokens={"default": 0})  # fmt: skip
+                  "model eval eval-tokens only dtype device seed", eval_tokens={"default": 0},
+                  only={"help": "only the rows of these names (the dense model learns first in any case)"},
+                  seed={"help": "of the calibration windows, and of train.py (%(default)s)"})  # fmt: skip
     add("--text", default="manual", help=f"for calibration and fine-tuning: {text} (%(default)s)")
     train.add_settings(add, RECIPE)
     add("--json", default="finetune.json", metavar="FILE", help="raw results; a table beside it (%(default)s)")
