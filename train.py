@@ -68,7 +68,7 @@ SETTINGS = {
     "checkpointing": (False, "compute activations again in the backward pass rather than keep them"),
     "seed": (0, "of the order of the samples, of LoRA and of dropout"),
 }
-RATES = ("rate", "scale_rate", "router_rate")
+RATES = ("rate", "scale_rate", "router_rate")  # which a run that is resumed may change
 
 
 def settings(**changes) -> SimpleNamespace:
@@ -453,8 +453,8 @@ def run(args: argparse.Namespace):
     log = finetune(model, ids, s, state, args.save_every, args.resume, teacher)
     model = lm.in_format(model, args.format)
     lm.save_model(model, tokenizer, out, args.force)
-    result["after"] = measure("after")
     state.unlink(missing_ok=True)
+    result["after"] = measure("after")
     print()
     for name, value in result.items():
         print(f"perplexity {name:<20}{value:>10.2f}")
