@@ -770,11 +770,9 @@ def check_args(args: argparse.Namespace):
         Split.parse(args.experts)
     if args.out:
         lm.check_output(args.out, args.force)
-    for path, kind in ((args.json, Path.is_file), (args.plot, Path.is_dir)):
+    for path, is_kind in ((args.json, Path.is_file), (args.plot, Path.is_dir)):
         if path:
-            lm.check_writable(path)
-            if Path(path).exists() and not kind(Path(path)):
-                raise InputError(f"cannot write {path}: it exists and is of another kind")
+            lm.check_writable(path, is_kind)
     if args.calib == args.eval and Path(args.calib).exists():
         print("warning: calibrating and evaluating on the same file", file=sys.stderr)
 

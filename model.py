@@ -1150,8 +1150,10 @@ def gguf_tokenizer(path: Path, meta: dict) -> Tokenizer:
 # --- Saving
 
 
-def check_writable(path: str | Path):
-    """Refuse a file or directory that could not be created, before any work is done for it."""
+def check_writable(path: str | Path, is_kind: Callable[[Path], bool] = Path.is_file):
+    """Refuse a file (or directory: Path.is_dir) that could not be written, before any work is done for it."""
+    if Path(path).exists() and not is_kind(Path(path)):
+        raise InputError(f"cannot write {path}: it exists and is of another kind")
     above = next(p for p in Path(path).absolute().parents if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise InputError(f"cannot write {path}: {above} is not a directory that can be written to")

@@ -65,7 +65,8 @@ def test_gradients_are_exact(method):
     """Of an MoE by its input, its router, its scales and the LoRA of its experts, against finite differences in float64."""
     moe = moe_model(torch.float64, method=method).layers[1].mlp
     moe.router_scale.data.normal_()
-    names = ["down_proj", "gate_up_proj", "router_scale", *(name for name, _ in moe.named_parameters() if name in ("router_weight", "router_gate", "router_up"))]
+    router = [name for name, _ in moe.named_parameters() if name.startswith("router_") and name != "router_bias"]
+    names = ["down_proj", "gate_up_proj", *router]
     loras = [train.LoRA(getattr(moe, name), parts, train.settings(rank=2)).double() for name, parts in (("down_proj", 1), ("gate_up_proj", 2))]
     for lora in loras:
         torch.nn.init.normal_(lora.b, std=0.1)
@@ -271,6 +272,7 @@ def test_command_line(checkpoint, text, tmp_path, capsys):
     assert train.main([*argv, "--out", str(tmp_path / "fresh"), "--resume"]) == 2 and "cannot be resumed" in capsys.readouterr().err
     for flags in (["--schedule", "linear"], ["--warmup", "100"], ["--dropout", "1"], ["--rate", "-1"], ["--clip", "0"]):
         assert train.main([*argv, "--force", *flags]) == 2
+    assert train.main([*argv, "--force", "--json", str(tmp_path)]) == 2 and "of another kind" in capsys.readouterr().err
     for flags, message in ((["--samples", "2"], "too few"), (["--length", "9999"], "more than the"), (["--length", "100"], "less than one window")):
         short = ["--text", str(tmp_path / "short.txt")]
         (tmp_path / "short.txt").write_text("a few words")
