@@ -598,7 +598,7 @@ def model_speed(models: dict[str, lm.Decoder], what: str, ids: Tensor, turns: in
             cache = model.new_cache(len(ids), 2 * half)
             model(ids[:, :half], cache)
             functions[name] = partial(decode, model, cache)
-            if len(ids) <= kernels.FEW and kernels.can_compile(like.device.type):
+            if len(ids) <= kernels.FEW_TOKENS and kernels.can_compile(like.device.type):
                 functions[f"{name}, compiled"] = partial(decode, model, cache, True)
                 decode(model, cache, True)  # the first tokens take as long as compiling does
     times = faster(interleave(functions, like.device.type, turns))

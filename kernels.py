@@ -1,32 +1,31 @@
 """How an FFN and the routed experts of an MoE layer run fast.
 
-An FFN is F(x) = W_down (silu(W_gate x) * (W_up x)). W_gate and W_up lie above each other in one matrix, so that one
-product makes both (`ffn`, `swiglu`, `linear`). An MoE layer adds to the output y of its shared expert, for each token t
-and each of the A experts e that the token chose,
+An FFN is F(x) = W_down (silu(W_gate x) * (W_up x)). W_gate and W_up lie above each other in one
+matrix, so that one product makes both. An MoE layer adds to the output y of its shared expert, for
+each token t and each of the A experts e that the token chose,
 
     y_t += weight[t, e] F_e(x_t).
 
 The functions below all compute that, and `moe` at the end picks one of them:
 
-1. `moe_reference`   the definition: every expert runs on every token, and a mask. The others are tested against it.
-2. `moe_grouped`     tokens sorted by expert, so that each expert is a product over the rows of the tokens that chose it.
-                     For training: autograd sees through it.
-3. `moe_cpu`         the same for inference on a CPU, with an eye on memory.
-4. `moe_compiled`    a few tokens: what counts is how few weights are read and how few operations are started. torch.compile
-                     makes a few loops of all of it.
-   `moe_decode`      one token on a CPU, without torch.compile.
-5. `moe_triton`      the products of all experts as two Triton kernels, for CUDA.
+1. `moe_reference`   The definition: every expert runs on every token. The others are tested against it.
+2. `moe_grouped`     Many tokens: each expert runs once, on the rows of the tokens that chose it.
+3. `moe_few_tokens`  A few tokens under torch.compile: the weights of each choice are read once.
+   `moe_one_token`   One token on a CPU, without torch.compile.
+4. `moe_triton`      The products of all experts as two Triton kernels, for CUDA.
 
-Shapes in comments: T tokens, D hidden_size, R routed experts of m neurons, A of them active per token. All take
+Shapes in comments: T tokens, D hidden_size, R routed experts of m neurons, A of them active per
+token. All take
 
-    y [T, D], x [T, D], gate_up [R, 2m, D], down [R, D, m], chosen [T, A] (expert numbers), weights [T, A]
+    y [T, D], x [T, D], gate_up [R, 2m, D], down [R, D, m], chosen [T, A], weights [T, A]
 
-and return y [T, D], which they may change in place.
+(chosen: numbers of experts) and return y [T, D], which they may change in place.
 """
 
 import functools
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -41,7 +40,9 @@ except ImportError:
     triton = None
 
 
-FEW = 8  # rows of x: up to so many, a product takes as long as reading the weights
+FEW_TOKENS = 8  # up to so many, a product takes as long as reading its weights
+SCRATCH_BYTES = 24 * 2**20  # glibc maps larger buffers anew each time: page faults cost more than arithmetic
+SETTINGS_LOCK = threading.RLock()  # held while a setting of the whole process is changed
 
 
 def widened(x: Tensor) -> Tensor:
@@ -50,32 +51,45 @@ def widened(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """W x + b, as F.linear: x [..., D], weight [N, D] -> [..., N].
+    """W x + b, as F.linear: x [..., D], weight [N, D] -> [..., N]."""
+    rows = x.numel() // weight.shape[1]
+    if torch.compiler.is_compiling() and rows == 1:
+        # torch.compile makes one fast loop of a sum
+        y = (weight * widened(x.reshape(-1))).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+    if x.is_cpu and 0 < rows <= FEW_TOKENS:
+        return few_rows_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
 
-    For a few rows, the time is what it takes to read W from memory, and there F.linear leaves a CPU idle. In float32 it
-    reads with one core (MKL): cut into slices, W is a batch of products, which all cores share. In bfloat16 and for one
-    row, oneDNN reads about half as fast as PyTorch's own product. A sum is what torch.compile makes a fast loop of.
+
+def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same for a few rows on a CPU, where the time is that of reading W from memory.
+
+    F.linear leaves the CPU idle there. In float32, MKL reads with one core: cut into 8 slices, W is
+    a batch of products, which all cores share. In bfloat16 and for one row, oneDNN reads half as
+    fast as PyTorch's own product.
     """
     n, d = weight.shape
-    if torch.compiler.is_compiling() and x.numel() == d:
-        y = (weight * widened(x.reshape(d))).sum(-1).to(x.dtype).view(*x.shape[:-1], n)
+    one_row = x.numel() == d
+    if x.dtype == torch.float32 and n % 8 == 0:
+        y = torch.bmm(weight.view(8, -1, d), x.reshape(-1, d).T.expand(8, d, -1))  # [8, N / 8, rows]
+        if not one_row:
+            y = y.view(n, -1).T.contiguous()
+        y = y.view(*x.shape[:-1], n)
         return y if bias is None else y + bias
-    if x.is_cpu and 0 < x.numel() <= FEW * d:
-        if x.dtype == torch.float32 and n % 8 == 0:
-            y = torch.bmm(weight.view(8, -1, d), x.reshape(-1, d).T.expand(8, d, -1))  # [8, N / 8, rows]
-            y = (y if x.numel() == d else y.view(n, -1).T.contiguous()).view(*x.shape[:-1], n)
-            return y if bias is None else y + bias
-        if x.dtype == torch.bfloat16 and x.numel() == d and torch.backends.mkldnn.enabled:
+    if x.dtype == torch.bfloat16 and one_row and not torch.compiler.is_compiling():
+        with SETTINGS_LOCK:
+            before = torch.backends.mkldnn.enabled
             torch.backends.mkldnn.enabled = False
             try:
                 return F.linear(x, weight, bias)
             finally:
-                torch.backends.mkldnn.enabled = True
+                torch.backends.mkldnn.enabled = before
     return F.linear(x, weight, bias)
 
 
 def swiglu(both: Tensor) -> Tensor:
-    """silu(gate) * up, of a product [T, 2m] that holds gate and up side by side and is not needed after -> [T, m]."""
+    """silu(gate) * up, of a product [T, 2m] that holds both and is not needed after -> [T, m]."""
     gate, up = both.chunk(2, dim=-1)
     if both.requires_grad or torch.compiler.is_compiling():
         return F.silu(gate) * up
@@ -86,27 +100,43 @@ def swiglu(both: Tensor) -> Tensor:
 
 @functools.cache
 def compiled_swiglu() -> Callable:
-    """`swiglu` of [T, 2m] in one pass over memory in place of two, where a compiler is at hand: triton, on CUDA. Made when it
-    is wanted: torch.compile takes seconds to import."""
-    return torch.compile(lambda both: F.silu(both.chunk(2, dim=-1)[0]) * both.chunk(2, dim=-1)[1], dynamic=True)
+    """`swiglu` of [T, 2m] in one pass over memory. Made when it is wanted: the import is slow."""
+
+    def fused(both):
+        gate, up = both.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    return torch.compile(fused, dynamic=True)
 
 
 def can_compile(device: str) -> bool:
-    """Whether torch.compile has the compiler that it needs: for CUDA triton, for the CPU one for C++."""
-    return triton is not None if device.startswith("cuda") else bool(shutil.which(os.environ.get("CXX", "g++")))
+    """Whether torch.compile has its compiler: for CUDA triton, for the CPU one for C++."""
+    if device.startswith("cuda"):
+        return triton is not None
+    return bool(shutil.which(os.environ.get("CXX", "g++")))
 
 
-def ffn(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """F(x): x [..., D], gate_up [2q, D], down [D, q] -> [..., D]."""
-    return linear(swiglu(linear(x, gate_up)), down)
+def ffn(x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor | None = None) -> Tensor:
+    """weight * F(x): x [..., D], gate_up [2q, D], down [D, q], weight [..., 1] -> [..., D]."""
+    rows = max(1024, SCRATCH_BYTES // (len(gate_up) * x.element_size()))
+    if x.is_cpu and x.numel() > rows * x.shape[-1] and not (x.requires_grad or gate_up.requires_grad):
+        weights = [None] * len(x) if weight is None else weight.flatten(0, -2).split(rows)
+        blocks = zip(x.flatten(0, -2).split(rows), weights)
+        return torch.cat([ffn(block, gate_up, down, w) for block, w in blocks]).view(x.shape)
+    h = swiglu(linear(x, gate_up))  # [..., q]
+    if weight is not None:
+        h = h * weight  # cheaper than after the product: an expert's q is smaller than D
+    return linear(h, down)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. The definition
 
 
-def moe_reference(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    per_expert = torch.zeros(len(x), len(down)).to(weights).scatter(1, chosen, weights)  # [T, R]: 0 where it does not run
+def moe_reference(
+    y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
+) -> Tensor:
+    per_expert = weights.new_zeros(len(x), len(down)).scatter(1, chosen, weights)  # [T, R]
     for e in range(len(down)):
         y = y + per_expert[:, e, None] * ffn(x, gate_up[e], down[e])
     return y
@@ -115,95 +145,85 @@ def moe_reference(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: T
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Many tokens
 #
-# A slot is one choice of one token: token t's a-th choice is slot t * A + a. Sorted by the expert that they chose, the
-# slots of an expert are consecutive, and its work is two plain matrix products on as many rows as it has slots.
+# The products take nearly all of the time; what can be saved is moving rows about. Each expert's
+# rows are copied just before it runs, and its output is added where it belongs while both are in
+# the cache. No buffer holds the output of all experts: above 32 MiB, glibc would map it anew for
+# each layer, and the page faults would cost as much as the products that fill it.
 
 
-def sort_by_expert(chosen: Tensor, num_routed: int) -> tuple[Tensor, Tensor]:
-    """chosen [T, A] -> the slots in the order of the experts that they chose [T * A], and how many each expert has [R]."""
-    flat = chosen.flatten()
-    counts = flat.new_zeros(num_routed).scatter_add_(0, flat, torch.ones_like(flat))  # on CUDA, bincount would wait
-    return flat.argsort(stable=True), counts
+def add_experts(
+    y: Tensor, x: Tensor, run: Callable, num_routed: int, chosen: Tensor, weights: Tensor, unit: int = 1
+) -> Tensor:
+    """y_t += run(e, x_t, weight[t, e]) for each token t and each expert e that it chose.
 
-
-def rows_by_expert(chosen: Tensor, num_routed: int, unit: int = 1) -> tuple[Tensor, list[int], Tensor]:
-    """The rows of x that the experts run on, one expert after another: chosen [T, A] -> the token of each row, the number
-    of rows of each expert (a list), and the row of each slot [T, A]. Numbers of rows are rounded up to a multiple of `unit`,
-    but for a few rows.
+    run(e, rows [n, D], weight [n, 1]) -> [n, D]. It may get rows that do not count, to round their
+    number up to a multiple of `unit`.
     """
-    slots, counts = sort_by_expert(chosen, num_routed)
-    padded = torch.where(counts > FEW, (counts + unit - 1) // unit * unit, counts)
-    ahead = (padded - counts).cumsum(0) - (padded - counts)  # padding before each expert's rows
-    place = torch.arange(len(slots), device=slots.device) + ahead.repeat_interleave(counts)  # of each sorted slot
-    padded = padded.tolist()
-    tokens = slots.new_zeros(sum(padded)).scatter_(0, place, slots // chosen.shape[1])  # token 0 is the padding
-    return tokens, padded, torch.empty_like(slots).scatter_(0, slots, place).view_as(chosen)
-
-
-def combine(y: Tensor, out: Tensor, row: Tensor, weights: Tensor) -> Tensor:
-    """y_t += sum over a of weights[t, a] out[row[t, a]]: from the order of the experts back to that of the tokens."""
-    if out.is_cpu and not (out.requires_grad or weights.requires_grad or y.requires_grad):
-        return y.add_(F.embedding_bag(row, out, mode="sum", per_sample_weights=weights))  # a weighted sum of rows of a table
-    out = out.index_select(0, row.flatten()).view(*row.shape, y.shape[1])  # [T, A, D]
-    return y + (out * weights[..., None]).sum(dim=1)
+    chose = torch.zeros(len(x), num_routed, dtype=torch.bool, device=x.device).scatter_(1, chosen, True)
+    per_expert = weights.new_zeros(len(x), num_routed).scatter(1, chosen, weights)  # [T, R]
+    experts, tokens = chose.T.nonzero(as_tuple=True)  # in the order of the experts
+    weights = per_expert[tokens, experts][:, None]
+    counts = chose.sum(dim=0).tolist()
+    for e, (mine, weight) in enumerate(zip(tokens.split(counts), weights.split(counts))):
+        n = len(mine)
+        if n == 0:
+            continue
+        padding = -n % unit if n > FEW_TOKENS else 0
+        if padding:
+            rows = x.index_select(0, F.pad(mine, (0, padding)))  # token 0 again
+            weight = F.pad(weight, (0, 0, 0, padding))
+        else:
+            rows = x.index_select(0, mine)
+        y = y.index_add_(0, mine, run(e, rows, weight)[:n])
+    return y
 
 
 def row_unit(x: Tensor) -> int:
-    """For each number of rows that it has not met, oneDNN, which does the products of two bytes on a CPU, compiles a product.
-    That takes as long as the product itself, so that numbers of rows are rounded up to a few."""
+    """oneDNN, which does the products of two bytes on a CPU, compiles a product for each number of
+    rows that it has not met. That takes as long as the product, so numbers are rounded up."""
     return 16 if x.is_cpu and x.dtype.itemsize == 2 else 1
 
 
-def moe_of_modules(y: Tensor, x: Tensor, experts: Sequence[Callable], chosen: Tensor, weights: Tensor, unit: int = 1) -> Tensor:
-    """The same with any functions for experts, x [t, D] -> [t, D]: MoE layers, say, for a mixture in two levels. Their rows are
-    not padded unless `unit` says so, since an inner router would count the padding."""
-    tokens, counts, row = rows_by_expert(chosen, len(experts), unit)
-    rows = x.index_select(0, tokens).split(counts)
-    out = [expert(mine) for expert, mine in zip(experts, rows) if len(mine)]
-    return combine(y, torch.cat([x[:0], *out]), row, weights)
+def moe_grouped(
+    y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
+) -> Tensor:
+    def run(e, rows, weight):
+        return ffn(rows, gate_up[e], down[e], weight)
+
+    return add_experts(y, x, run, len(down), chosen, weights, row_unit(x))
 
 
-def moe_grouped(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    experts = [functools.partial(ffn, gate_up=both, down=w) for both, w in zip(gate_up, down)]
-    return moe_of_modules(y, x, experts, chosen, weights, row_unit(x))
+def moe_of_modules(
+    y: Tensor, x: Tensor, experts: Sequence[Callable], chosen: Tensor, weights: Tensor
+) -> Tensor:
+    """The same with any functions for experts, x [n, D] -> [n, D]: MoE layers, for a mixture in two
+    levels. Rows are not padded, since an inner router would count the padding."""
 
+    def run(e, rows, weight):
+        return experts[e](rows) * weight
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. Many tokens on a CPU
-#
-# The products take nearly all of the time, so that moving rows about is what can be saved. Each expert's rows are copied
-# when it runs, and are still in the cache when it needs them again, and its output goes straight to its place. PyTorch's
-# grouped_mm (bench.py has it as a peer) would be one call for all experts, but on large ones it is some percent slower.
-
-
-def moe_cpu(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    tokens, counts, row = rows_by_expert(chosen, len(down), row_unit(x))
-    out = x.new_empty(len(tokens), x.shape[1])
-    for mine, part, w_gate_up, w_down in zip(tokens.split(counts), out.split(counts), gate_up, down):
-        if not len(mine):
-            continue
-        h = swiglu(linear(x.index_select(0, mine), w_gate_up))
-        if len(mine) > FEW:
-            torch.mm(h, w_down.T, out=part)
-        else:
-            part.copy_(linear(h, w_down))
-    return combine(y, out, row, weights)
+    return add_experts(y, x, run, len(experts), chosen, weights)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. A few tokens
+# 3. A few tokens
 #
-# All of their time is that of reading the weights of the experts that run, and of starting operations: for one token some
-# thirty, of a few microseconds each, which outweigh a small FFN. Compiled, they are three or four, and experts' weights are
-# read where they lie, once per choice, from the cache if they were chosen before (`model.Decoder.compiled`).
+# All of their time is that of reading the weights of the experts that run, and of starting
+# operations: for one token some thirty, of a few microseconds each, which outweigh a small FFN.
+# Compiled, they are three or four, and experts' weights are read where they lie, once per choice,
+# from the cache if they were chosen before (`model.Decoder.compiled`).
 
 
-def moe_compiled(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+def moe_few_tokens(
+    y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
+) -> Tensor:
     h = swiglu((gate_up[chosen] * widened(x)[:, None, None]).sum(-1)) * weights[..., None]  # [T, A, m]
     return y + (down[chosen] * h[:, :, None]).sum(-1).sum(1).to(y.dtype)
 
 
-def moe_decode(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+def moe_one_token(
+    y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
+) -> Tensor:
     experts = chosen[0].tolist()
     h = swiglu(torch.cat([linear(x, gate_up[e]) for e in experts])).mul_(weights.T)  # [A, m]
     for e, row in zip(experts, h.split(1)):
@@ -212,12 +232,20 @@ def moe_decode(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tens
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. CUDA
+# 4. CUDA
 #
 # Both kernels work on tiles: up to BLOCK_T consecutive sorted slots of one expert. An expert with n slots has
 # ceil(n / BLOCK_T) tiles, so that no expert is padded to the count of another. A program finds its tile's expert by
 # comparing the tile's number with the running total of tiles. The grid has the size that the total can have at most, and
 # the programs beyond it return at once: nothing waits until the counts have reached the CPU.
+
+def sort_by_expert(chosen: Tensor, num_routed: int) -> tuple[Tensor, Tensor]:
+    """A slot is one choice of one token: token t's a-th choice is slot t * A + a. chosen [T, A] ->
+    the slots in the order of the experts that they chose [T * A], and how many each has [R]."""
+    flat = chosen.flatten()
+    counts = flat.new_zeros(num_routed).scatter_add_(0, flat, torch.ones_like(flat))
+    return flat.argsort(stable=True), counts  # counts without bincount, which would wait for the GPU
+
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on a CPU, for tests; needs CAST: it gets bfloat16 products wrong
 
@@ -337,13 +365,17 @@ def moe_triton(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tens
 # Which of them
 
 
-def moe(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+def moe(
+    y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
+) -> Tensor:
     """Add the routed experts to y, by the fastest path for the device and the number of tokens."""
-    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, gate_up, down, weights))
-    if torch.compiler.is_compiling() and len(x) <= FEW:
-        path = moe_compiled
-    elif x.is_cpu and not trains:
-        path = moe_decode if len(x) == 1 else moe_cpu
+    trains = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (y, x, gate_up, down, weights)
+    )
+    if torch.compiler.is_compiling() and len(x) <= FEW_TOKENS:
+        path = moe_few_tokens
+    elif x.is_cpu and len(x) == 1 and not trains:
+        path = moe_one_token
     elif x.is_cuda and not trains and x.dtype != torch.float64 and has_triton():
         path = moe_triton
     else:

@@ -360,13 +360,29 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention by plain products, q [B, H, T, d], k, v [B, K, T, d] -> [B, H, T, d]. To train on a CPU, on sequences
-    of a few hundred tokens, it takes a quarter of the time of PyTorch's own, which is made for long ones."""
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, rows: int = 128) -> Tensor:
+    """Causal attention by plain products on blocks of queries: q [B, H, T, d], k, v [B, K, T, d] ->
+    [B, H, T, d]. The softmax is in float32 at least. On a CPU, PyTorch's own takes 2.5 times as long
+    in bfloat16, and 4 times as long to train on short sequences; elsewhere it is the faster one."""
     (B, H, T, d), K = q.shape, k.shape[1]
-    scores = q.reshape(B, K, -1, d) @ (k / d**0.5).transpose(2, 3)  # [B, K, H / K * T, T]
-    p = (scores.view(B, H, T, T) + torch.full((T, T), -math.inf).to(q).triu(1)).softmax(dim=-1)
-    return (p.view(scores.shape) @ v).view(q.shape)
+    q = (q / d**0.5).view(B, K, H // K, T, d)  # heads that share a key are rows of one product
+    out = []
+    for start in range(0, T, rows):
+        block = q[:, :, :, start : start + rows]
+        t = block.shape[3]
+        keys, values = k[:, :, : start + t], v[:, :, : start + t]
+        scores = kernels.widened(block.reshape(B, K, -1, d) @ keys.transpose(2, 3)).view(B, K, H // K, t, -1)
+        future = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
+        scores[..., start:].masked_fill_(future, -math.inf)
+        p = scores.softmax(dim=-1).to(v.dtype).view(B, K, -1, start + t)
+        out.append((p @ values).view(B, K, H // K, t, d))
+    return torch.cat(out, dim=3).view(B, H, T, d)
+
+
+@functools.cache
+def has_bfloat16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32."""
+    return any(torch.cpu.get_capabilities().get(unit) for unit in ("avx512_bf16", "amx_bf16"))
 
 
 class Linear(nn.Linear):
@@ -402,8 +418,10 @@ class Attention(nn.Module):
         if T == 1:  # one query sees all keys: the heads that share a key are rows of one product
             y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim), k, v)  # [B, K, H / K, d]
             return self.o_proj(y.reshape(B, T, -1))
-        if self.training and x.is_cpu and cache is None and T <= 512:
-            y = short_attention(q, k, v)
+        short_training = self.training and T <= 512
+        fast_products = x.dtype == torch.bfloat16 and has_bfloat16_units()
+        if x.is_cpu and mask is None and (short_training or fast_products):
+            y = blockwise_attention(q, k, v)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -570,7 +588,7 @@ class Decoder(nn.Module):
         """The normalised output of the last layer, [B, T, D]; `start` tokens are in the cache already."""
         rope = self.rope(start, start + input_ids.shape[1])
         x = self.embed_tokens(input_ids)
-        compiled = self.compiled and input_ids.shape[1] == 1 and len(input_ids) <= kernels.FEW and not self.training
+        compiled = self.compiled and input_ids.shape[1] == 1 and len(input_ids) <= kernels.FEW_TOKENS and not self.training
         for i, layer in enumerate(self.layers):
             run = compiled_layer() if compiled and not hasattr(layer.mlp, "experts") else Layer.__call__
             x = run(layer, x, rope, cache[i] if cache else None, start)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PATHS = [kernels.moe_grouped, kernels.moe_cpu, kernels.moe] if DEVICE == "cpu" else [kernels.moe_grouped, kernels.moe]
-PATHS.append(kernels.moe_compiled)  # right also when it is not compiled
+PATHS = [kernels.moe_grouped, kernels.moe]
+PATHS.append(kernels.moe_few_tokens)  # right also when it is not compiled
 if kernels.triton:  # interpreted where there is no GPU (conftest.py)
     PATHS.append(kernels.moe_triton)
 
@@ -82,13 +82,13 @@ def test_ffn_is_its_formula():
 def test_paths_equal_the_definition(T, R, A, routing):
     arguments = random_layer(T, 40, 24, R, A, routing)
     expected = kernels.moe_reference(*(t.double() if t.is_floating_point() else t for t in arguments))
-    for path in PATHS + [kernels.moe_decode] * (T == 1):
+    for path in PATHS + [kernels.moe_one_token] * (T == 1):
         assert torch.allclose(run(path, arguments).double(), expected, rtol=1e-4, atol=1e-5), path
 
 
-@pytest.mark.parametrize("path", [*PATHS, kernels.moe_decode], ids=lambda path: path.__name__)
+@pytest.mark.parametrize("path", [*PATHS, kernels.moe_one_token], ids=lambda path: path.__name__)
 def test_in_bfloat16_the_error_is_that_of_bfloat16(path):
-    arguments = random_layer(1 if path is kernels.moe_decode else 77, 72, 20, 6, 2, dtype=torch.bfloat16)
+    arguments = random_layer(1 if path is kernels.moe_one_token else 77, 72, 20, 6, 2, dtype=torch.bfloat16)
     expected = kernels.moe_reference(*(t.double() if t.is_floating_point() else t for t in arguments))
     error = (run(path, arguments).double() - expected).abs().max() / expected.abs().max()
     assert 1e-6 < error < 0.02  # 8 bits; a handful of roundings, one per operation
@@ -143,7 +143,7 @@ def has_triton_anew():
 
 def test_which_path_is_taken(monkeypatch, has_triton_anew):
     taken = []
-    for name in ("moe_grouped", "moe_cpu", "moe_decode", "moe_triton"):
+    for name in ("moe_grouped", "moe_one_token", "moe_triton"):
         monkeypatch.setattr(kernels, name, lambda *a, name=name: taken.append(name))
 
     def path(T=100, cuda=False, dtype=torch.float32, grad=False, triton=True):
@@ -156,8 +156,8 @@ def test_which_path_is_taken(monkeypatch, has_triton_anew):
         kernels.moe(*[tensor] * 6)
         return taken.pop()
 
-    assert path() == path(dtype=torch.bfloat16) == "moe_cpu"
-    assert path(T=1) == "moe_decode"
+    assert path() == path(dtype=torch.bfloat16) == "moe_grouped"
+    assert path(T=1) == "moe_one_token"
     assert path(cuda=True) == path(cuda=True, T=1) == "moe_triton"
     assert path(grad=True) == path(grad=True, cuda=True) == path(grad=True, T=1) == "moe_grouped"
     with torch.no_grad():
