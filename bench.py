@@ -140,20 +140,20 @@ def oracle_neurons_layer(ffn: FFN, x: Tensor, split: Split) -> Oracle:
 
 
 class Row(NamedTuple):
-    """One way to convert: layer(ffn, x [T, D], split) in all layers but the first `first_dense`."""
+    """One way to convert: layer(ffn, x [T, D], split) in all layers but those that stay dense."""
 
     name: str
     percent: int  # of the FFN that is meant to be active
     layer: Callable
     experts: str
-    first_dense: int = 0
+    dense: str = "none"  # layers that stay so, or "auto": chosen by ffn2moe.choose_dense
     calib_windows: int = 32
     all_texts: bool = False  # evaluated on every text, not on the first only
     main: bool = False  # and, with --whole, on the whole of the first
 
     def key(self, texts: list[str], whole: bool) -> dict:
         """What a result must agree in to stand for this row."""
-        key = {"name": self.name, "percent": self.percent, "experts": self.experts, "first_dense": self.first_dense}
+        key = {"name": self.name, "percent": self.percent, "experts": self.experts, "dense": self.dense}
         texts = texts if self.all_texts or self.main else texts[:1]
         return key | {"calib_windows": self.calib_windows, "texts": texts, "whole": whole and self.main}
 
@@ -161,27 +161,29 @@ class Row(NamedTuple):
 def quality_rows() -> list[Row]:
     """The controls at three sizes, then the ablations at one of them.
 
-    Splits of the joint rows: E = 32, S about A, and as many dense layers as did best on held-back windows of training text
-    (--eval held-back), for no more parameters than the paper's rows have, routers included.
+    Splits of the joint rows: E = 32 for quality, 16 and 8 for speed. Which layers stay dense is chosen on the calibration
+    text, so that no more parameters are active than in the paper's rows.
     """
     unified = lambda ffn, x, split: paper_layer(ffn, x, Split(0, split.shared + split.active, split.total))
     rows = [Row("dense", 100, None, "S1A1E2", main=True)]
-    for percent, paper_split, even, split, first in (
-        (75, "S3A3E8", "S12A12E32", "S10A10E32", 9),
-        (50, "S2A2E8", "S8A8E32", "S7A7E32", 3),
-        (25, "S2A2E16", "S4A4E32", "S4A3E32", 1),
+    for percent, paper_split, even, split, coarse, coarser in (
+        (75, "S3A3E8", "S12A12E32", "S10A10E32", "S6A4E16", "S2A2E8"),
+        (50, "S2A2E8", "S8A8E32", "S7A7E32", "S3A3E16", "S1A2E8"),
+        (25, "S2A2E16", "S4A4E32", "S4A3E32", "S2A1E16", "S1A1E8"),
     ):
         rows += [
             Row("paper", percent, paper_layer, paper_split, calib_windows=8, main=True),
             Row("static pruning", percent, partial(static_layer, refit=False), even, all_texts=True),
             Row("static pruning, refit", percent, partial(static_layer, refit=True), even, main=True),
-            Row("static pruning, refit, first layers dense", percent, partial(static_layer, refit=True), split, first),
-            Row("paper, refit, first layers dense", percent, paper_refit_layer, split, first),
-            Row("random partition, ridge router, refit", percent, random_layer, split, first),
+            Row("static pruning, refit, same layers dense", percent, partial(static_layer, refit=True), split, "auto"),
+            Row("paper, refit, same layers dense", percent, paper_refit_layer, split, "auto"),
+            Row("random partition, ridge router, refit", percent, random_layer, split, "auto"),
             Row("joint, all layers alike", percent, joint_layer, even),
-            Row("joint, no refit", percent, partial(joint_layer, refit=False), split, first, all_texts=True),
-            Row("joint", percent, joint_layer, split, first, main=True),
-            Row("oracle router", percent, oracle_router_layer, split, first),
+            Row("joint, no refit", percent, partial(joint_layer, refit=False), split, "auto", all_texts=True),
+            Row("joint", percent, joint_layer, split, "auto", main=True),
+            Row("joint, E = 16", percent, joint_layer, coarse, "auto"),
+            Row("joint, E = 8", percent, joint_layer, coarser, "auto"),
+            Row("oracle router", percent, oracle_router_layer, split, "auto"),
             Row("oracle neurons", percent, oracle_neurons_layer, even),
         ]
     return rows + [
@@ -190,14 +192,14 @@ def quality_rows() -> list[Row]:
         Row("paper, K_a = 200", 50, partial(paper_layer, k_act=200), "S2A2E8", calib_windows=8),
         Row("paper, 4 assignment rounds", 50, partial(paper_layer, rounds=4), "S2A2E8", calib_windows=8),
         Row("paper, 32 calibration windows", 50, paper_layer, "S2A2E8", calib_windows=32),
-        Row("joint, no alternation", 50, partial(joint_layer, rounds=0), "S7A7E32", 3),
-        Row("joint, 1 round", 50, partial(joint_layer, rounds=1), "S7A7E32", 3),
-        Row("joint, 8 calibration windows", 50, joint_layer, "S7A7E32", 3, calib_windows=8),
-        Row("joint, 64 calibration windows", 50, joint_layer, "S7A7E32", 3, calib_windows=64),
+        Row("joint, no alternation", 50, partial(joint_layer, rounds=0), "S7A7E32", "auto"),
+        Row("joint, 1 round", 50, partial(joint_layer, rounds=1), "S7A7E32", "auto"),
+        Row("joint, 8 calibration windows", 50, joint_layer, "S7A7E32", "auto", calib_windows=8),
+        Row("joint, 64 calibration windows", 50, joint_layer, "S7A7E32", "auto", calib_windows=64),
         Row("joint, all layers alike, E = 16", 50, joint_layer, "S4A4E16"),
         Row("joint, all layers alike, E = 8", 50, joint_layer, "S2A2E8"),
-        Row("joint, more shared", 50, joint_layer, "S11A3E32", 3),
-        Row("joint, more routed", 50, joint_layer, "S3A11E32", 3),
+        Row("joint, more shared", 50, joint_layer, "S11A3E32", "auto"),
+        Row("joint, more routed", 50, joint_layer, "S3A11E32", "auto"),
     ]
 
 
@@ -288,11 +290,16 @@ def quality(args: argparse.Namespace):
     publish(file, quality_table(done))
 
 
-def replace_by_row(model: lm.Decoder, row: Row, windows: Tensor, title: str):
-    """Convert the model as the row says, in place."""
+def replace_by_row(model: lm.Decoder, row: Row, windows: Tensor, title: str) -> frozenset[int]:
+    """Convert the model as the row says, in place -> the layers that stayed dense."""
     split = Split.parse(row.experts)
-    replacement = lambda i, ffn, x: ffn if i < row.first_dense else row.layer(ffn, x, split)
-    ffn2moe.replace_ffns(model, windows, replacement, partial(tqdm, desc=f"{title}: convert", unit="layer"))
+    if row.dense == "auto":
+        dense = ffn2moe.choose_dense(model, windows, split, row.percent / 100)
+    else:
+        dense = ffn2moe.parse_layers(row.dense)
+    replacement = lambda i, ffn, x: row.layer(ffn, x, split)
+    ffn2moe.replace_ffns(model, windows, replacement, dense, partial(tqdm, desc=f"{title}: convert", unit="layer"))
+    return dense
 
 
 def measure_rows(args: argparse.Namespace, rows: list[Row], done: dict, file: Path):
@@ -315,20 +322,28 @@ def measure_rows(args: argparse.Namespace, rows: list[Row], done: dict, file: Pa
     for n, row in enumerate(sorted(rows, key=lambda row: not row.main)):  # what matters most first
         title = f"{n + 1}/{len(rows)} {row.name}, {row.percent} %"
         model, _ = lm.load_model(args.model, args.dtype, args.device)
-        split, start = Split.parse(row.experts), time.perf_counter()
+        dense_ffns = [layer.mlp for layer in model.layers]
+        split, start, dense = Split.parse(row.experts), time.perf_counter(), frozenset()
         windows = calib[: row.calib_windows]
         if row.layer:
             if len(windows) < row.calib_windows:
                 print(f"warning: {args.calib} has {len(windows)} calibration windows, not {row.calib_windows}", file=sys.stderr)
-            replace_by_row(model, row, windows, title)
+            dense = replace_by_row(model, row, windows, title)
         seconds = time.perf_counter() - start
-        if isinstance(model.layers[-1].mlp, Oracle):  # it computes everything; what it stands for is this
+        is_oracle = any(isinstance(layer.mlp, Oracle) for layer in model.layers)
+        if is_oracle:  # it computes everything; what it stands for is this
             sparse = (split.shared + split.active) / split.total
-            active = (row.first_dense + (layers - row.first_dense) * sparse) / layers
+            active = (len(dense) + (layers - len(dense)) * sparse) / layers
         else:
             active = lm.active_parameters(model)[0] / dense_ffn
         key = row.key([text.name for text in texts], args.whole)
         result = {"key": key, "active_ffn": active, "calib_tokens": windows.numel(), "seconds": seconds}
+        result["dense_layers"] = ffn2moe.format_layers(dense)
+        if row.layer and not is_oracle:
+            versions = {"dense": dense_ffns, "row": [layer.mlp for layer in model.layers]}
+            speeds = ffn2moe.time_in_turns(model, texts[0].windows.flatten(), versions, args.turns)
+            for i, what in enumerate(("prefill", "decode")):
+                result[f"dense_{what}_ms"], result[f"{what}_ms"] = speeds["dense"][i], speeds["row"][i]
         result["texts"] = {}
         for text in texts[: len(key["texts"])]:
             bar = partial(tqdm, desc=f"{title}: {text.name}", unit="window")
@@ -339,6 +354,19 @@ def measure_rows(args: argparse.Namespace, rows: list[Row], done: dict, file: Pa
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:
     return "".join("| " + " | ".join(cells) + " |\n" for cells in [head, ["---"] + ["---:"] * (len(head) - 1), *lines])
+
+
+def describe_split(result: dict) -> str:
+    """Of a row: "S2A2E8, 0-8,25-29 dense"."""
+    key, dense = result["key"], result.get("dense_layers", "none")
+    if key["name"] == "dense":
+        return ""
+    return key["experts"] if dense == "none" else f"{key['experts']}, {dense} dense"
+
+
+def speedup(result: dict, what: str) -> str:
+    """Of a row over the dense model, where it was timed; what: prefill or decode."""
+    return f"{result[f'dense_{what}_ms'] / result[f'{what}_ms']:.2f}x" if f"{what}_ms" in result else ""
 
 
 def quality_table(done: dict) -> str:
@@ -356,6 +384,8 @@ def quality_table(done: dict) -> str:
         lines += [[name, *(ppl(results.get((name, size)), text) for size in sizes)] for name in names]
         return markdown(["active FFN", *(f"{size} %" for size in sizes)], lines)
 
+    timed = [[row.name, describe_split(r), f"{r['active_ffn']:.1%}", speedup(r, "prefill"), speedup(r, "decode"), ppl(r)]
+             for row in order if (r := results[row.name, row.percent]).get("prefill_ms")]  # fmt: skip
     at_all_sizes = {row.name for row in everything if row.percent == 75}
     controls = list(dict.fromkeys(row.name for row in order if row.name in at_all_sizes))
     elsewhere = list(dict.fromkeys(row.name for row in order if (row.main or row.all_texts) and row.layer))
@@ -365,18 +395,21 @@ def quality_table(done: dict) -> str:
     for row in order:
         if row.main:
             r = results[row.name, row.percent]
-            t, start = r["texts"][text], f", first {row.first_dense} dense" if row.first_dense else ""
+            t = r["texts"][text]
             details = [f"{t['kl']:.3f}", f"{t['same_top']:.1%}", ppl(r), ppl(r, key="perplexity_whole")]
-            lines.append([row.name, (row.experts if row.layer else "") + start, f"{r['active_ffn']:.1%}", *details])
-    head = ["", "split", "active FFN", "KL to dense, nats", "same top token", "perplexity", "whole text"]
+            lines.append([row.name, describe_split(r), f"{r['active_ffn']:.1%}", speedup(r, "prefill"), *details])
+    head = ["", "split", "active FFN", "prefill", "KL to dense, nats", "same top token", "perplexity", "whole text"]
     parts.append(f"In detail ({text}):\n\n" + markdown(head, lines))
     for other in others:
         parts.append(f"Calibrated on {done['settings']['calib']}, evaluated on {other}:\n\n" + pivot(elsewhere, other))
+    if timed:
+        head = ["", "split", "active FFN", "prefill", "decode", "perplexity"]
+        parts.append("Measured speed over the dense model, in turns with it:\n\n" + markdown(head, timed))
     ablations = []
     for row in order:
         if row.name not in ["dense", *controls]:
             r = results[row.name, row.percent]
-            ablations.append([row.name, row.experts, f"{r['active_ffn']:.1%}", ppl(r)])
+            ablations.append([row.name, describe_split(r), f"{r['active_ffn']:.1%}", ppl(r)])
     if ablations:
         parts.append("Ablations:\n\n" + markdown(["", "split", "active FFN", "perplexity"], ablations))
     return "\n".join(parts)
@@ -387,27 +420,33 @@ PLOTTED = {
     "static pruning": ("#999999", "s"),
     "static pruning, refit": ("#555555", "D"),
     "joint": ("#1f6fb4", "o"),
+    "joint, E = 16": ("#5aa0d8", "v"),
+    "joint, E = 8": ("#8ec6ee", "P"),
     "oracle router": ("#1f6fb4", "^"),
     "oracle neurons": ("#6a9e5c", "^"),
 }
 
 
 def plot_quality(done: dict, file: Path):
-    """Perplexity against active FFN, a line per method, a panel per text."""
+    """Perplexity against active FFN, a line per method and a panel per text; and on the first text against measured time."""
     texts = list(done["settings"]["eval"])
-    figure = Figure(figsize=(5.2 * len(texts), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(texts), squeeze=False)[0]
-    for ax, text in zip(axes, texts):
+    figure = Figure(figsize=(4.6 * (1 + len(texts)), 4.2), layout="constrained")
+    axes = figure.subplots(1, 1 + len(texts), squeeze=False)[0]
+    active = lambda r: r["active_ffn"]
+    prefill = lambda r: r["prefill_ms"] / r["dense_prefill_ms"] if "prefill_ms" in r else None
+    panels = [(text, active, "active FFN parameters / dense") for text in texts]
+    panels.append((texts[0], prefill, "time of a prefill / dense"))
+    for ax, (text, share, label) in zip(axes, panels):
         for name, (colour, marker) in PLOTTED.items():
-            rows = [r for r in done["rows"] if r["key"]["name"] == name and text in r["texts"]]
-            points = sorted((r["active_ffn"], r["texts"][text]["perplexity"]) for r in rows)
+            rows = [r for r in done["rows"] if r["key"]["name"] == name and text in r["texts"] and share(r)]
+            points = sorted((share(r), r["texts"][text]["perplexity"]) for r in rows)
             dashes = "--" if name.startswith("oracle") else "-"
             if points:
                 ax.plot(*zip(*points), dashes, marker=marker, color=colour, label=name, markersize=5)
         for r in done["rows"]:
             if r["key"]["name"] == "dense" and text in r["texts"]:
                 ax.axhline(r["texts"][text]["perplexity"], color="black", linewidth=0.8, label="dense")
-        ax.set(yscale="log", xlabel="active FFN parameters / dense", ylabel="perplexity", title=text)
+        ax.set(yscale="log", xlabel=label, ylabel="perplexity", title=text)
         ax.grid(alpha=0.3, which="both")
     axes[0].legend(fontsize=8)
     figure.savefig(file, dpi=120)
@@ -534,7 +573,7 @@ def speed_row(what, shape, tokens, batch, like, experts, ffns, times, peaks, wei
     ideal = sum(map(lm.neurons_of, ffns)) / sum(map(lm.active_neurons, ffns))
     machine = machine_name() if device == "cpu" else torch.cuda.get_device_name()
     row = {"what": what, "shape": shape, "tokens": tokens, "batch": batch, "dtype": str(like.dtype).removeprefix("torch.")}
-    row |= {"experts": experts, "first_dense": sum(isinstance(ffn, int) for ffn in ffns), "device": device}
+    row |= {"experts": experts, "dense_layers": sum(isinstance(ffn, int) for ffn in ffns), "device": device}
     row |= {"machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__.split("+")[0]}
     row |= {"dense_ms": ms["dense"], "moe_ms": ms["MoE"], "speedup": speedup}
     row |= {"ideal": ideal, "of_ideal": speedup / ideal, "spread": (high - low) / mid}
@@ -622,7 +661,7 @@ def speed(args: argparse.Namespace):
     splits = [Split.parse(text) for text in args.experts]
     file = args.json and Path(args.json)
     found = lm.read_json(file) if file and file.exists() else []  # of other shapes or another machine, say
-    key = lambda r: tuple(r[k] for k in ("what", "shape", "tokens", "batch", "dtype", "experts", "first_dense", "machine"))
+    key = lambda r: tuple(r[k] for k in ("what", "shape", "tokens", "batch", "dtype", "experts", "dense_layers", "machine"))
     rows = {key(r): r for r in found}
 
     def add(row):
@@ -645,7 +684,7 @@ def speed(args: argparse.Namespace):
             for experts in splits:
                 model, tokenizer = lm.load_model(None, dtype, args.device)
                 ids = lm.read_ids(model, tokenizer, "manual", "train")[:2048]
-                models[str(experts)] = ffn2moe.convert(model, ids, experts, first_dense=args.first_dense)
+                models[str(experts)] = ffn2moe.convert(model, ids, experts, dense=args.dense)
             text = lm.read_ids(model, tokenizer, "manual", "test")
             for batch, what in product(args.batch, whole):
                 length = 2048 if what == "prefill" else 256
@@ -665,7 +704,7 @@ def tokens_of(row: dict) -> str:
 
 def speed_overview(rows: Iterable[dict]) -> str:
     """Markdown: a line for each workload, a column for each split."""
-    column = lambda r: r["experts"] + f", first {r['first_dense']} dense" * (r["first_dense"] > 0)
+    column = lambda r: r["experts"] + f", {r['dense_layers']} layers dense" * (r["dense_layers"] > 0)
     splits = {column(r): f"{column(r)}, ideal {r['ideal']:.2f}x" for r in rows}
     lines = {}
     for r in rows:
@@ -786,7 +825,7 @@ def finetune(args: argparse.Namespace):
     calib = ffn2moe.draw(calib, len(calib), args.seed)
     tuned, last = None, (None, None, None)  # the dense model after its fine-tune; the last conversion, and its perplexity
     for n, (name, row, changes) in enumerate(rows):
-        key = {"name": name, "percent": row.percent, "experts": row.experts, "first_dense": row.first_dense, **changes}
+        key = {"name": name, "percent": row.percent, "experts": row.experts, "dense": row.dense, **changes}
         if key in [r["key"] for r in done["rows"]]:
             continue
         title = f"{n + 1}/{len(rows)} {name}, {row.percent} %"
@@ -859,7 +898,7 @@ def levels(args: argparse.Namespace):
         models[name] = copy.deepcopy(dense)
         for split in splits:
             bar = partial(tqdm, desc=f"{name}, {split}: convert", unit="layer")
-            ffn2moe.convert(models[name], calib, split, first_dense=args.first_dense, progress=bar)
+            ffn2moe.convert(models[name], calib, split, dense=args.dense, progress=bar)
     speeds = {row["experts"]: row for row in model_speed(models, "prefill", text[None, :window], args.turns)}
     for name, model in models.items():
         used, parameters = lm.active_parameters(model)
@@ -912,7 +951,7 @@ def memory(args: argparse.Namespace):
     size, start = sum(weight.nbytes for weight in model.parameters()), time.perf_counter()
     ids = torch.randint(model.config.vocab_size, (args.calib_tokens // 2048, 2048))
     bar = partial(tqdm, desc="converting", unit="layer")
-    extra = peak_memory(lambda: ffn2moe.convert(model, ids, args.experts, first_dense=args.first_dense, progress=bar), args.device)
+    extra = peak_memory(lambda: ffn2moe.convert(model, ids, args.experts, dense=args.dense, progress=bar), args.device)
     result = {"settings": plain_settings(args), "model_bytes": size, "extra_bytes": extra, "seconds": time.perf_counter() - start}
     print(f"model {size / 1e9:.2f} GB, conversion {extra / 1e9:.2f} GB more: {1 + extra / size:.2f} times the model")
     print(f"{result['seconds']:.0f} seconds")
@@ -975,8 +1014,9 @@ def figures(args: argparse.Namespace):
     out, split = Path(args.out), Split.parse(args.experts)
     lm.check_writable(out / "x.png")
     model, tokenizer = lm.load_model(args.model, args.dtype, args.device)
-    if not args.first_dense <= args.layer < len(model.layers) or not set(args.layers) <= set(range(len(model.layers))):
-        raise InputError(f"--layer and --layers: the model has {len(model.layers)}, and those before {args.first_dense} stay dense")
+    dense = ffn2moe.parse_layers(args.dense)
+    if not {args.layer, *args.layers} <= set(range(len(model.layers))) or args.layer in dense:
+        raise InputError(f"--layer and --layers: the model has {len(model.layers)}, of which {args.dense} stay dense")
     window = min(2048, model.config.max_position_embeddings)
     calib, test = (lm.cut_windows(lm.read_ids(model, tokenizer, *source), window) for source in ((args.calib, "train"), (args.eval, "test")))
     out.mkdir(parents=True, exist_ok=True)
@@ -989,10 +1029,11 @@ def figures(args: argparse.Namespace):
             reports.append(ffn2moe.LayerReport(i, bin_of, ffn2moe.activation_rates(markers), None))
         if i == args.layer:
             plot_partition(ffn, x, split, out / "partition.png")
-        return ffn if i < args.first_dense else joint_layer(ffn, x, split)
+        return ffn if i in dense else joint_layer(ffn, x, split)
 
     windows = ffn2moe.draw(calib, 32, seed=0)
-    ffn2moe.replace_ffns(model, windows, replacement, partial(tqdm, desc="converting", unit="layer"))
+    bar = partial(tqdm, desc="converting", unit="layer")
+    ffn2moe.replace_ffns(model, windows, replacement, progress=bar)
     ffn2moe.plot_rates(reports, out / "activation_rates.png")
     words = ffn2moe.words_of_experts(model, tokenizer, test[:20], args.layer)
     shown = lm.as_ids(model, lm.encode(tokenizer, args.text))
@@ -1010,12 +1051,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     text = "a text file, 'wikitext2' or 'manual', as for ffn2moe.py"
     shared = {
-        "model": {"metavar": "SOURCE", "help": "as for ffn2moe.py; splits and first layers are chosen for the default, SmolLM2"},
+        "model": {"metavar": "SOURCE", "help": "as for ffn2moe.py; splits are chosen for the default, SmolLM2"},
         "calib": {"default": "manual", "metavar": "TEXT", "help": f"calibration text: {text} (%(default)s)"},
         "eval": {"default": "manual", "metavar": "TEXT", "help": "evaluation text (%(default)s)"},
         "eval-tokens": {"type": int, "default": 10 * 2048, "metavar": "N", "help": "first N tokens of it; 0: all (%(default)s)"},
         "only": {"nargs": "+", "metavar": "ROW", "help": "only the rows of these names"},
-        "first-dense": {"type": int, "metavar": "N", "help": "layers that stay dense (%(default)s)"},
+        "dense": {"default": "none", "metavar": "LAYERS", "help": "that stay so, as for ffn2moe.py (%(default)s)"},
         "turns": {"type": int, "default": 5, "help": "of which the median is taken (%(default)s)"},
         "dtype": {"choices": ["float32", "bfloat16"], "default": "bfloat16", "help": "(%(default)s)"},
         "device": {"default": device, "help": "(here: %(default)s)"},
@@ -1030,15 +1071,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     several = {"nargs": "+", "default": ["manual"], "help": f"evaluation texts; {HELD_BACK}: the end of the calibration text (manual)"}
     add = command("quality", "perplexity, KL divergence and agreement at 75, 50 and 25 %% active FFN",
-                  "model calib eval eval-tokens only dtype device seed", eval=several,
+                  "model calib eval eval-tokens only turns dtype device seed", eval=several, turns={"default": 3},
                   dtype={"choices": ["float32", "bfloat16", "float16"]})  # fmt: skip
     add("--whole", action="store_true", help="the main rows on the whole of the first text as well")
     add("--window", type=int, default=2048, metavar="N", help="tokens per sequence (%(default)s)")
     add("--json", default="quality.json", metavar="FILE", help="raw results; table and plot beside it (%(default)s)")
 
     both = {"nargs": "+", "default": ["float32", "bfloat16"], "help": "(both)"}
-    add = command("speed", "dense FFN layers and models against converted ones", "first-dense turns dtype device",
-                  first_dense={"default": 0}, turns={"default": 9}, dtype=both)  # fmt: skip
+    add = command("speed", "dense FFN layers and models against converted ones", "dense turns dtype device",
+                  turns={"default": 9}, dtype=both)  # fmt: skip
     shapes = ["576x1536", "2048x8192", "smollm2-135m"] + ["4096x11008"] * (device == "cuda")
     tokens = [1, 1024, 2048, 4096, 8192, 16384] if device == "cuda" else [1, 2048]
     kinds = ["ffn", "prefill", "decode"]
@@ -1060,12 +1101,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--json", default="finetune.json", metavar="FILE", help="raw results; a table beside it (%(default)s)")
 
     add = command("levels", "a conversion of a conversion, beside one in one level",
-                  "model calib eval eval-tokens first-dense turns dtype device seed", first_dense={"default": 3})  # fmt: skip
+                  "model calib eval eval-tokens dense turns dtype device seed", dense={"default": "0-2"})  # fmt: skip
     add("--levels", nargs=2, default=["S2A4E8", "S3A3E8"], metavar="SnAnEn", help="of all FFNs, and of each expert (S2A4E8 S3A3E8)")
     add("--flat", default="S9A9E32", metavar="SnAnEn", help="one level that is as sparse (%(default)s)")
     add("--json", default="levels.json", metavar="FILE", help="raw results; a table beside it (%(default)s)")
 
-    add = command("memory", "peak memory of a conversion, of a model of random weights", "first-dense device", first_dense={"default": 4})
+    add = command("memory", "peak memory of a conversion, of a model of random weights", "dense device", dense={"default": "0-3"})
     add("--shape", default="2048x8192", metavar="DxQ", help="of its FFNs (%(default)s, with the rest as in Llama-3.2-1B)")
     add("--layers", type=int, default=16, metavar="N", help="(%(default)s)")
     add("--vocab-size", type=int, default=128256, metavar="N", help="(%(default)s)")
@@ -1073,7 +1114,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--experts", default="S10A10E32", metavar="SnAnEn", help="(%(default)s)")
     add("--json", metavar="FILE", help="write the result")
 
-    add = command("figures", "the pictures of the README", "model calib eval first-dense dtype device", first_dense={"default": 3})
+    add = command("figures", "the pictures of the README", "model calib eval dense dtype device", dense={"default": "0-2"})
     add("--experts", default="S7A7E32", metavar="SnAnEn", help="(%(default)s)")
     add("--layer", type=int, default=15, metavar="N", help="for partition and words (%(default)s)")
     add("--layers", type=int, nargs="+", default=[0, 15, 29], metavar="N", help="for activation rates (0 15 29)")

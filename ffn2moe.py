@@ -9,9 +9,10 @@ Steps 1 to 4 are Analytical FFN-to-MoE Restructuring via Activation Pattern Anal
 4. Analytical router    one neuron of each expert speaks for it: `representative_neurons`, `analytical_router`, `build_moe`
 5. Beyond the paper     partition and router found together, and a refitted output, which do better: `alternate`,
                         `partition_and_router`, `refit_down`, `joint_layer`
-6. The whole model      layer by layer, each profiled on what the converted layers below it put out: `convert`; in a model
+6. Which layers         those whose conversion costs least, by a closed form: `conversion_losses`, `choose_dense`
+7. The whole model      layer by layer, each profiled on what the converted layers below it put out: `convert`; in a model
                         that is an MoE already, each of its experts becomes one too: `convert_ffn`
-7. What experts are for the words that each runs for: `favourite_words`, `explain`
+8. What experts are for the words that each runs for: `favourite_words`, `explain`
 
 Then the command line: `python ffn2moe.py --help`. The MoE layer itself, with the equations of the router, is `model.MoE`;
 what either method is worth, beside its controls, is measured by bench.py.
@@ -22,9 +23,11 @@ R = E - S routed, A routed experts active per token. S3A3E8 is a split with S = 
 
 import argparse
 import copy
+import math
+import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -40,17 +43,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import model as lm
-from kernels import swiglu
+from kernels import SETTINGS_LOCK, swiglu
 from model import FFN, InputError, MoE, MoESpec, Split, expert_size
 
 # Settings of the joint method, chosen by perplexity on windows of training text that were held back from calibration
 SAMPLE_TOKENS = 16384  # for partition and router; the refit sees all calibration tokens
 ROUTER_RIDGE = 1e-3
-ROUTER_SCALE = 2.0**-6  # root mean square of the scores: so small that the experts that run do so with nearly the same weight
-HIDDEN_RIDGE = 1e-3
+ROUTER_SCALE = 2.0**-4  # the largest score: so small that experts run with nearly the same weight
+HIDDEN_RIDGE = 0.3
+LEAST_GAIN = 1e-3  # of captured energy in a round
 
 # Settings that trade memory for time
 BLOCK = 1024  # tokens at a time
+FISHER_TOKENS = 2048  # to predict what the conversion of each layer costs
 STORED = torch.bfloat16  # what is known of each token and neuron of a sample
 
 # Calibration tokens per neuron
@@ -311,14 +316,18 @@ def draw(rows: Tensor, n: int, seed: int = 0) -> Tensor:
 
 @contextmanager
 def fast_products():
-    """float32 products on the CPU by oneDNN rather than MKL, which can be twice as fast. On a CPU with bfloat16 matrix units
-    their factors are rounded to bfloat16; sums over thousands of tokens can bear it."""
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+    """float32 products on the CPU by oneDNN. On a CPU with bfloat16 matrix units their factors are
+    rounded to bfloat16, which sums over thousands of tokens can bear.
+
+    It is a setting of the whole process: threads that convert at once take turns.
+    """
+    with SETTINGS_LOCK:
+        before = torch.backends.mkldnn.matmul.fp32_precision
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        try:
+            yield
+        finally:
+            torch.backends.mkldnn.matmul.fp32_precision = before
 
 
 def check_finite(activations: Tensor):
@@ -327,15 +336,32 @@ def check_finite(activations: Tensor):
 
 
 def ridge_solver(xx: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
-    """Ridge regression from its normal equations: xx = X^T X [n, n], which is overwritten -> a function of X^T Y [n, k]
-    that returns
+    """Ridge regression from its normal equations: X^T X [n, n] -> a function of X^T Y [n, k] that
+    returns
 
-        W = argmin |X W - Y|^2 + penalty |W|^2,   penalty = strength * mean(diag(X^T X)).   [n, k]
+        W = argmin |X W - Y|^2 + penalty |W|^2,   penalty = strength * median(diag(X^T X)).   [n, k]
+
+    The median, since a few neurons that are huge for one token can own the mean. A millionth of its own
+    diagonal is added for each neuron, about what float32 can tell; where that is too little for the
+    factorisation, ten times as much.
     """
     check_finite(xx)
-    xx.diagonal().add_(strength * xx.diagonal().mean().clamp_min(1e-30))
-    factor = torch.linalg.cholesky(xx.mT, out=xx.mT)  # LAPACK wants columns first: so nothing is copied
-    return lambda xy: torch.cholesky_solve(xy, factor)
+    diagonal = xx.diagonal().clone()
+    penalty = (strength * diagonal.median() + 1e-6 * diagonal).clamp_min(1e-30)
+    for _ in range(10):
+        xx.diagonal().copy_(diagonal + penalty)
+        factor, failed = torch.linalg.cholesky_ex(xx)
+        if not failed:
+            break
+        penalty *= 10
+    else:
+        raise InputError("the normal equations of a ridge regression cannot be solved: choose another dtype")
+
+    def solve(xy: Tensor) -> Tensor:
+        check_finite(xy)
+        return torch.cholesky_solve(xy, factor)
+
+    return solve
 
 
 def expert_norms(energy: Tensor, bin_of: Tensor, num_routed: int) -> Tensor:
@@ -388,7 +414,8 @@ def alternate(
         experts, given the router    the assignment that captures the most energy under the router's choices
 
     The shared expert is just the bin that always runs, so that one assignment decides shared and routed at once. The
-    second step can only gain; the first, whose aim is another, may lose it again: then that was the last round.
+    second step can only gain; the first, whose aim is another, may lose it again. A round that gains less than LEAST_GAIN
+    was the last.
     energy [T, n], x [T, D], bin_of [n] -> bin_of [n].
     """
     x, num_routed = x.float(), len(capacity) - 1
@@ -400,6 +427,8 @@ def alternate(
         now = captured_energy(gain, bin_of)
         if now <= captured:
             return best
+        if now < (1 + LEAST_GAIN) * captured:
+            return bin_of
         best, captured = bin_of, now
         bin_of = best_bins(gain, capacity)
     return bin_of
@@ -433,12 +462,12 @@ def ridge_router(energy: Tensor, x: Tensor, bin_of: Tensor, num_routed: int) -> 
 
     Without an intercept, for which standard MoE layers have no place; the README says what that costs. What all experts have
     in common moves no choice: scores are made to have mean 0 over the experts, which spares bfloat16 digits. They are scaled
-    to a root mean square of ROUTER_SCALE.
+    to a largest size of ROUTER_SCALE over the sample: the weights of experts that run differ by e^(2 ROUTER_SCALE) at most.
     """
     inputs = x.float()
     weight = ridge_solver(inputs.T @ inputs, ROUTER_RIDGE)(inputs.T @ expert_norms(energy, bin_of, num_routed))  # [D, R]
     weight -= weight.mean(dim=1, keepdim=True)
-    weight *= ROUTER_SCALE / (inputs @ weight).square().mean().sqrt().clamp_min(1e-30)
+    weight *= ROUTER_SCALE / (inputs @ weight).abs().max().clamp_min(1e-30)
     return {"router_weight": weight.T.to(x)}
 
 
@@ -473,13 +502,14 @@ def refit_down(ffn: FFN, x: Tensor, active: Callable, bin_of: Tensor) -> Tensor:
     """
     D, q = ffn.down_proj.shape
     hh, hy = torch.zeros(q, q, device=x.device), torch.zeros(q, D, device=x.device)
+    down = ffn.down_proj.float()  # in float16, what is missing can overflow
     for block in x.split(BLOCK):
         h = hidden(ffn, block)  # [t, q]
         running = h * active(block)[:, bin_of]
-        missing = F.linear(h.sub_(running).to(x), ffn.down_proj).float()  # [t, D]
+        missing = h.sub_(running) @ down.T  # [t, D]
         hh.addmm_(running.T, running)
         hy.addmm_(running.T, missing)
-    return ffn.down_proj + ridge_solver(hh, HIDDEN_RIDGE)(hy).T
+    return down + ridge_solver(hh, HIDDEN_RIDGE)(hy).T
 
 
 def refit_moe(ffn: FFN, moe: MoE, x: Tensor):
@@ -494,6 +524,8 @@ def refit_moe(ffn: FFN, moe: MoE, x: Tensor):
     down = refit_down(ffn, x, active, moe.bin_of)
     moe.shared_expert.down_proj.copy_(down[:, shared])
     moe.down_proj.copy_(moe.spec.down_scale * down[:, routed].transpose(0, 1))
+    check_finite(moe.shared_expert.down_proj)  # the cast may have overflowed
+    check_finite(moe.down_proj)
 
 
 def joint_layer(ffn: FFN, x: Tensor, split: Split, rounds: int = 8, refit: bool = True) -> MoE:
@@ -505,7 +537,101 @@ def joint_layer(ffn: FFN, x: Tensor, split: Split, rounds: int = 8, refit: bool 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. The whole model
+# 6. Which layers to convert
+#
+# Layers differ by a factor of ten in what their conversion costs. With g_t the gradient of the log
+# likelihood with respect to the output of an FFN for token t, and e_t the error that the conversion
+# makes there, the divergence from the dense model is, to second order and token by token,
+#
+#     KL(p || p') ~= 1/2 mean_t E[(g_t . e_t)^2],
+#
+# where labels are drawn from the model's own predictions p (the Fisher information). As a cheap
+# stand-in for e_t, we take what the half of the neurons adds that have least energy. That needs no
+# conversion, and one backward pass for all layers at once.
+
+
+def conversion_losses(model: lm.Decoder, windows: Tensor) -> Tensor:
+    """What it costs to convert each layer, predicted in nats per token: windows [B, T] -> float64 [layers]."""
+    seen = {}
+
+    def remember(i: int, _, inputs: tuple, output: Tensor):
+        output.retain_grad()
+        seen[i] = inputs[0].detach(), output
+
+    ffns = [layer.mlp for layer in model.layers]
+    hooks = [ffn.register_forward_hook(partial(remember, i)) for i, ffn in enumerate(ffns)]
+    hooks.append(model.embed_tokens.register_forward_hook(lambda _, inputs, output: output.requires_grad_()))
+    loss, draw_label = torch.zeros(len(ffns), dtype=torch.float64), torch.Generator(windows.device).manual_seed(0)
+    try:
+        for window in windows:
+            with torch.enable_grad():
+                x = model.hidden_states(window[None])[0]  # [T, D]
+            x.backward(sampled_label_gradient(model, x, draw_label))
+            for i, ffn in enumerate(ffns):
+                ffn_input, output = seen[i]
+                loss[i] += squared_change(ffn, ffn_input[0], output.grad[0]) / 2
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return loss / windows.numel()
+
+
+def sampled_label_gradient(model: lm.Decoder, x: Tensor, generator: torch.Generator) -> Tensor:
+    """The gradient of sum_t log p(label_t) with respect to the last hidden states x [T, D], labels drawn from p."""
+    gradients = []
+    for block in x.detach().split(128):  # logits are large
+        with torch.enable_grad():
+            logp = model.logits(block.requires_grad_()).float().log_softmax(dim=-1)
+            label = torch.multinomial(logp.detach().exp(), 1, generator=generator)
+            likelihood = logp.gather(1, label).sum()
+        gradients += torch.autograd.grad(likelihood, block)
+    return torch.cat(gradients)
+
+
+def squared_change(ffn: FFN, x: Tensor, g: Tensor) -> float:
+    """sum_t (g_t . e_t)^2, with e_t what the half of the neurons of least energy adds: x, g [T, D]."""
+    h = hidden(ffn, x)
+    energy = contribution_energy(h, ffn.down_proj).sum(dim=0)
+    least = energy.argsort()[: len(energy) // 2]
+    change = ((g.float() @ ffn.down_proj[:, least].float()) * h[:, least]).sum(dim=1)  # [T]
+    return change.square().sum(dtype=torch.float64).item()
+
+
+def choose_dense(model: lm.Decoder, calib_ids: Tensor, split: Split, active: float) -> frozenset[int]:
+    """The layers that stay dense, so that the share `active` of all FFN neurons runs: those whose conversion costs most."""
+    num_layers, saved = model.config.num_layers, 1 - (split.shared + split.active) / split.total
+    if saved == 0:
+        return frozenset()
+    num_sparse = math.ceil(round(num_layers * (1 - active) / saved, 6))  # rounded: 7.000000001 layers are 7
+    num_sparse = min(max(1, num_sparse), num_layers)
+    windows = calib_ids.flatten()[: FISHER_TOKENS // 512 * 512].view(-1, 512) if calib_ids.numel() >= 512 else calib_ids
+    losses = conversion_losses(model, windows[: FISHER_TOKENS // windows.shape[1] or 1])
+    return frozenset(losses.argsort(descending=True)[: num_layers - num_sparse].tolist())
+
+
+def parse_layers(text: str) -> frozenset[int]:
+    """Layers written like "0-7,24-29", or "none"."""
+    if text == "none":
+        return frozenset()
+    if not re.fullmatch(r"\d{1,6}(-\d{1,6})?(,\d{1,6}(-\d{1,6})?)*", text):
+        raise InputError(f"layers {text!r}: expected numbers and ranges, for example 0-7,24-29, or none")
+    ranges = [[int(n) for n in part.split("-")] for part in text.split(",")]
+    return frozenset(i for ends in ranges for i in range(ends[0], ends[-1] + 1))
+
+
+def format_layers(layers: Iterable[int]) -> str:
+    """The way back: {0, 1, 2, 9} -> "0-2,9"."""
+    parts = []
+    for i in sorted(layers):
+        if parts and parts[-1][1] == i - 1:
+            parts[-1][1] = i
+        else:
+            parts.append([i, i])
+    return ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in parts) or "none"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. The whole model
 
 
 class LayerReport(NamedTuple):
@@ -521,13 +647,13 @@ class Method(NamedTuple):
     convert_layer: Callable
     router: str
     experts: str
-    dense_share: float  # of the layers of a dense model, from the bottom, stays dense
+    active: float  # share of the FFN that runs, by which dense layers are chosen
     calib_tokens: int
 
 
 METHODS = {
-    "joint": Method(joint_layer, "linear", "S10A10E32", 0.3, 16 * 2048),
-    "paper": Method(paper_layer, "neurons", "S3A3E8", 0.0, 8 * 2048),
+    "joint": Method(joint_layer, "linear", "S2A2E8", 0.74, 16 * 2048),
+    "paper": Method(paper_layer, "neurons", "S3A3E8", 0.75, 8 * 2048),
 }
 
 
@@ -555,42 +681,59 @@ def convert_ffn(ffn: FFN | MoE, x: Tensor, convert_layer: Callable) -> FFN | MoE
 
 
 def resolve(
-    model: lm.Decoder, experts: Split | str | None, method: str, first_dense: int | None, k_act: int
-) -> tuple[Split, int]:
-    """The split, and how many layers stay dense, the method's own where None is given; InputError if `convert` cannot do it."""
+    model: lm.Decoder, experts: Split | str | None, method: str, dense: Iterable[int] | str, k_act: int
+) -> tuple[Split, frozenset[int] | None]:
+    """The split, and the layers that stay dense (None: they are still to be chosen); InputError if `convert` cannot do it."""
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
     split, num_layers = Split.parse(experts or METHODS[method].experts), model.config.num_layers
-    if first_dense is None:  # an MoE whose experts are split has no dense layers to keep
-        share = 0 if any(isinstance(ffn, MoESpec) for ffn in model.config.ffns) else METHODS[method].dense_share
-        first_dense = int(share * num_layers)
-    if not 0 <= first_dense < num_layers:
-        raise InputError(f"first_dense = {first_dense} leaves none of the {num_layers} layers to convert")
-    sizes = {q for ffn in model.config.ffns[first_dense:] for q in lm.dense_sizes(ffn)} - {0}
+    if dense == "auto":
+        is_moe = any(isinstance(ffn, MoESpec) for ffn in model.config.ffns)  # then no layer is dense now
+        dense = frozenset() if is_moe or method == "paper" else None
+    elif isinstance(dense, str):
+        dense = parse_layers(dense)
+    layers = set(range(num_layers)) - set(dense or ())
+    if dense and not set(dense) <= set(range(num_layers)):
+        raise InputError(f"dense layers {format_layers(dense)}: the model has {num_layers}")
+    if not layers:
+        raise InputError(f"dense layers {format_layers(dense)} leave none of the {num_layers} layers to convert")
+    sizes = {q for i in layers for q in lm.dense_sizes(model.config.ffns[i])} - {0}
     for q in sizes:
         expert_size(q, split)
     q = min(sizes) if method == "paper" else model.config.intermediate_size
     if not 1 <= k_act <= q:
         raise InputError(f"k_act = {k_act} is not between 1 and intermediate_size = {q}")
-    return split, first_dense
+    return split, None if dense is None else frozenset(dense)
 
 
 @torch.no_grad()
-def replace_ffns(model: lm.Decoder, calib_ids: Tensor, replacement: Callable, progress: Callable = lambda layers: layers):
+def replace_ffns(
+    model: lm.Decoder,
+    calib_ids: Tensor,
+    replacement: Callable,
+    dense: Iterable[int] = (),
+    progress: Callable = lambda layers: layers,
+):
     """Walk calib_ids [B, T] through the model, in place. replacement(i, ffn, x [B * T, D]) returns what stands for the FFN
-    of layer i, given its inputs; the layers above see what that puts out."""
+    of layer i, given its inputs; the layers above see what that puts out. Layers in `dense` stay as they are."""
     rope = model.rope(0, calib_ids.shape[1])
     x = model.embed_tokens(calib_ids)  # [B, T, D], what flows into the next layer
-    for i, layer in enumerate(progress(model.layers)):
+    last = max(set(range(len(model.layers))) - set(dense))
+    for i, layer in enumerate(progress(model.layers[: last + 1])):
+        if i in dense:
+            for sequence in x.split(1):  # one by one, to need little memory
+                sequence.copy_(layer(sequence, rope))
+            continue
         ffn_input = torch.empty_like(x)
-        for sequence, normed in zip(x.split(1), ffn_input.split(1)):  # one by one, to need little memory
+        for sequence, normed in zip(x.split(1), ffn_input.split(1)):
             sequence += layer.self_attn(layer.input_layernorm(sequence), rope)
             normed.copy_(layer.post_attention_layernorm(sequence))
         if not ffn_input.isfinite().all():
             raise InputError(f"the inputs of the FFN of layer {i} are not finite: the model or its dtype overflows")
         layer.mlp = replacement(i, layer.mlp, ffn_input.flatten(0, 1))
-        for sequence, normed in zip(x.split(1), ffn_input.split(1)):
-            sequence += layer.mlp(normed)
+        if i < last:
+            for sequence, normed in zip(x.split(1), ffn_input.split(1)):
+                sequence += layer.mlp(normed)
 
 
 @torch.no_grad()
@@ -599,32 +742,34 @@ def convert(
     calib_ids: Tensor | list[int],
     experts: Split | str | None = None,
     method: str = "joint",
-    first_dense: int | None = None,
+    dense: Iterable[int] | str = "auto",
+    active: float | None = None,
     k_act: int = 10,
     window: int = 2048,
     progress: Callable = lambda layers: layers,
     report: Callable[[LayerReport], None] | None = None,
 ) -> lm.Decoder:
-    """Convert the FFNs of a model, or the experts of one that is an MoE already, in place, all but those of the first
-    `first_dense` layers; return the model.
+    """Convert the FFNs of a model, or the experts of one that is an MoE already, in place, and return the model.
 
-    calib_ids: token ids, [B, T], or [T] to be cut into windows. experts and first_dense: None for the method's default.
-    k_act: the k of ATopK (paper). `progress` wraps the layers (tqdm does), `report` is called after each dense FFN. Raises
-    InputError, for bad arguments before anything is changed.
+    calib_ids: token ids, [B, T], or [T] to be cut into windows. experts: None for the method's default. dense: layers that
+    stay as they are, numbers or text like "0-7,24-29" or "none"; "auto": those whose conversion would cost most, so that the
+    share `active` of all FFN neurons runs for a token (joint; the paper's method converts all). k_act: the k of ATopK
+    (paper). `progress` wraps the layers (tqdm does), `report` is called after each dense FFN. Raises InputError, for bad
+    arguments before anything is changed.
     """
     config = model.config
-    split, first_dense = resolve(model, experts, method, first_dense, k_act)
+    split, dense = resolve(model, experts, method, dense, k_act)
     calib_ids = lm.as_ids(model, calib_ids)
     if calib_ids.dim() == 1:
         calib_ids = lm.cut_windows(calib_ids, min(window, config.max_position_embeddings))
     if not calib_ids.numel():
         raise InputError("there are no calibration tokens")
+    if dense is None:
+        dense = choose_dense(model, calib_ids, split, active or METHODS[method].active)
     settings = {"k_act": k_act} if method == "paper" else {}
     convert_layer = partial(METHODS[method].convert_layer, split=split, **settings)
 
     def replacement(i, ffn, x):
-        if i < first_dense:
-            return ffn
         moe = convert_ffn(ffn, x, convert_layer)
         if report and isinstance(ffn, FFN):
             rates = activation_rates(neuron_markers(ffn, draw(x, SAMPLE_TOKENS), k_act))
@@ -632,14 +777,14 @@ def convert(
             report(LayerReport(i, moe.bin_of, rates, load.cpu()))
         return moe
 
-    replace_ffns(model, calib_ids, replacement, progress)
+    replace_ffns(model, calib_ids, replacement, dense, progress)
     config.ffns = [lm.spec_of(layer.mlp) for layer in model.layers]
     config.raw = lm.native_raw(config)
     return model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. What experts are for
+# 8. What experts are for
 
 
 @torch.no_grad()
@@ -742,7 +887,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--method", choices=METHODS, default="joint", help="how to partition and route: joint (%(default)s), or as in the paper")
     default = lambda field: ", ".join(f"{name}: {getattr(method, field)}" for name, method in METHODS.items())
     add("--experts", metavar="SnAnEn", help=f"E slices per FFN, S shared, A of the rest active per token ({default('experts')})")
-    add("--first-dense", type=int, metavar="N", help=f"layers at the bottom that stay dense (share of all: {default('dense_share')})")
+    add("--dense", default="auto", metavar="LAYERS", help="layers that stay dense: 0-7,24-29, say, or none; auto: those whose "
+        "conversion would cost most, as many as --active allows (joint), or none (paper)")
+    add("--active", type=float, metavar="SHARE", help="share of the FFN neurons that are to run for a token, for --dense auto (0.74)")
     add("--k-act", type=int, default=10, metavar="K", help="paper: neurons that count as firing per token (ATopK; %(default)s)")
     add("--calib-tokens", type=int, metavar="N", help=f"calibration tokens, random windows ({default('calib_tokens')}; joint: {PLENTY} per neuron, if more)")
     add("--eval-tokens", type=int, default=6 * 2048, metavar="N", help="first N evaluation tokens; 0: all (%(default)s)")
@@ -766,8 +913,12 @@ def check_args(args: argparse.Namespace):
     few = args.calib_tokens is not None and args.calib_tokens < args.window
     if args.window < 2 or args.eval_tokens < 0 or few or not 0 <= args.seed < 2**63:
         raise InputError("--window must be at least 2, --calib-tokens at least --window, --eval-tokens and --seed at least 0")
+    if args.active is not None and not 0 < args.active <= 1:
+        raise InputError("--active must be more than 0 and at most 1")
     if args.experts:
         Split.parse(args.experts)
+    if args.dense != "auto":
+        parse_layers(args.dense)
     if args.out:
         lm.check_output(args.out, args.force)
     for path, is_kind in ((args.json, Path.is_file), (args.plot, Path.is_dir)):
@@ -800,7 +951,7 @@ def measure(when: str, model: lm.Decoder, tokenizer: Tokenizer, eval_ids: Tensor
 
 def plan(model: lm.Decoder, tokenizer: Tokenizer, args: argparse.Namespace, window: int) -> tuple[Tensor, dict]:
     """The calibration windows [N, window] and the arguments of `convert`; refuses what is not possible."""
-    split, first_dense = resolve(model, args.experts, args.method, args.first_dense, args.k_act)
+    split, dense = resolve(model, args.experts, args.method, args.dense, args.k_act)
     if args.out and args.format == "standard":
         ffns = [lm.split_spec(ffn, split, METHODS[args.method].router) for ffn in model.config.ffns]
         lm.check_standard(replace(model.config, ffns=ffns))
@@ -811,7 +962,39 @@ def plan(model: lm.Decoder, tokenizer: Tokenizer, args: argparse.Namespace, wind
     if windows.numel() < plenty:
         few = f"{windows.numel()} calibration tokens for {model.config.intermediate_size} neurons"
         print(f"warning: {few}: least squares may fit the text rather than the model", file=sys.stderr)
-    return windows, {"experts": split, "method": args.method, "first_dense": first_dense, "k_act": args.k_act}
+    if dense is None:
+        print("choosing the layers to convert", file=sys.stderr)
+        dense = choose_dense(model, windows, split, args.active or METHODS[args.method].active)
+    return windows, {"experts": split, "method": args.method, "dense": dense, "k_act": args.k_act}
+
+
+TIMED_TOKENS, TIMED_STEPS = 2048, 16  # of a prefill, and decoded after it
+
+
+@torch.no_grad()
+def time_in_turns(model: lm.Decoder, ids: Tensor, versions: dict[str, list[nn.Module]], turns: int = 3) -> dict[str, tuple]:
+    """Milliseconds of a prefill of TIMED_TOKENS of ids [T] at most, and of one token after it (without torch.compile), for
+    the model with each version of its FFNs: medians of turns A B A B, so that what slows the machine slows both."""
+    steps = min(TIMED_STEPS, len(ids) // 2)
+    ids = ids[: TIMED_TOKENS + steps].view(1, -1)
+    prompt = ids.shape[1] - steps
+    cache, now = model.new_cache(1, ids.shape[1]), [layer.mlp for layer in model.layers]
+    times = {name: [] for name in versions}
+    clock = lambda: (torch.cuda.synchronize() if ids.is_cuda else None, time.perf_counter())[1]
+    for turn in range(turns + ids.is_cuda):  # on a GPU, the first compiles kernels
+        for name, ffns in versions.items():
+            for layer, ffn in zip(model.layers, ffns):
+                layer.mlp = ffn
+            start = clock()
+            model.logits(model.hidden_states(ids[:, :prompt], cache)[:, -1])
+            middle = clock()
+            for t in range(prompt, prompt + steps):
+                model(ids[:, t : t + 1], cache, t)
+            if turn or not ids.is_cuda:
+                times[name].append((1e3 * (middle - start), 1e3 * (clock() - middle) / steps))
+    for layer, ffn in zip(model.layers, now):
+        layer.mlp = ffn
+    return {name: tuple(np.median(times[name], axis=0).tolist()) for name in versions}
 
 
 def convert_and_time(model: lm.Decoder, windows: Tensor, chosen: dict, report: Callable | None) -> float:
@@ -819,7 +1002,7 @@ def convert_and_time(model: lm.Decoder, windows: Tensor, chosen: dict, report: C
     before, start = model.config.ffns, time.perf_counter()
     convert(model, windows, **chosen, progress=partial(tqdm, desc="converting", unit="layer"), report=report)
     seconds = time.perf_counter() - start
-    layers = list(zip(before, model.config.ffns))[chosen["first_dense"] :]
+    layers = [pair for i, pair in enumerate(zip(before, model.config.ffns)) if i not in chosen["dense"]]
     inner = [expert for was, now in layers if isinstance(was, MoESpec) for expert in now.experts]
     whole = sum(isinstance(expert, int) for expert in inner)
     if whole:
@@ -840,7 +1023,7 @@ def run(args: argparse.Namespace):
     before, chosen, settings, reports, seconds = {}, {}, {}, [], None
     if args.experts is not None or describe(model.config.ffns) == "dense":
         windows, chosen = plan(model, tokenizer, args, window)
-        settings = {**chosen, "experts": str(chosen["experts"]), "seed": args.seed, "calib": args.calib, "calib_tokens": windows.numel()}
+        settings = {**chosen, "experts": str(chosen["experts"]), "dense": format_layers(chosen["dense"]), "seed": args.seed, "calib": args.calib, "calib_tokens": windows.numel()}
     else:
         doing = "evaluated" if args.explain is None else "explained"
         print(f"the model is an MoE already: it is {doing}; --experts would split its experts", file=sys.stderr)
@@ -849,13 +1032,18 @@ def run(args: argparse.Namespace):
         if not 0 < len(shown) <= model.config.max_position_embeddings:
             raise InputError(f"--explain: a text of {len(shown)} tokens is none, or more than the model can run")
         layer = model.config.num_layers // 2 if args.layer is None else args.layer
-        will_be = lambda i: chosen and i >= chosen["first_dense"]
+        will_be = lambda i: chosen and i not in chosen["dense"]
         moes = [i for i, ffn in enumerate(model.config.ffns) if isinstance(ffn, MoESpec) or will_be(i)]
         if layer not in moes:
             raise InputError(f"layer {layer} is no MoE; these are: {', '.join(map(str, moes))}")
     if chosen:
         before = measured("before", model) if args.explain is None else {}
+        dense_ffns = [layer.mlp for layer in model.layers]  # kept, to be timed beside what becomes of them
         seconds = convert_and_time(model, windows, chosen, reports.append if args.plot else None)
+    if args.explain is None:
+        versions = {"dense": dense_ffns} if chosen and len(eval_ids) else {}
+        versions["moe"] = [layer.mlp for layer in model.layers]
+        speeds = time_in_turns(model, eval_ids.flatten(), versions)
     if args.out:
         model = lm.in_format(model, args.format)
         lm.save_model(model, tokenizer, args.out, args.force)
@@ -867,6 +1055,8 @@ def run(args: argparse.Namespace):
         print(explain(model, tokenizer, shown, words_of_experts(model, tokenizer, eval_ids, layer), layer))
         return
     after = measured("after", model)
+    for side, name in ((before, "dense"), (after, "moe")):
+        side |= dict(zip(("prefill_ms", "decode_ms"), speeds.get(name, ())))
 
     whole = 3 * model.config.hidden_size * sum(map(lm.neurons_of, model.config.ffns))
     result = {
@@ -886,21 +1076,34 @@ def run(args: argparse.Namespace):
         "dense_parameters": before.get("parameters"),
         "active_parameters": after["parameters"],
         "conversion_seconds": seconds,
+        "dense_prefill_ms": before.get("prefill_ms"),
+        "moe_prefill_ms": after["prefill_ms"],
+        "prefill_speedup": before["prefill_ms"] / after["prefill_ms"] if before else None,
+        "dense_decode_ms": before.get("decode_ms"),
+        "moe_decode_ms": after["decode_ms"],
+        "decode_speedup": before["decode_ms"] / after["decode_ms"] if before else None,
     }
     if args.json:
         finite = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in result.items()}
         lm.write_json(Path(args.json), finite)
 
-    def row(name, form, value):
-        print(f"{name:<26}" + "".join(f"{form.format(value(side)) if side else '-':>16}" for side in (before, after)))
+    def row(name, form, value, ratio=None):
+        cells = [form.format(value(side)) if side else "-" for side in (before, after)]
+        if ratio and before:
+            cells.append(f"{ratio(value(before), value(after)):.2f}x")
+        print(f"{name:<26}" + "".join(f"{cell:>16}" for cell in cells))
 
+    times = lambda dense, moe: moe / dense
+    speedup = lambda dense, moe: dense / moe
+    length = min(TIMED_TOKENS, eval_ids.numel() - min(TIMED_STEPS, eval_ids.numel() // 2))
     print()
     row("", "{}", lambda side: side["name"])
-    row("perplexity", "{:.2f}", lambda side: side["perplexity"])
+    row("perplexity", "{:.2f}", lambda side: side["perplexity"], times)
+    row(f"prefill, {length:,} tokens", "{:,.0f} ms", lambda side: side["prefill_ms"], speedup)
+    row("decode, one token", "{:.1f} ms", lambda side: side["decode_ms"], speedup)
     row("layers with a dense FFN", "{}", lambda side: side["dense_layers"])
-    row("active FFN parameters", "{:,}", lambda side: side["ffn_parameters"])
-    row("", "{:.1%}", lambda side: side["ffn_parameters"] / whole)
-    row("active parameters", "{:,}", lambda side: side["parameters"])
+    row("active FFN parameters", "{:,}", lambda side: side["ffn_parameters"], times)
+    row("active parameters", "{:,}", lambda side: side["parameters"], times)
     if seconds:
         print(f"conversion: {seconds:.1f} seconds")
     print()

@@ -32,7 +32,7 @@ def test_all_rows_can_be_made():
         split = Split.parse(row.experts)
         assert row.layer(ffn, x, split)(x).isfinite().all()
         share = (split.shared + split.active) / split.total
-        assert row.first_dense + (30 - row.first_dense) * share <= 30 * row.percent / 100  # of SmolLM2's 30 layers
+        assert share <= row.percent / 100 and (row.dense == "auto" or row.dense == "none")
 
 
 def error(module, ffn, x):
@@ -123,7 +123,7 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
     assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     # A row that was defined otherwise then is measured again, and no other.
     done = json.loads(file.read_text())
-    done["rows"][3]["key"]["first_dense"] = 7
+    done["rows"][3]["key"]["dense"] = "7"
     file.write_text(json.dumps(done))
     monkeypatch.setattr(lm, "write_json", write)
     assert bench.main(argv) == 0
@@ -202,7 +202,7 @@ def test_speed_rows(tmp_path, capsys):
 @pytest.mark.parametrize("what, tokens", [("prefill", 64), ("decode", 32)])
 def test_whole_models_are_timed_on_the_same_tokens(what, tokens):
     ids = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(0))
-    models = {"dense": random_model(LLAMA), "S1A1E4": ffn2moe.convert(random_model(LLAMA), ids, "S1A1E4", first_dense=0)}
+    models = {"dense": random_model(LLAMA), "S1A1E4": ffn2moe.convert(random_model(LLAMA), ids, "S1A1E4", dense=[])}
     before = models["dense"](ids)
     (row,) = bench.model_speed(models, what, ids, turns=2)
     assert (row["what"], row["tokens"], row["batch"], row["experts"], row["ideal"]) == (what, tokens, 2, "S1A1E4", 2)
@@ -254,7 +254,7 @@ def test_levels(checkpoint, text, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "ffn_levels", partial(bench.ffn_levels, hidden_size=32, intermediate_size=256))
     out = tmp_path / "levels.json"
     argv = ["levels", "--model", str(checkpoint), "--calib", str(text), "--eval", str(text), "--eval-tokens", "256", "--turns", "2"]
-    argv += ["--levels", "S2A2E4", "S1A1E4", "--flat", "S16A16E64", "--first-dense", "1", "--device", "cpu", "--json", str(out)]
+    argv += ["--levels", "S2A2E4", "S1A1E4", "--flat", "S16A16E64", "--dense", "0", "--device", "cpu", "--json", str(out)]
     assert bench.main(argv) == 0
     dense, one, two, flat = json.loads(out.read_text())["rows"]
     ffn, tiny = 3 * 32 * 64, lm.load_model(checkpoint)[0]
@@ -266,14 +266,14 @@ def test_levels(checkpoint, text, tmp_path, capsys, monkeypatch):
 
 def test_memory(tmp_path, capsys):
     out = tmp_path / "memory.json"
-    argv = ["memory", "--shape", "192x256", "--layers", "2", "--vocab-size", "500", "--calib-tokens", "4096", "--first-dense", "1"]
+    argv = ["memory", "--shape", "192x256", "--layers", "2", "--vocab-size", "500", "--calib-tokens", "4096", "--dense", "0"]
     assert bench.main([*argv, "--device", "cpu", "--json", str(out)]) == 0
     result = json.loads(out.read_text())
     assert result["model_bytes"] == 2 * (192 * (500 + 1) + 2 * (4 * 192 * 192 + 3 * 192 * 256 + 2 * 192)) and "times the model" in capsys.readouterr().out
 
 
 def test_figures(checkpoint, text, tmp_path, capsys):
-    argv = ["figures", "--model", str(checkpoint), "--calib", str(text), "--eval", str(text), "--experts", "S1A2E8", "--first-dense", "1"]
+    argv = ["figures", "--model", str(checkpoint), "--calib", str(text), "--eval", str(text), "--experts", "S1A2E8", "--dense", "0"]
     argv += ["--layers", "0", "2", "--layer", "2", "--text", "The old river", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path / "f")]
     assert bench.main(argv) == 0
     assert "expert  6 is for" in capsys.readouterr().out

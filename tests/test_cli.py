@@ -19,12 +19,12 @@ ROOT = Path(ffn2moe.__file__).parent
 @pytest.fixture
 def argv(checkpoint, text):
     tokens = ["--calib-tokens", "512", "--eval-tokens", "640", "--window", "128"]
-    return ["--model", str(checkpoint), "--calib", str(text), "--eval", str(text), *tokens, "--first-dense", "1"]
+    return ["--model", str(checkpoint), "--calib", str(text), "--eval", str(text), *tokens, "--dense", "0"]
 
 
-@pytest.mark.parametrize("method, experts, first_dense", [("joint", "S10A10E32", 1), ("paper", "S3A3E8", 0)])
-def test_the_main_job(method, experts, first_dense, argv, checkpoint, tmp_path, capsys):
-    argv[-1] = str(first_dense)
+@pytest.mark.parametrize("method, experts, dense_layers", [("joint", "S2A2E8", "0"), ("paper", "S3A3E8", "none")])
+def test_the_main_job(method, experts, dense_layers, argv, checkpoint, tmp_path, capsys):
+    argv[-1] = dense_layers
     out, table, plots = tmp_path / "out", tmp_path / "new/table.json", tmp_path / "out/plots"
     assert ffn2moe.main([*argv, "--out", str(out), "--json", str(table), "--plot", str(plots), "--k-act", "6", "--method", method]) == 0
     printed = capsys.readouterr()
@@ -35,7 +35,7 @@ def test_the_main_job(method, experts, first_dense, argv, checkpoint, tmp_path, 
     loaded, _ = lm.load_model(out)
     assert result["moe_perplexity"] == pytest.approx(lm.perplexity(loaded, ids[:640], 128), rel=1e-6)
     assert result["moe_perplexity"] != result["dense_perplexity"]
-    assert result["experts"] == experts and result["first_dense"] == first_dense
+    assert result["experts"] == experts and result["dense"] == dense_layers
     assert (result["active_ffn_parameters"], result["active_parameters"]) == lm.active_parameters(loaded)
     assert result["active_ffn_fraction"] == result["active_ffn_parameters"] / lm.active_parameters(dense)[0]
     assert result["conversion_seconds"] > 0
@@ -93,7 +93,10 @@ def cut(name):
         (None, ["--experts", "S3A0E8"], "A >= 1"),
         (None, ["--experts", "three"], "S3A3E8"),
         (None, ["--k-act", "65"], "k_act = 65"),
-        (None, ["--first-dense", "3"], "first_dense = 3"),
+        (None, ["--dense", "0-2"], "leave none of the 3 layers"),
+        (None, ["--dense", "3"], "the model has 3"),
+        (None, ["--dense", "2-"], "numbers and ranges"),
+        (None, ["--active", "0"], "--active must be more than 0"),
         (None, ["--calib", "{short}"], "less than one window of 128"),
         (None, ["--eval", "{short}"], "less than one window of 128"),
         (None, ["--eval", "{none}"], "no.txt: No such file"),
@@ -142,5 +145,5 @@ def test_as_a_process(argv):
     done = run(*argv, "--k-act", "1000")
     assert done.returncode == 2 and "Traceback" not in done.stderr and "k_act = 1000" in done.stderr
     help_text = run("--help").stdout
-    options = "model calib eval method experts first-dense k-act calib-tokens eval-tokens window dtype device seed prompt out force json plot"
+    options = "model calib eval method experts dense active k-act calib-tokens eval-tokens window dtype device seed prompt out force json plot"
     assert all(f"--{option} " in help_text for option in options.split())

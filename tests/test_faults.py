@@ -60,7 +60,7 @@ def drill(job, kill_at=None, file_bytes=None, memory=None) -> int:
 def old_and_new(checkpoint):
     """A model in a directory, and one that is to take its place."""
     old, tokenizer = lm.load_model(checkpoint)
-    new = ffn2moe.convert(lm.load_model(checkpoint)[0], IDS, first_dense=0)
+    new = ffn2moe.convert(lm.load_model(checkpoint)[0], IDS, dense=[])
     return old, new, tokenizer
 
 
@@ -263,7 +263,7 @@ def test_a_hostile_config_is_refused_or_runs(name, checkpoint):
 )
 def test_hostile_text(name, content, message, checkpoint, text, tmp_path, capsys):
     (tmp_path / "hostile.txt").write_bytes(content)
-    small = ["--calib-tokens", "256", "--eval-tokens", "256", "--window", "64", "--first-dense", "1"]
+    small = ["--calib-tokens", "256", "--eval-tokens", "256", "--window", "64", "--dense", "0"]
     argv = ["--model", str(checkpoint), "--calib", str(text), "--eval", str(text), *small, name, str(tmp_path / "hostile.txt")]
     assert ffn2moe.main(argv) == (2 if message else 0)
     assert not message or message in capsys.readouterr().err.splitlines()[-1]

@@ -142,7 +142,7 @@ def test_logits_equal_transformers(name, tmp_path, tokenizer):
 def test_generation_with_the_cache_equals_generation_without(name, split):
     model, prompt = random_model(CONFIGS[name]), torch.arange(7)
     if split:
-        ffn2moe.convert(model, torch.arange(100)[None], split, first_dense=1)
+        ffn2moe.convert(model, torch.arange(100)[None], split, dense=[0])
     with_cache = lm.generate(model, prompt, 40)
     assert with_cache == lm.generate(model, prompt, 40, use_cache=False)
     # Greedy means: each token is the argmax after all before it.
@@ -313,7 +313,7 @@ def test_save_and_load_bit_for_bit(name, dtype, tmp_path, tokenizer):
     for i, method in enumerate((None, "paper", "joint")):
         if method:
             model = random_model(CONFIGS[name], dtype=dtype)
-            ffn2moe.convert(model, ids, "S2A3E8", method, first_dense=1)
+            ffn2moe.convert(model, ids, "S2A3E8", method, dense=[0])
         lm.save_model(model, tokenizer, tmp_path / f"new/{i}")
         with safe_open(tmp_path / f"new/{i}/model.safetensors", "pt") as file:  # named as Hugging Face names them
             assert {n.split(".")[0] for n in file.keys()} <= {"model", "lm_head"}  # noqa: SIM118
@@ -406,7 +406,7 @@ def test_saving_is_all_or_nothing(checkpoint, tmp_path, monkeypatch):
         lm.save_model(model, tokenizer, checkpoint)
     (checkpoint / "notes.txt").write_text("mine")
     ids = torch.arange(100).view(1, 100)
-    lm.save_model(ffn2moe.convert(model, ids, first_dense=0), tokenizer, checkpoint, force=True)
+    lm.save_model(ffn2moe.convert(model, ids, dense=[]), tokenizer, checkpoint, force=True)
     assert (checkpoint / "notes.txt").read_text() == "mine"
     assert torch.equal(lm.load_model(checkpoint)[0](ids), model(ids))
     assert not torch.equal(before(ids), model(ids))

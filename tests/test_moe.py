@@ -18,7 +18,7 @@ IDS = torch.randint(300, (8, 128), generator=torch.Generator().manual_seed(3))
 
 
 def converted_model(split="S2A2E8", raw=LLAMA, dtype=torch.float32, **settings) -> lm.Decoder:
-    return ffn2moe.convert(random_model(raw, dtype=dtype), IDS, split, first_dense=1, **settings)
+    return ffn2moe.convert(random_model(raw, dtype=dtype), IDS, split, dense=[0], **settings)
 
 
 # --- Two levels
@@ -29,7 +29,7 @@ def converted_model(split="S2A2E8", raw=LLAMA, dtype=torch.float32, **settings) 
 def test_with_all_inner_experts_active_the_moe_is_unchanged(name, method, even_weights):
     model, ids = random_model(MOES[name]), IDS[:2]
     expected = model(ids)
-    ffn2moe.convert(model, IDS, "S1A3E4", method, first_dense=0, k_act=4)
+    ffn2moe.convert(model, IDS, "S1A3E4", method, dense=[], k_act=4)
     assert len([m for m in model.modules() if isinstance(m, MoE) and m.spec.split == (1, 3, 4)]) >= 9
     assert torch.allclose(model(ids), expected, atol=1e-4)
 
@@ -37,7 +37,7 @@ def test_with_all_inner_experts_active_the_moe_is_unchanged(name, method, even_w
 def test_two_levels_token_by_token():
     """Outer router, then the inner router of each expert that it chose, written out; the shared expert is split too."""
     model = random_model(QWEN2_MOE)
-    ffn2moe.convert(model, IDS, "S1A2E4", first_dense=1)
+    ffn2moe.convert(model, IDS, "S1A2E4", dense=[0])
     assert model.config.ffns[0] == lm.parse_config(QWEN2_MOE).ffns[0] != model.config.ffns[1]
     outer = model.layers[2].mlp
     ffn = lambda x, e, i: F.linear(kernels.swiglu(F.linear(x, e.gate_up_proj[i])), e.down_proj[i])
@@ -86,15 +86,15 @@ def test_an_expert_with_too_few_tokens_stays_whole(tmp_path, tokenizer, even_wei
     # such a layer is saved and loaded too
     model = random_model(QWEN2_MOE)
     monkeypatch.setattr(ffn2moe, "ENOUGH", 3)
-    ffn2moe.convert(model, IDS[:1, :100], "S1A2E4", first_dense=0)
+    ffn2moe.convert(model, IDS[:1, :100], "S1A2E4", dense=[])
     assert {type(e) for ffn in model.config.ffns for e in ffn.experts} == {int, lm.MoESpec}
     lm.save_model(model, tokenizer, tmp_path / "out")
     assert torch.equal(lm.load_model(tmp_path / "out")[0](IDS), model(IDS))
 
 
 def test_the_first_layers_of_an_moe_are_split_too():
-    first_dense = lambda config: ffn2moe.resolve(random_model(config), "S1A2E4", "joint", None, 10)[1]
-    assert first_dense(QWEN2_MOE) == 0 and first_dense(LLAMA | {"num_hidden_layers": 10}) == 3
+    dense = lambda config: ffn2moe.resolve(random_model(config), "S1A2E4", "joint", "auto", 10)[1]
+    assert dense(QWEN2_MOE) == frozenset() and dense(LLAMA) is None  # still to be chosen
 
 
 @pytest.mark.parametrize("method", ["joint", "paper"])
@@ -104,9 +104,9 @@ def test_our_own_model_is_split_again(method, tmp_path, tokenizer, monkeypatch):
     same = converted_model("S2A4E8", dtype=torch.float64, method=method, k_act=5)
     with monkeypatch.context() as patch:
         patch.setattr(ffn2moe, "ROUTER_SCALE", 1e-7)  # all inner experts are active, with weights that are all the same
-        ffn2moe.convert(same, IDS, "S1A3E4", method, first_dense=1, k_act=2)
+        ffn2moe.convert(same, IDS, "S1A3E4", method, dense=[0], k_act=2)
     assert torch.allclose(same(IDS), once, atol=1e-4)
-    ffn2moe.convert(model, IDS, "S1A1E4", method, first_dense=1, k_act=2)
+    ffn2moe.convert(model, IDS, "S1A1E4", method, dense=[0], k_act=2)
     assert ffn2moe.describe(model.config.ffns) == "MoE of MoEs"
     inner_routers = 2 * (1 + 6 * 4 / 6) * 3 * (32 * (2 if method == "paper" else 1) + 2)
     ffns = 2 * 3 * 32 * 64 * 6 / 8
@@ -163,7 +163,7 @@ def test_what_has_no_standard_form_is_refused_with_the_alternative():
 
 def test_formats_of_the_command_line(checkpoint, text, tmp_path, capsys):
     argv = ["--model", str(checkpoint), "--calib", str(text), "--eval", str(text), "--window", "128", "--calib-tokens", "1024"]
-    argv += ["--eval-tokens", "256", "--first-dense", "1"]
+    argv += ["--eval-tokens", "256", "--dense", "0"]
     kind = lambda name: json.loads((tmp_path / name / "config.json").read_text())["model_type"]
     assert ffn2moe.main([*argv, "--out", str(tmp_path / "a")]) == 0 and kind("a") == "qwen2_moe"
     assert ffn2moe.main([*argv, "--out", str(tmp_path / "b"), "--format", "native"]) == 0 and kind("b") == "ffn2moe"
@@ -234,8 +234,8 @@ def test_other_moes_are_saved_as_they_came(name, tmp_path, tokenizer):
 
 def test_experts_that_stay_whole_are_counted(capsys):
     model, ids = random_model(LLAMA), torch.randint(300, (40, 128), generator=torch.Generator().manual_seed(0))
-    ffn2moe.convert(model, ids, "S1A1E4", first_dense=1)
-    chosen = {"experts": "S1A1E2", "first_dense": 0}  # the first layer is split for the first time: none of its experts counts
+    ffn2moe.convert(model, ids, "S1A1E4", dense=[0])
+    chosen = {"experts": "S1A1E2", "dense": frozenset()}  # the first layer is split for the first time: none of its experts counts
     ffn2moe.convert_and_time(copy.deepcopy(model), ids, chosen, None)
     assert "whole" not in capsys.readouterr().err
     ffn2moe.convert_and_time(model, ids[:1, :4], chosen, None)

@@ -23,7 +23,7 @@ def as_flags(settings: dict) -> list[str]:
 
 def moe_model(dtype=torch.float32, seed=0, raw=LLAMA, method="joint") -> lm.Decoder:
     ids = torch.randint(300, (512,), generator=torch.Generator().manual_seed(seed))
-    return ffn2moe.convert(random_model(raw, seed, dtype), ids, "S1A2E8", method, first_dense=1, window=128)
+    return ffn2moe.convert(random_model(raw, seed, dtype), ids, "S1A2E8", method, dense=[0], window=128)
 
 
 def text_ids(n=600):
@@ -253,7 +253,7 @@ def test_rates_and_order():
 
 def test_command_line(checkpoint, text, tmp_path, capsys):
     moe, out, result = tmp_path / "moe", tmp_path / "tuned", tmp_path / "result.json"
-    common = ["--window", "128", "--calib-tokens", "1024", "--eval-tokens", "256", "--first-dense", "1"]
+    common = ["--window", "128", "--calib-tokens", "1024", "--eval-tokens", "256", "--dense", "0"]
     argv = ["--model", str(checkpoint), "--calib", str(text), "--eval", str(text), "--experts", "S1A2E8", "--format", "native", "--out", str(moe), *common]
     assert ffn2moe.main(argv) == 0
     argv = ["--model", str(moe), "--text", str(text), "--eval", str(text), "--eval-tokens", "256", "--dtype", "float32", "--out", str(out)]
@@ -325,7 +325,7 @@ def test_a_standard_checkpoint_stays_one_where_it_can(tmp_path, tokenizer, text,
 def test_two_levels_are_trained():
     """Also where an expert's own router gets no tokens."""
     ids = torch.randint(300, (512,), generator=torch.Generator().manual_seed(0))
-    model = ffn2moe.convert(moe_model(), ids, "S1A1E4", first_dense=1, window=128)
+    model = ffn2moe.convert(moe_model(), ids, "S1A1E4", dense=[0], window=128)
     model.layers[1].mlp.router_bias[0] = -1.0  # expert 0 is never chosen
     log = train.finetune(model, text_ids(), train.settings(**SMALL | {"samples": 80}))
     assert all(t.isfinite().all() for t in model.state_dict().values())
