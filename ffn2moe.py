@@ -604,8 +604,8 @@ def choose_dense(model: lm.Decoder, calib_ids: Tensor, split: Split, active: flo
         return frozenset()
     num_sparse = math.ceil(round(num_layers * (1 - active) / saved, 6))  # rounded: 7.000000001 layers are 7
     num_sparse = min(max(1, num_sparse), num_layers)
-    windows = calib_ids.flatten()[: FISHER_TOKENS // 512 * 512].view(-1, 512) if calib_ids.numel() >= 512 else calib_ids
-    losses = conversion_losses(model, windows[: FISHER_TOKENS // windows.shape[1] or 1])
+    length = min(512, calib_ids.shape[1])
+    losses = conversion_losses(model, calib_ids[:, :length][: FISHER_TOKENS // length])
     return frozenset(losses.argsort(descending=True)[: num_layers - num_sparse].tolist())
 
 
@@ -963,7 +963,6 @@ def plan(model: lm.Decoder, tokenizer: Tokenizer, args: argparse.Namespace, wind
         few = f"{windows.numel()} calibration tokens for {model.config.intermediate_size} neurons"
         print(f"warning: {few}: least squares may fit the text rather than the model", file=sys.stderr)
     if dense is None:
-        print("choosing the layers to convert", file=sys.stderr)
         dense = choose_dense(model, windows, split, args.active or METHODS[args.method].active)
     return windows, {"experts": split, "method": args.method, "dense": dense, "k_act": args.k_act}
 
@@ -975,8 +974,8 @@ TIMED_TOKENS, TIMED_STEPS = 2048, 16  # of a prefill, and decoded after it
 def time_in_turns(model: lm.Decoder, ids: Tensor, versions: dict[str, list[nn.Module]], turns: int = 3) -> dict[str, tuple]:
     """Milliseconds of a prefill of TIMED_TOKENS of ids [T] at most, and of one token after it (without torch.compile), for
     the model with each version of its FFNs: medians of turns A B A B, so that what slows the machine slows both."""
-    steps = min(TIMED_STEPS, len(ids) // 2)
-    ids = ids[: TIMED_TOKENS + steps].view(1, -1)
+    ids = ids[: min(TIMED_TOKENS + TIMED_STEPS, model.config.max_position_embeddings)].view(1, -1)
+    steps = min(TIMED_STEPS, ids.shape[1] // 2)
     prompt = ids.shape[1] - steps
     cache, now = model.new_cache(1, ids.shape[1]), [layer.mlp for layer in model.layers]
     times = {name: [] for name in versions}
@@ -1020,6 +1019,10 @@ def run(args: argparse.Namespace):
     eval_ids = lm.cut_windows(eval_ids, window)
     prompt = lm.as_ids(model, lm.encode(tokenizer, args.prompt))
     measured = partial(measure, tokenizer=tokenizer, eval_ids=eval_ids.flatten(), window=window, prompt=prompt)
+    if args.explain is not None:
+        shown = lm.as_ids(model, lm.encode(tokenizer, args.explain))
+        if not 0 < len(shown) <= model.config.max_position_embeddings:
+            raise InputError(f"--explain: a text of {len(shown)} tokens is none, or more than the model can run")
     before, chosen, settings, reports, seconds = {}, {}, {}, [], None
     if args.experts is not None or describe(model.config.ffns) == "dense":
         windows, chosen = plan(model, tokenizer, args, window)
@@ -1028,9 +1031,6 @@ def run(args: argparse.Namespace):
         doing = "evaluated" if args.explain is None else "explained"
         print(f"the model is an MoE already: it is {doing}; --experts would split its experts", file=sys.stderr)
     if args.explain is not None:
-        shown = lm.as_ids(model, lm.encode(tokenizer, args.explain))
-        if not 0 < len(shown) <= model.config.max_position_embeddings:
-            raise InputError(f"--explain: a text of {len(shown)} tokens is none, or more than the model can run")
         layer = model.config.num_layers // 2 if args.layer is None else args.layer
         will_be = lambda i: chosen and i not in chosen["dense"]
         moes = [i for i, ffn in enumerate(model.config.ffns) if isinstance(ffn, MoESpec) or will_be(i)]
@@ -1095,7 +1095,8 @@ def run(args: argparse.Namespace):
 
     times = lambda dense, moe: moe / dense
     speedup = lambda dense, moe: dense / moe
-    length = min(TIMED_TOKENS, eval_ids.numel() - min(TIMED_STEPS, eval_ids.numel() // 2))
+    timed = min(TIMED_TOKENS + TIMED_STEPS, model.config.max_position_embeddings, eval_ids.numel())
+    length = timed - min(TIMED_STEPS, timed // 2)
     print()
     row("", "{}", lambda side: side["name"])
     row("perplexity", "{:.2f}", lambda side: side["perplexity"], times)

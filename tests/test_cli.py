@@ -39,6 +39,8 @@ def test_the_main_job(method, experts, dense_layers, argv, checkpoint, tmp_path,
     assert (result["active_ffn_parameters"], result["active_parameters"]) == lm.active_parameters(loaded)
     assert result["active_ffn_fraction"] == result["active_ffn_parameters"] / lm.active_parameters(dense)[0]
     assert result["conversion_seconds"] > 0
+    assert result["prefill_speedup"] == result["dense_prefill_ms"] / result["moe_prefill_ms"] > 0
+    assert result["decode_speedup"] == result["dense_decode_ms"] / result["moe_decode_ms"] > 0
     settings = {"method": method, "k_act": 6, "seed": 0, "calib_tokens": 512, "eval_tokens": 640, "window": 128, "dtype": "float32"}
     assert settings.items() <= result.items()
     prompt = tokenizer.encode("The capital of France is").ids
@@ -65,7 +67,8 @@ def test_seed_picks_the_calibration_windows_and_all_text_is_evaluated(argv, tmp_
         assert ffn2moe.main([*argv, *extra]) == 0
         results.append(json.loads((tmp_path / "t.json").read_text()))
     for result in results:
-        result.pop("conversion_seconds")
+        for name in [name for name in result if name.endswith(("_seconds", "_ms", "_speedup"))]:
+            result.pop(name)
     assert results[0] == results[1] and results[0]["moe_perplexity"] != results[2]["moe_perplexity"]
     assert results[0]["eval_tokens"] > 2000
 

@@ -175,12 +175,12 @@ def test_compiled_decoding_equals_plain(router, batch, dtype, tolerance):
 
 
 @pytest.mark.parametrize("heads, kv_heads, length", [(4, 2, 7), (3, 3, 1), (6, 1, 33)])
-def test_short_attention(heads, kv_heads, length):
+def test_blockwise_attention(heads, kv_heads, length):
     """Against the definition, one query at a time, and PyTorch's own gradients."""
     random = torch.Generator().manual_seed(0)
     make = lambda n: torch.randn(2, n, length, 8, generator=random, dtype=torch.float64, requires_grad=True)
     q, k, v, weight = make(heads), make(kv_heads), make(kv_heads), make(heads).detach()
-    y = lm.short_attention(q, k, v)
+    y = lm.blockwise_attention(q, k, v, rows=8)
     for b, h, t in ((b, h, t) for b in range(2) for h in range(heads) for t in range(length)):
         g = h // (heads // kv_heads)
         p = (k[b, g, : t + 1] @ q[b, h, t] / 8**0.5).softmax(0)
