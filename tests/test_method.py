@@ -474,7 +474,8 @@ def test_conversion_losses_are_the_fisher_form(monkeypatch):
         ffn, expected, inputs = layer.mlp, 0.0, []
         for window, label in zip(windows, labels):
             delta = torch.zeros(30, 32, dtype=torch.float64, requires_grad=True)
-            hook = ffn.register_forward_hook(lambda _, x, y, delta=delta: inputs.append(x[0][0].detach()) or y + delta)
+            remember = lambda _, x, y, inputs=inputs, delta=delta: inputs.append(x[0][0].detach()) or y + delta
+            hook = ffn.register_forward_hook(remember)
             logp = model(window[None])[0].log_softmax(dim=-1)
             hook.remove()
             (g,) = torch.autograd.grad(logp.gather(1, label[:, None]).sum(), delta)

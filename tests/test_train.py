@@ -287,7 +287,7 @@ def test_the_default_job(checkpoint, text, tmp_path, monkeypatch, capsys):
     load = lm.load_model
     monkeypatch.setattr(lm, "load_model", lambda source, *rest: load(source or checkpoint, *rest))
     argv = ["--text", str(text), "--eval", str(text), "--eval-tokens", "256", "--format", "native", "--save-every", "1"]
-    argv += as_flags(SMALL | {"samples": 40})
+    argv += as_flags(SMALL | {"samples": 40, "rate": 1e-3})
     assert train.main([*argv, "--out", str(tmp_path / "whole"), "--json", str(tmp_path / "result.json")]) == 0
     printed = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("perplexity")]
     found = json.loads((tmp_path / "result.json").read_text())["perplexity"]
