@@ -59,10 +59,13 @@ class InputError(ValueError):
 
 
 def run_command(name: str, job: Callable[[], None]) -> int:
-    """Run a command line's job -> its exit code; what the user can mend ends in one sentence."""
+    """Run a command line's job -> its exit code; what the user can mend ends in one sentence. With FFN2MOE_DEBUG set in the
+    environment, the traceback is shown."""
     try:
         job()
     except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        if os.environ.get("FFN2MOE_DEBUG"):
+            raise
         print(f"{name}: {error or type(error).__name__}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -1180,7 +1183,7 @@ def check_writable(path: str | Path, is_kind: Callable[[Path], bool] = Path.is_f
 def check_output(out: str | Path, force: bool):
     """Refuse a directory to save to that holds something, unless forced."""
     out = Path(out)
-    if out.exists() and not out.is_dir():
+    if (out.exists() or out.is_symlink()) and not out.is_dir():  # a link may lead nowhere
         raise InputError(f"{out} exists and is not a directory")
     if out.exists() and any(out.iterdir()) and not force:
         raise InputError(f"{out} exists and is not empty; --force replaces the checkpoint in it")
@@ -1318,8 +1321,9 @@ def save_model(model: Decoder, tokenizer: Tokenizer, out: str | Path, force: boo
             os.replace(scratch, out)
         else:
             (out / "config.json").unlink(missing_ok=True)
-            for old in (*out.glob("model.safetensors*"), *out.glob("model-*-of-*.safetensors")):
-                old.unlink()
+            of_old_model = [out / name for name in SMALL_FILES]
+            for old in (*of_old_model, *out.glob("model.safetensors*"), *out.glob("model-*-of-*.safetensors")):
+                old.unlink(missing_ok=True)
             for file in sorted(scratch.iterdir(), key=lambda file: (file.name == "config.json", file.name)):
                 os.replace(file, out / file.name)
             scratch.rmdir()
@@ -1349,7 +1353,7 @@ def load_text(source: str, split: str) -> str:
         except Exception as error:  # noqa: BLE001
             raise InputError(f"could not fetch WikiText-2 from the Hugging Face hub: {first_line(error)}") from None
     try:
-        return Path(source).read_text(encoding="utf-8")
+        return Path(source).read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError:
         raise InputError(f"{source} is not UTF-8 text") from None
     except OSError as error:

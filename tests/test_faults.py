@@ -274,3 +274,35 @@ def test_hostile_text(name, content, message, checkpoint, text, tmp_path, capsys
 def test_hostile_prompts(flag, text, checkpoint, capsys):
     assert ffn2moe.main(["--model", str(checkpoint), "--experts", "S1A1E4", "--window", "64", flag, text]) == 2
     assert capsys.readouterr().err.startswith("ffn2moe: ")
+
+
+def test_of_the_model_that_was_there_nothing_stays(checkpoint, tokenizer, tmp_path):
+    out = tmp_path / "out"
+    model, _ = lm.load_model(checkpoint)
+    model.config.files = {name: b"{}" for name in lm.SMALL_FILES}
+    lm.save_model(model, tokenizer, out)
+    model.config.files = {}
+    lm.save_model(model, tokenizer, out, force=True)
+    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in out.iterdir()} == names
+
+
+def test_an_out_that_is_a_dangling_link_is_refused_at_once(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(lm.InputError, match="not a directory"):
+        lm.check_output(tmp_path / "out", force=True)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfThe house")
+    assert lm.load_text(str(tmp_path / "bom.txt"), "train") == "The house"
+
+
+def test_the_traceback_is_shown_where_asked_for(monkeypatch, capsys):
+    def broken():
+        raise OSError("in the code")
+
+    assert lm.run_command("x", broken) == 2 and capsys.readouterr().err == "x: in the code\n"
+    monkeypatch.setenv("FFN2MOE_DEBUG", "1")
+    with pytest.raises(OSError, match="in the code"):
+        lm.run_command("x", broken)
