@@ -23,6 +23,7 @@ token. All take
 """
 
 import functools
+import itertools
 import os
 import shutil
 import threading
@@ -120,7 +121,7 @@ def ffn(x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor | None = None) 
     """weight * F(x): x [..., D], gate_up [2q, D], down [D, q], weight [..., 1] -> [..., D]."""
     rows = max(1024, SCRATCH_BYTES // (len(gate_up) * x.element_size()))
     if x.is_cpu and x.numel() > rows * x.shape[-1] and not (x.requires_grad or gate_up.requires_grad):
-        weights = [None] * len(x) if weight is None else weight.flatten(0, -2).split(rows)
+        weights = itertools.repeat(None) if weight is None else weight.flatten(0, -2).split(rows)
         blocks = zip(x.flatten(0, -2).split(rows), weights)
         return torch.cat([ffn(block, gate_up, down, w) for block, w in blocks]).view(x.shape)
     h = swiglu(linear(x, gate_up))  # [..., q]

@@ -76,6 +76,17 @@ def test_ffn_is_its_formula():
     assert torch.allclose(kernels.ffn(x.view(1, 5, 6), gate_up[0], down[0])[0], expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(1, 2500), (2, 1300), (2500,)])
+def test_ffn_in_blocks_is_its_formula_for_every_token(shape, monkeypatch):
+    monkeypatch.setattr(kernels, "SCRATCH_BYTES", 1)  # blocks of 1,024 tokens
+    _, x, gate_up, down, _, weight = random_layer(2600, 6, 3, 4, 1, dtype=torch.float64)
+    tokens = torch.Size(shape).numel()
+    x, weight = x[:tokens].view(*shape, 6), weight[:tokens].view(*shape, 1)
+    expected = (F.silu(x @ gate_up[0, :3].T) * (x @ gate_up[0, 3:].T)) @ down[0].T
+    assert torch.allclose(kernels.ffn(x, gate_up[0], down[0]), expected, rtol=1e-10)
+    assert torch.allclose(kernels.ffn(x, gate_up[0], down[0], weight), weight * expected, rtol=1e-10)
+
+
 @pytest.mark.parametrize("routing", ["random", "skewed"])
 @pytest.mark.parametrize("R, A", [(5, 3), (14, 2), (6, 1), (4, 4), (1, 1)])
 @pytest.mark.parametrize("T", [1, 3, 150])
