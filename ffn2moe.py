@@ -1041,7 +1041,7 @@ def run(args: argparse.Namespace):
         dense_ffns = [layer.mlp for layer in model.layers]  # kept, to be timed beside what becomes of them
         seconds = convert_and_time(model, windows, chosen, reports.append if args.plot else None)
     if args.explain is None:
-        versions = {"dense": dense_ffns} if chosen and len(eval_ids) else {}
+        versions = {"dense": dense_ffns} if chosen else {}
         versions["moe"] = [layer.mlp for layer in model.layers]
         speeds = time_in_turns(model, eval_ids.flatten(), versions)
     if args.out:
