@@ -8,7 +8,7 @@ each token t and each of the A experts e that the token chose,
 
 The functions below all compute that, and `moe` at the end picks one of them:
 
-1. `moe_reference`   The definition: every expert runs on every token. The others are tested against it.
+1. `moe_reference`   The definition: every expert runs on every token. The others are tested by it.
 2. `moe_grouped`     Many tokens: each expert runs once, on the rows of the tokens that chose it.
 3. `moe_few_tokens`  A few tokens under torch.compile: the weights of each choice are read once.
    `moe_one_token`   One token on a CPU, without torch.compile.
@@ -40,9 +40,8 @@ try:
 except ImportError:
     triton = None
 
-
 FEW_TOKENS = 8  # up to so many, a product takes as long as reading its weights
-SCRATCH_BYTES = 24 * 2**20  # glibc maps larger buffers anew each time: page faults cost more than arithmetic
+SCRATCH_BYTES = 24 * 2**20  # glibc maps larger buffers anew each time, and page faults cost more
 SETTINGS_LOCK = threading.RLock()  # held while a setting of the whole process is changed
 
 
@@ -71,14 +70,12 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     fast as PyTorch's own product.
     """
     n, d = weight.shape
-    one_row = x.numel() == d
+    rows = x.numel() // d
     if x.dtype == torch.float32 and n % 8 == 0:
-        y = torch.bmm(weight.view(8, -1, d), x.reshape(-1, d).T.expand(8, d, -1))  # [8, N / 8, rows]
-        if not one_row:
-            y = y.view(n, -1).T.contiguous()
-        y = y.view(*x.shape[:-1], n)
+        y = torch.bmm(weight.view(8, -1, d), x.reshape(-1, d).T.expand(8, d, rows))
+        y = y.view(n, rows).T.contiguous().view(*x.shape[:-1], n)  # from [8, N / 8, rows]
         return y if bias is None else y + bias
-    if x.dtype == torch.bfloat16 and one_row and not torch.compiler.is_compiling():
+    if x.dtype == torch.bfloat16 and rows == 1 and not torch.compiler.is_compiling():
         with SETTINGS_LOCK:
             before = torch.backends.mkldnn.enabled
             torch.backends.mkldnn.enabled = False
@@ -101,7 +98,7 @@ def swiglu(both: Tensor) -> Tensor:
 
 @functools.cache
 def compiled_swiglu() -> Callable:
-    """`swiglu` of [T, 2m] in one pass over memory. Made when it is wanted: the import is slow."""
+    """`swiglu` in one pass over memory. Made when it is wanted: the import is slow."""
 
     def fused(both):
         gate, up = both.chunk(2, dim=-1)
@@ -120,7 +117,8 @@ def can_compile(device: str) -> bool:
 def ffn(x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor | None = None) -> Tensor:
     """weight * F(x): x [..., D], gate_up [2q, D], down [D, q], weight [..., 1] -> [..., D]."""
     rows = max(1024, SCRATCH_BYTES // (len(gate_up) * x.element_size()))
-    if x.is_cpu and x.numel() > rows * x.shape[-1] and not (x.requires_grad or gate_up.requires_grad):
+    trains = x.requires_grad or gate_up.requires_grad
+    if x.is_cpu and not trains and x.numel() > rows * x.shape[-1]:
         weights = itertools.repeat(None) if weight is None else weight.flatten(0, -2).split(rows)
         blocks = zip(x.flatten(0, -2).split(rows), weights)
         return torch.cat([ffn(block, gate_up, down, w) for block, w in blocks]).view(x.shape)
@@ -130,7 +128,7 @@ def ffn(x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor | None = None) 
     return linear(h, down)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 1. The definition
 
 
@@ -143,7 +141,7 @@ def moe_reference(
     return y
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 2. Many tokens
 #
 # The products take nearly all of the time; what can be saved is moving rows about. Each expert's
@@ -153,52 +151,43 @@ def moe_reference(
 
 
 def add_experts(
-    y: Tensor, x: Tensor, run: Callable, num_routed: int, chosen: Tensor, weights: Tensor, unit: int = 1
+    y: Tensor, x: Tensor, run: Callable, num_routed: int, chosen: Tensor, weights: Tensor
 ) -> Tensor:
     """y_t += run(e, x_t, weight[t, e]) for each token t and each expert e that it chose.
 
-    run(e, rows [n, D], weight [n, 1]) -> [n, D]. It may get rows that do not count, to round their
-    number up to a multiple of `unit`.
+    run(e, rows [n, D], weight [n, 1]) -> [n, D].
     """
-    chose = torch.zeros(len(x), num_routed, dtype=torch.bool, device=x.device).scatter_(1, chosen, True)
+    chose = torch.zeros(len(x), num_routed, dtype=torch.bool, device=x.device)
+    chose.scatter_(1, chosen, True)
     per_expert = weights.new_zeros(len(x), num_routed).scatter(1, chosen, weights)  # [T, R]
     experts, tokens = chose.T.nonzero(as_tuple=True)  # in the order of the experts
     weights = per_expert[tokens, experts][:, None]
     counts = chose.sum(dim=0).tolist()
-    for e, (mine, weight) in enumerate(zip(tokens.split(counts), weights.split(counts))):
-        n = len(mine)
-        if n == 0:
-            continue
-        padding = -n % unit if n > FEW_TOKENS else 0
-        if padding:
-            rows = x.index_select(0, F.pad(mine, (0, padding)))  # token 0 again
-            weight = F.pad(weight, (0, 0, 0, padding))
-        else:
-            rows = x.index_select(0, mine)
-        y = y.index_add_(0, mine, run(e, rows, weight)[:n])
+    for e, (rows, weight) in enumerate(zip(tokens.split(counts), weights.split(counts))):
+        if len(rows):
+            y = y.index_add_(0, rows, run(e, x.index_select(0, rows), weight))
     return y
-
-
-def row_unit(x: Tensor) -> int:
-    """oneDNN, which does the products of two bytes on a CPU, compiles a product for each number of
-    rows that it has not met. That takes as long as the product, so numbers are rounded up."""
-    return 16 if x.is_cpu and x.dtype.itemsize == 2 else 1
 
 
 def moe_grouped(
     y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
 ) -> Tensor:
     def run(e, rows, weight):
-        return ffn(rows, gate_up[e], down[e], weight)
+        n = len(rows)
+        if n > FEW_TOKENS and x.is_cpu and x.dtype.itemsize == 2:
+            # oneDNN compiles a product for each number of rows that it has not met, which takes as
+            # long as the product. So numbers are rounded up to multiples of 16.
+            padding = (0, 0, 0, -n % 16)
+            rows, weight = F.pad(rows, padding), F.pad(weight, padding)
+        return ffn(rows, gate_up[e], down[e], weight)[:n]
 
-    return add_experts(y, x, run, len(down), chosen, weights, row_unit(x))
+    return add_experts(y, x, run, len(down), chosen, weights)
 
 
 def moe_of_modules(
     y: Tensor, x: Tensor, experts: Sequence[Callable], chosen: Tensor, weights: Tensor
 ) -> Tensor:
-    """The same with any functions for experts, x [n, D] -> [n, D]: MoE layers, for a mixture in two
-    levels. Rows are not padded, since an inner router would count the padding."""
+    """The same with experts that are MoE layers themselves, [n, D] -> [n, D]: two levels."""
 
     def run(e, rows, weight):
         return experts[e](rows) * weight
@@ -206,7 +195,7 @@ def moe_of_modules(
     return add_experts(y, x, run, len(experts), chosen, weights)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 3. A few tokens
 #
 # All of their time is that of reading the weights of the experts that run, and of starting
@@ -218,7 +207,8 @@ def moe_of_modules(
 def moe_few_tokens(
     y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
 ) -> Tensor:
-    h = swiglu((gate_up[chosen] * widened(x)[:, None, None]).sum(-1)) * weights[..., None]  # [T, A, m]
+    h = swiglu((gate_up[chosen] * widened(x)[:, None, None]).sum(-1))  # [T, A, m]
+    h = h * weights[..., None]
     return y + (down[chosen] * h[:, :, None]).sum(-1).sum(1).to(y.dtype)
 
 
@@ -232,29 +222,32 @@ def moe_one_token(
     return y
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 4. CUDA
 #
-# Both kernels work on tiles: up to BLOCK_T consecutive sorted slots of one expert. An expert with n slots has
-# ceil(n / BLOCK_T) tiles, so that no expert is padded to the count of another. A program finds its tile's expert by
-# comparing the tile's number with the running total of tiles. The grid has the size that the total can have at most, and
-# the programs beyond it return at once: nothing waits until the counts have reached the CPU.
+# Both kernels work on tiles: up to BLOCK_T consecutive sorted slots of one expert. An expert with n
+# slots has ceil(n / BLOCK_T) tiles, so that no expert is padded to the count of another. A program
+# finds its tile's expert by comparing the tile's number with the running total of tiles. The grid
+# has the size that the total can have at most, and the programs beyond it return at once: nothing
+# waits until the counts have reached the CPU.
+
+# On a CPU, for tests. It gets bfloat16 products wrong, so that factors are cast there (CAST).
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 
 def sort_by_expert(chosen: Tensor, num_routed: int) -> tuple[Tensor, Tensor]:
     """A slot is one choice of one token: token t's a-th choice is slot t * A + a. chosen [T, A] ->
     the slots in the order of the experts that they chose [T * A], and how many each has [R]."""
     flat = chosen.flatten()
     counts = flat.new_zeros(num_routed).scatter_add_(0, flat, torch.ones_like(flat))
-    return flat.argsort(stable=True), counts  # counts without bincount, which would wait for the GPU
-
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on a CPU, for tests; needs CAST: it gets bfloat16 products wrong
+    return flat.argsort(stable=True), counts  # counts without bincount, which would wait
 
 
 @functools.cache
 def has_triton() -> bool:
     if triton is None:
-        warnings.warn("triton is not installed: FFNs run slower on this GPU, and experts one by one", stacklevel=2)
+        slower = "triton is not installed: FFNs run slower on this GPU, and experts one by one"
+        warnings.warn(slower, stacklevel=2)
     return triton is not None
 
 
@@ -265,9 +258,9 @@ if triton:
         slots, tile_end, slot_end, num_tiles, R: tl.constexpr, R_PADDED: tl.constexpr,
         BLOCK_T: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
-        """What a program is to do -> its expert (R: there is nothing to do), its rows of sorted slots, the slots, which of
-        them are real, and its block of columns. Programs go through the columns eight tiles at a time, so that a block of
-        weights is read once for all eight."""
+        """What a program is to do: its expert (R: nothing), its rows of sorted slots, the slots,
+        which of them are real, and its block of columns. Programs go through the columns eight
+        tiles at a time, so that a block of weights is read once for all eight."""
         group = tl.program_id(0) // (8 * COLUMNS)
         height = min(num_tiles - 8 * group, 8)
         tile = 8 * group + tl.program_id(0) % (8 * COLUMNS) % height
@@ -289,7 +282,7 @@ if triton:
         D: tl.constexpr, M: tl.constexpr, A: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr,
         BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CAST: tl.constexpr,
     ):  # fmt: skip
-        """h[row] = silu(W_gate x_t) * (W_up x_t), for the token t and the expert of each row of sorted slots."""
+        """h[row] = silu(W_gate x_t) * (W_up x_t), for the token and the expert of each row."""
         columns: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
         expert, row, slot, real, column = find_tile(
             slots, tile_end, slot_end, num_tiles, R, R_PADDED, BLOCK_T, columns
@@ -313,7 +306,8 @@ if triton:
             gate = tl.dot(xs, gs, gate, input_precision="ieee")
             up = tl.dot(xs, us, up, input_precision="ieee")
         out = (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty)
-        tl.store(h + row.to(tl.int64)[:, None] * M + n[None, :], out, mask=real[:, None] & (n < M)[None, :])
+        h_tile = h + row.to(tl.int64)[:, None] * M + n[None, :]
+        tl.store(h_tile, out, mask=real[:, None] & (n < M)[None, :])
 
     @triton.jit
     def down_kernel(
@@ -321,7 +315,7 @@ if triton:
         D: tl.constexpr, M: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr,
         BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CAST: tl.constexpr,
     ):  # fmt: skip
-        """out[slot] = weight[slot] * W_down h[row]: from sorted slots back to the order of the tokens."""
+        """out[slot] = weight[slot] * W_down h[row]: back to the order of the tokens."""
         columns: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
         expert, row, slot, real, column = find_tile(
             slots, tile_end, slot_end, num_tiles, R, R_PADDED, BLOCK_T, columns
@@ -342,27 +336,32 @@ if triton:
             y = tl.dot(hs, ws, y, input_precision="ieee")
         y *= tl.load(weights + slot, mask=real, other=0.0).to(tl.float32)[:, None]
         y = y.to(out.dtype.element_ty)
-        tl.store(out + slot.to(tl.int64)[:, None] * D + d[None, :], y, mask=real[:, None] & (d < D)[None, :])
+        out_tile = out + slot.to(tl.int64)[:, None] * D + d[None, :]
+        tl.store(out_tile, y, mask=real[:, None] & (d < D)[None, :])
 
 
-def moe_triton(y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+def moe_triton(
+    y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
+) -> Tensor:
     (T, D), (R, _, m), A = x.shape, down.shape, chosen.shape[1]
     slots, counts = sort_by_expert(chosen, R)
     block_t = 128 if T * A >= 64 * R else 16
-    num_tiles = triton.cdiv(T * A, block_t) + R - 1  # at most: the last tile of each expert need not be full
-    tiles = (slots, ((counts + block_t - 1) // block_t).cumsum(0), counts.cumsum(0), num_tiles)
+    num_tiles = triton.cdiv(T * A, block_t) + R - 1  # at most: each expert's last may be part full
+    tile_ends = ((counts + block_t - 1) // block_t).cumsum(0)
+    tiles = (slots, tile_ends, counts.cumsum(0), num_tiles)
     sizes = {"D": D, "M": m, "R": R, "R_PADDED": triton.next_power_of_2(R), "BLOCK_T": block_t}
     sizes |= {"CAST": INTERPRETED, "num_warps": 8}
-    depth = 32 if x.dtype == torch.float32 else 64  # of the blocks along the summed dimension: 32 KiB a stage
+    depth = 32 if x.dtype == torch.float32 else 64  # of blocks along the summed dimension
+    x, gate_up, down, weights = (t.contiguous() for t in (x, gate_up, down, weights))
     h, out = x.new_empty(T * A, m), x.new_empty(T * A, D)
     grid = (num_tiles * triton.cdiv(m, 64),)
-    gate_up_kernel[grid](x.contiguous(), gate_up.contiguous(), h, *tiles, A=A, BLOCK_M=64, BLOCK_D=depth, **sizes)
+    gate_up_kernel[grid](x, gate_up, h, *tiles, A=A, BLOCK_M=64, BLOCK_D=depth, **sizes)
     grid = (num_tiles * triton.cdiv(D, 128),)
-    down_kernel[grid](h, down.contiguous(), weights.contiguous(), out, *tiles, BLOCK_M=depth, BLOCK_D=128, **sizes)
+    down_kernel[grid](h, down, weights, out, *tiles, BLOCK_M=depth, BLOCK_D=128, **sizes)
     return y.add_(out.view(T, A, D).sum(dim=1))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Which of them
 
 
