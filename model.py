@@ -670,6 +670,16 @@ class Decoder(nn.Module):
         angles = angles.repeat(1, 2)
         return angles.cos().to(weight), angles.sin().to(weight)
 
+    @property
+    def ffns(self) -> list[nn.Module]:
+        """The FFN of each layer, FFN or MoE; can be assigned to."""
+        return [layer.mlp for layer in self.layers]
+
+    @ffns.setter
+    def ffns(self, ffns: list[nn.Module]):
+        for layer, ffn in zip(self.layers, ffns, strict=True):
+            layer.mlp = ffn
+
     def new_cache(self, batch: int, positions: int) -> list[Pair]:
         """Of each layer, room for keys and values, each [B, K, positions, d]."""
         c, weight = self.config, self.embed_tokens.weight
