@@ -13,7 +13,6 @@ Tables and plots are made from that file. Each row says which commit measured it
 
 import argparse
 import copy
-import ctypes
 import platform
 import re
 import subprocess
@@ -575,9 +574,9 @@ def quality(args: argparse.Namespace):
         raise InputError(f"--only: no such row; there are {sorted({row.name for row in rows})}")
     if len(set(names)) < len(names):
         raise InputError("two evaluation texts have the same name")
-    settings = {"model": args.model or DEFAULT_MODEL, "dtype": args.dtype, "device": args.device}
-    settings |= {"calib": Path(args.calib).stem, "eval": names, "seed": args.seed}
-    settings |= {"eval_tokens": args.eval_tokens, "window": args.window}
+    settings = {"model": args.model or DEFAULT_MODEL, "dtype": args.dtype[0]}
+    settings |= {"device": args.device, "calib": Path(args.calib).stem, "eval": names}
+    settings |= {"seed": args.seed, "eval_tokens": args.eval_tokens, "window": args.window}
     done = read_results(file, settings)
     rows = [row for row in rows if not args.only or row.name in args.only]
     rows = [row for row in rows if not is_done(done, row.key(), args.again, args.device)]
@@ -590,7 +589,7 @@ def quality(args: argparse.Namespace):
 
 def measure_rows(args: argparse.Namespace, rows: list[Row], done: dict, file: Path):
     """Measure each row on a fresh model, and write the file after each."""
-    model, tokenizer = load_model(args.model, args.dtype, args.device)
+    model, tokenizer = load_model(args.model, args.dtype[0], args.device)
     window = min(args.window, model.config.max_position_embeddings)
     calib = read_ids(model, tokenizer, args.calib, "train")
     if HELD_BACK in args.eval:
@@ -607,7 +606,7 @@ def measure_rows(args: argparse.Namespace, rows: list[Row], done: dict, file: Pa
         texts.append(text)
     for n, row in enumerate(rows):
         title = f"{n + 1}/{len(rows)} {row.name}, {row.percent:g} %"
-        model, _ = load_model(args.model, args.dtype, args.device)
+        model, _ = load_model(args.model, args.dtype[0], args.device)
         windows = sample_rows(calib, len(calib), args.seed + row.seed)
         if row.layer and len(windows) < row.calib_windows:
             print(f"warning: only {len(windows)} calibration windows", file=sys.stderr)
@@ -829,28 +828,6 @@ def faster(times: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return best
 
 
-def peak_memory(function: Callable, device: str) -> float | None:
-    """Bytes that a call needs at its peak beyond what was held before it; None if not known."""
-    if device != "cpu":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    try:  # Linux: the process gives back what it does not use, and its high-water mark is reset
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        before = process_memory("VmRSS")
-        function()
-        return max(0, process_memory("VmHWM") - before)
-    except (OSError, AttributeError, TypeError):
-        return None
-
-
-def process_memory(key: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) * 1024
-
-
 def spec_from(text: str, q: int) -> MoESpec:
     """What an FFN of q neurons becomes: "S3A3E8", or in two levels "S2A4E8+S3A3E8"."""
     outer, _, inner = text.partition("+")
@@ -942,8 +919,6 @@ class SpeedRow:
     gflops_per_token: float
     dense_weight_bytes_per_token: int
     moe_weight_bytes_per_token: int
-    dense_peak_bytes: float | None
-    moe_peak_bytes: float | None
     peers_ms: dict  # the same by other means
     origin: dict
 
@@ -960,7 +935,7 @@ def share_read(ffn: int | MoESpec, batch: int) -> float:
     return ffn.shared_size + experts * ffn.expert_size
 
 
-def make_row(times: dict, ffns: list, rest_ms: float, read: dict, peaks: dict, **about) -> SpeedRow:
+def make_row(times: dict, ffns: list, rest_ms: float, read: dict, **about) -> SpeedRow:
     """ffns: int or spec of each layer; rest_ms: time of a model without FFNs; read: bytes."""
     dense, moe = float(np.median(times["dense"])), float(np.median(times["MoE"]))
     low, middle, high = np.quantile(times["dense"] / times["MoE"], [0.25, 0.5, 0.75])
@@ -975,8 +950,7 @@ def make_row(times: dict, ffns: list, rest_ms: float, read: dict, peaks: dict, *
         moe_ms=moe, speedup=dense / moe, spread=(high - low) / middle, ideal=ideal,
         of_ideal=dense / moe / ideal, bound=bound, read_bound=read_bound,
         dense_weight_bytes_per_token=read["dense"], moe_weight_bytes_per_token=read["MoE"],
-        dense_peak_bytes=peaks["dense"], moe_peak_bytes=peaks["MoE"], peers_ms=peers,
-        origin=origin(about["device"]),
+        peers_ms=peers, origin=origin(about["device"]),
     )  # fmt: skip
 
 
@@ -1012,10 +986,9 @@ def ffn_speed(
     turn = {name: cycle(copies) for name, copies in calls.items()}
     functions = {name: lambda name=name: next(turn[name])() for name in calls}
     times = faster(interleave(functions, device, turns))
-    peaks = {name: peak_memory(functions[name], device) for name in ("dense", "MoE")}
     read = {"dense": size, "MoE": int(3 * D * active_neurons(spec)) * kind.itemsize}
     return make_row(
-        times, [spec], 0.0, read, peaks, what="ffn", shape=shape, tokens=tokens, batch=tokens,
+        times, [spec], 0.0, read, what="ffn", shape=shape, tokens=tokens, batch=tokens,
         dtype=dtype, experts=experts, device=device, gflops_per_token=6e-9 * D * width,
     )  # fmt: skip
 
@@ -1048,15 +1021,14 @@ def model_speed(models: dict[str, Decoder], what: str, ids: Tensor, turns: int) 
                 decode(model, kv_cache, True)  # the first takes as long as compiling does
     times = faster(interleave(functions, device, turns))
     steps = half if what == "decode" else 1
-    peaks = {name: peak_memory(functions[name], device) for name in models}
     used = {name: active_parameters(model)[1] for name, model in models.items()}
     rows = []
     for name in models.keys() - {"dense"}:
         read = {"dense": used["dense"] * weight.itemsize, "MoE": used[name] * weight.itemsize}
         rows.append(make_row(
             {"dense": times["dense"] / steps, "MoE": times[name] / steps},
-            models[name].config.ffns, float(np.median(times["bare"])) / steps, read,
-            {"dense": peaks["dense"], "MoE": peaks[name]}, what=what, shape="smollm2-135m",
+            models[name].config.ffns, float(np.median(times["bare"])) / steps, read, what=what,
+            shape="smollm2-135m",
             tokens=half if what == "decode" else length, batch=batch, experts=name, device=device,
             dtype=str(weight.dtype).removeprefix("torch."), gflops_per_token=2e-9 * used[name],
         ))  # fmt: skip
@@ -1134,14 +1106,11 @@ def speed_table(rows: list[SpeedRow]) -> str:
         cells += [f"{r.ideal:.2f}x", f"{r.of_ideal:.1%}", f"{r.bound:.2f}x", f"{r.read_bound:.2f}x"]
         cells.append(f"{r.gflops_per_token:.3f}")
         cells += [f"{r.dense_ms / r.peers_ms[p]:.2f}x" if p in r.peers_ms else "" for p in PEERS]
-        read = (r.dense_weight_bytes_per_token, r.moe_weight_bytes_per_token)
-        for before, after in (read, (r.dense_peak_bytes, r.moe_peak_bytes)):
-            known = before is not None
-            cells.append(f"{before / 1e6:,.0f} → {after / 1e6:,.0f}" if known else "")
-        lines.append(cells)
+        before, after = r.dense_weight_bytes_per_token, r.moe_weight_bytes_per_token
+        lines.append([*cells, f"{before / 1e6:,.0f} → {after / 1e6:,.0f}"])
     head = ["", "split", "dense layers", "dense, ms", "MoE, ms", "speedup", "spread", "ideal"]
     head += ["of ideal", "bound", "bound by reading", "GFLOP per token", *PEERS]
-    return markdown([*head, "weights read per token, MB", "peak memory, MB"], lines)
+    return markdown([*head, "weights read per token, MB"], lines)
 
 
 def speed_tables(rows: list[SpeedRow]) -> str:
@@ -1218,20 +1187,20 @@ def finetune_rows(samples: int) -> list[tuple[Row, dict]]:
 def finetune(args: argparse.Namespace):
     file = Path(args.json)
     recipe = {name: getattr(args, name) for name in (*RECIPE, "seed")}
-    settings = {"model": args.model or DEFAULT_MODEL, "dtype": args.dtype, "device": args.device}
-    settings |= {"text": Path(args.text).stem, "eval": Path(args.eval).stem}
-    settings |= {"eval_tokens": args.eval_tokens, **recipe}
+    settings = {"model": args.model or DEFAULT_MODEL, "dtype": args.dtype[0]}
+    settings |= {"device": args.device, "text": Path(args.calib).stem}
+    settings |= {"eval": Path(args.eval[0]).stem, "eval_tokens": args.eval_tokens, **recipe}
     done = read_results(file, settings)
     rows = finetune_rows(args.samples)
     if args.only:
         rows = [(row, changes) for row, changes in rows if row.name in args.only]
-    dense, tokenizer = load_model(args.model, args.dtype, args.device)
-    ids = read_ids(dense, tokenizer, args.text, "train")
-    window = min(2048, dense.config.max_position_embeddings)
-    if args.eval == HELD_BACK:
+    dense, tokenizer = load_model(args.model, args.dtype[0], args.device)
+    ids = read_ids(dense, tokenizer, args.calib, "train")
+    window = min(args.window, dense.config.max_position_embeddings)
+    if args.eval[0] == HELD_BACK:
         ids, eval_ids = hold_back(ids, window)
     else:
-        eval_ids = read_ids(dense, tokenizer, args.eval, "test")
+        eval_ids = read_ids(dense, tokenizer, args.eval[0], "test")
     windows = cut_windows(dense, ids, window)
     calib = sample_rows(windows, len(windows), args.seed)
     measure = partial(perplexity, ids=eval_ids[: args.eval_tokens or None], window=window)
@@ -1416,12 +1385,12 @@ def plot_load(loads: dict[int, tuple[Tensor, Tensor]], even: float, file: Path):
 @torch.no_grad()
 def figures(args: argparse.Namespace):
     """The pictures of the README, from one conversion."""
-    out, split = Path(args.out), Split.parse(args.experts)
+    out, split = Path(args.out), Split.parse(args.experts[0])
     check_writable(out / "x.png")
-    model, tokenizer = load_model(args.model, args.dtype, args.device)
-    window = min(2048, model.config.max_position_embeddings)
+    model, tokenizer = load_model(args.model, args.dtype[0], args.device)
+    window = min(args.window, model.config.max_position_embeddings)
     calib = cut_windows(model, read_ids(model, tokenizer, args.calib, "train"), window)
-    test = cut_windows(model, read_ids(model, tokenizer, args.eval, "test"), window)
+    test = cut_windows(model, read_ids(model, tokenizer, args.eval[0], "test"), window)
     if not {args.layer, *args.layers} <= set(range(len(model.layers))):
         raise InputError(f"--layer and --layers: the model has {len(model.layers)}")
     out.mkdir(parents=True, exist_ok=True)
@@ -1444,7 +1413,7 @@ def figures(args: argparse.Namespace):
     plot_rates(rates, out / "activation_rates.png")
     plot_load(loads, split.active / split.routed, out / "expert_load.png")
     words = ffn2moe.words_of_experts(model, tokenizer, test[:20], args.layer)
-    shown = as_ids(model, encode(tokenizer, args.text))
+    shown = as_ids(model, encode(tokenizer, args.show))
     plot_words(model, tokenizer, shown, words, args.layer, out / "words.png")
     print(ffn2moe.explain(model, tokenizer, shown, words, args.layer))
 
@@ -1490,97 +1459,78 @@ def readme(args: argparse.Namespace):
 
 def everything(args: argparse.Namespace):
     """All measurements of the README, in order; those that are done are not repeated."""
-    texts = ["--calib", args.calib, "--eval", args.eval]
-    dtype, again = ["--dtype", args.dtype], ["--again"] * args.again
+    texts = ["--calib", args.calib, "--eval", args.eval[0]]
+    common = ["--dtype", *args.dtype, *["--again"] * args.again]
     jobs = [
-        ["quality", *texts, "manual", *dtype, *again, "--json", str(RESULTS / "quality.json")],
-        ["speed", "--json", str(RESULTS / "speed.json")],
-        ["finetune", "--text", args.calib, "--eval", args.eval, *dtype, *again,
-         "--json", str(RESULTS / "finetune.json")],
-        ["figures", *texts, *dtype],
+        ["quality", *texts, "manual", *common, "--json", str(RESULTS / "quality.json")],
+        ["speed", "--turns", "9", "--json", str(RESULTS / "speed.json")],
+        ["finetune", *texts, *common, "--json", str(RESULTS / "finetune.json")],
+        ["figures", *texts, *common],
         ["readme"],
-    ]  # fmt: skip
+    ]
     for i, job in enumerate(jobs):
         print(f"--- {i + 1} of {len(jobs)}: bench.py {' '.join(job)}", flush=True)
-        dispatch(parse_args(job))
-
-
-def add_model_flags(add: Callable, **defaults):
-    """What most commands share; `defaults` replace some defaults."""
-    text = "a text file, 'wikitext2' or 'manual', as for ffn2moe.py"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--model", metavar="SOURCE", help="as for ffn2moe.py; splits are chosen for the default")
-    add("--calib", "--text", dest="calib", default="manual", metavar="TEXT", help=f"{text}")
-    add("--eval-tokens", type=int, default=defaults.get("eval_tokens", 20480), metavar="N",
-        help="first N tokens of each evaluation text; 0: all")  # fmt: skip
-    add("--only", nargs="+", metavar="ROW", help="only the rows of these names")
-    add("--again", action="store_true", help="measure rows of other commits again")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help=" ")
-    add("--device", default=device, help=" ")
-    add("--seed", type=int, default=0, help="picks the calibration windows")
+        args = parse_args(job)
+        COMMANDS[args.command](args)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Quality and speed, beside controls and peers.")
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name, what):
-        form = argparse.ArgumentDefaultsHelpFormatter
-        return commands.add_parser(name, help=what, formatter_class=form).add_argument
-
-    add = command("quality", "perplexity of every method and control")
-    add_model_flags(add)
-    add("--eval", nargs="+", default=["manual"], help=f"texts; {HELD_BACK}: the end of --calib")
-    add("--window", type=int, default=2048, metavar="N", help="tokens per sequence")
-    add("--turns", type=int, default=3, help="of timing")
-    add("--json", default="quality.json", metavar="FILE", help="results; tables and plots beside")
-
-    add = command("speed", "dense FFN layers and models against converted ones")
+    """One set of flags; each command uses those that concern it."""
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=form)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shapes = ["576x1536", "2048x8192", "smollm2-135m"] + ["4096x11008"] * (device == "cuda")
     tokens = [1, 1024, 2048, 4096, 8192, 16384] if device == "cuda" else [1, 2048]
-    splits = ["S3A3E8", "S2A2E8", "S10A10E32", "S6A4E16", "S2A2E16"]
-    add("--shape", nargs="+", default=shapes, help="FFNs of DxQ, or the whole model")
-    add("--tokens", nargs="+", type=int, default=tokens, help="for the FFNs")
-    add("--batch", nargs="+", type=int, default=[1, 8], help="sequences at a time, for the model")
-    add("--experts", nargs="+", default=splits, metavar="SnAnEn", help=" ")
-    add("--dense", default="none", metavar="LAYERS", help="that stay so, as for ffn2moe.py")
-    add("--turns", type=int, default=9, help="of which the median is taken")
-    add("--dtype", nargs="+", default=["float32", "bfloat16"], help=" ")
-    add("--device", default=device, help=" ")
-    add("--json", default="speed.json", metavar="FILE", help="results; tables and plot beside")
-
-    add = command("finetune", "perplexity before and after the fine-tune of train.py")
-    add_model_flags(add, eval_tokens=0)
-    add("--eval", default="manual", metavar="TEXT", help="evaluation text")
+    shapes = ["576x1536", "2048x8192", "smollm2-135m"] + ["4096x11008"] * (device == "cuda")
+    add = parser.add_argument
+    add("command", choices=COMMANDS)
+    add("--model", metavar="SOURCE", help="as for ffn2moe.py; splits are chosen for the default")
+    add("--calib", "--text", default="manual", metavar="TEXT", help="to calibrate or fine-tune on")
+    add("--eval", nargs="+", default=["manual"], metavar="TEXT",
+        help=f"evaluation texts; {HELD_BACK}: the end of the calibration text")  # fmt: skip
+    add("--eval-tokens", type=int, metavar="N", help="first N of each (quality: 20480); 0: all")
+    add("--window", type=int, default=2048, metavar="N", help="tokens per sequence")
+    add("--only", nargs="+", metavar="ROW", help="only the rows of these names")
+    add("--again", action="store_true", help="measure rows of other commits again")
+    add("--dtype", nargs="+", choices=["float32", "bfloat16"], help="(bfloat16; speed: both)")
+    add("--device", default=device, help="where to run")
+    add("--seed", type=int, default=0, help="picks the calibration windows")
+    add("--turns", type=int, default=3, help="of timing, of which the median is taken")
+    add("--json", metavar="FILE", help="results, with tables and plots beside (COMMAND.json)")
+    add("--shape", nargs="+", default=shapes, help="speed: FFNs of DxQ, or the whole model")
+    add("--tokens", nargs="+", type=int, default=tokens, help="speed: of FFNs")
+    add("--batch", nargs="+", type=int, default=[1, 8], help="speed: sequences, for the model")
+    add("--experts", nargs="+", metavar="SnAnEn", help="speed, figures: splits",
+        default=["S7A7E32", "S3A3E8", "S2A2E8", "S6A4E16", "S2A2E16"])  # fmt: skip
+    add("--dense", default="none", metavar="LAYERS", help="speed: that stay so")
+    add("--layer", type=int, default=15, metavar="N", help="figures: partition and words")
+    add("--layers", type=int, nargs="+", default=[0, 15, 29], metavar="N", help="figures: rates")
+    add("--show", metavar="TEXT", help="figures: whose experts are shown",
+        default="The river rose in 1913, and the old bridge was carried away by the water. "
+        "She sings better than he does.")  # fmt: skip
+    add("--out", default="figures", metavar="DIR", help="figures: where to write")
     train.add_settings(add, RECIPE)
-    add("--json", default="finetune.json", metavar="FILE", help="results; tables and plot beside")
-
-    add = command("figures", "pictures of what the method does to one model")
-    add_model_flags(add)
-    add("--eval", default="manual", metavar="TEXT", help="text for the words of experts")
-    add("--experts", default="S7A7E32", metavar="SnAnEn", help=" ")
-    add("--layer", type=int, default=15, metavar="N", help="for partition and words")
-    add("--layers", type=int, nargs="+", default=[0, 15, 29], metavar="N", help="for rates")
-    add("--show", default="The river rose in 1913, and the old bridge was carried away by the "
-        "water. She sings better than he does.", help="text to show the experts of")  # fmt: skip
-    add("--out", default="figures", metavar="DIR", help=" ")
-
-    add = command("all", "all measurements of the README; about ten hours on two cores")
-    add_model_flags(add)
-    add("--eval", default="wikitext2", metavar="TEXT", help="evaluation text")
-    command("readme", "put the tables of results/ into README.md")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.dtype is None:
+        args.dtype = ["float32", "bfloat16"] if args.command == "speed" else ["bfloat16"]
+    if args.eval_tokens is None:
+        args.eval_tokens = 20480 if args.command == "quality" else 0
+    args.json = args.json or f"{args.command}.json"
+    return args
 
 
-def dispatch(args: argparse.Namespace):
-    jobs = {"quality": quality, "speed": speed, "finetune": finetune, "figures": figures,
-            "all": everything, "readme": readme}  # fmt: skip
-    jobs[args.command](args)
+COMMANDS = {
+    "quality": quality,
+    "speed": speed,
+    "finetune": finetune,
+    "figures": figures,
+    "all": everything,
+    "readme": readme,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_command("bench", lambda: dispatch(parse_args(argv)))
+    args = parse_args(argv)
+    return run_command("bench", lambda: COMMANDS[args.command](args))
 
 
 if __name__ == "__main__":
