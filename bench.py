@@ -1415,7 +1415,7 @@ def figures(args: argparse.Namespace):
     words = ffn2moe.words_of_experts(model, tokenizer, test[:20], args.layer)
     shown = as_ids(model, encode(tokenizer, args.show))
     plot_words(model, tokenizer, shown, words, args.layer, out / "words.png")
-    print(ffn2moe.explain(model, tokenizer, shown, words, args.layer))
+    print(ffn2moe.explain(model, tokenizer, args.show, test[:20], args.layer))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -573,40 +573,30 @@ def joint_layer(ffn: FFN, x: Tensor, split: Split, rounds: int = 8, refit: bool 
 # backward pass for all layers.
 
 
+@torch.no_grad()
 def conversion_losses(model: Decoder, windows: Tensor) -> Tensor:
     """What the conversion of each layer costs, predicted, in nats per token: windows [B, T] ->
     float64 [layers]."""
-    ffns = [layer.mlp for layer in model.layers]
-    seen = {}  # of each layer: its input and its output
-
-    def remember(i: int, _, inputs: tuple, output: Tensor):
-        output.retain_grad()
-        seen[i] = inputs[0].detach(), output
-
-    def require_grad(_, inputs: tuple, output: Tensor):
-        return output.requires_grad_()
-
-    hooks = [ffn.register_forward_hook(partial(remember, i)) for i, ffn in enumerate(ffns)]
-    hooks.append(model.embed_tokens.register_forward_hook(require_grad))
+    losses = torch.zeros(len(model.layers), dtype=torch.float64)
     generator = torch.Generator(windows.device).manual_seed(0)
-    losses = torch.zeros(len(ffns), dtype=torch.float64)
-    try:
-        for window in windows:
-            with torch.enable_grad():
-                x = model.hidden_states(window[None])[0]  # [T, D]
-            x.backward(sampled_label_gradient(model, x, generator))
-            for i, ffn in enumerate(ffns):
-                ffn_input, output = seen[i]
-                losses[i] += squared_change(ffn, ffn_input[0], output.grad[0]) / 2
-    finally:
-        for hook in hooks:
-            hook.remove()
+    rope = model.rope(0, windows.shape[1])
+    for window in windows:
+        inputs, outputs = [], []  # of the FFN of each layer, [T, D]
+        with torch.enable_grad():
+            x = model.embed_tokens(window[None]).requires_grad_()
+            for layer in model.layers:
+                x = x + layer.self_attn(layer.input_layernorm(x), rope)
+                inputs.append(layer.post_attention_layernorm(x)[0])
+                outputs.append(layer.mlp(inputs[-1]))
+                x = x + outputs[-1]
+            last = model.norm(x)[0]
+        gradients = torch.autograd.grad(last, outputs, label_gradient(model, last, generator))
+        for i, g in enumerate(gradients):
+            losses[i] += squared_change(model.layers[i].mlp, inputs[i].detach(), g) / 2
     return losses / windows.numel()
 
 
-def sampled_label_gradient(
-    model: Decoder, x: Tensor, generator: torch.Generator
-) -> Tensor:
+def label_gradient(model: Decoder, x: Tensor, generator: torch.Generator) -> Tensor:
     """The gradient of sum_t log p(label_t), labels sampled from p, with respect to the last hidden
     states x [T, D]."""
     gradients = []
@@ -628,9 +618,7 @@ def squared_change(ffn: FFN, x: Tensor, g: Tensor) -> float:
     return change.square().sum(dtype=torch.float64).item()
 
 
-def choose_dense(
-    model: Decoder, calib_ids: Tensor, split: Split, active: float
-) -> frozenset[int]:
+def choose_dense(model: Decoder, calib_ids: Tensor, split: Split, active: float) -> frozenset[int]:
     """The layers that stay dense: those whose conversion costs most, so many that the share
     `active` of all FFN neurons runs for a token. calib_ids [B, T]."""
     num_layers, saved = model.config.num_layers, 1 - split.share
@@ -879,12 +867,13 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def explain(
-    model: Decoder, tokenizer: Tokenizer, ids: Tensor, words: list[list[str]], layer: int
+    model: Decoder, tokenizer: Tokenizer, text: str, windows: Tensor, layer: int
 ) -> str:
-    """A table of the tokens ids [T] and the routed experts that run for each in a layer, then the
-    words that each expert is for."""
-    active = model.layers[layer].mlp.spec.active
-    lines = [f"Layer {layer}: {active} of {len(words)} routed experts run for each token (#)", ""]
+    """A table of the tokens of a text and the routed experts that run for each in a layer, then the
+    words of windows [B, T] that each expert is for."""
+    ids = as_ids(model, encode(tokenizer, text))
+    words, spec = words_of_experts(model, tokenizer, windows, layer), model.layers[layer].mlp.spec
+    lines = [f"Layer {layer}: {spec.active} of {len(words)} routed experts run for a token (#)", ""]
     for token, experts in zip(ids.tolist(), chosen_experts(model, ids[None], layer).tolist()):
         marks = "".join("#" if e in experts else "." for e in range(len(words)))
         lines.append(f"{token_text(tokenizer, token) or '_':>16.16}  {marks}")
@@ -1011,16 +1000,12 @@ def calibration_windows(
     return windows
 
 
-def explain_text(model: Decoder, tokenizer: Tokenizer, text: str, layer: int, windows: Tensor):
-    """Print what --explain asks for; words are those of the windows [B, T]."""
-    ids = as_ids(model, encode(tokenizer, text))
-    if not 0 < len(ids) <= model.config.max_position_embeddings:
-        raise InputError(f"--explain: a text of {len(ids)} tokens cannot be run")
-    moes = [i for i, ffn in enumerate(model.config.ffns) if isinstance(ffn, MoESpec)]
-    if layer not in moes:
-        raise InputError(f"layer {layer} is no MoE; these are: {', '.join(map(str, moes))}")
-    words = words_of_experts(model, tokenizer, windows, layer)
-    print(explain(model, tokenizer, ids, words, layer))
+def layer_to_explain(args: argparse.Namespace, moes: set[int]) -> int:
+    """--layer, or the MoE layer in the middle; refused before the long work if it is none."""
+    layer = sorted(moes)[len(moes) // 2] if args.layer is None else args.layer
+    if args.explain is not None and layer not in moes:
+        raise InputError(f"layer {layer} is no MoE; these are: {', '.join(map(str, sorted(moes)))}")
+    return layer
 
 
 def measure(model: Decoder, tokenizer: Tokenizer, windows: Tensor, prompt: Tensor) -> dict:
@@ -1047,6 +1032,8 @@ def run(args: argparse.Namespace):
     eval_ids = read_ids(model, tokenizer, args.eval, "test")[: args.eval_tokens or None]
     windows = cut_windows(model, eval_ids, window)
     prompt = as_ids(model, encode(tokenizer, args.prompt))
+    if args.explain == "":
+        raise InputError("--explain: the text is empty")
     result = vars(args) | {"model": args.model or DEFAULT_MODEL, "torch": torch.__version__}
     sides, versions = {}, {}  # of the table; the FFNs, to be timed in turns
     if args.experts is not None or describe(model.config.ffns) == "dense":
@@ -1058,6 +1045,7 @@ def run(args: argparse.Namespace):
         start = time.perf_counter()
         if dense is None:
             dense = choose_dense(model, calib, split, args.active or METHODS[args.method].active)
+        layer = layer_to_explain(args, set(range(model.config.num_layers)) - dense)
         bar = partial(tqdm, desc="converting", unit="layer")
         convert(model, calib, split, args.method, dense, k_act=args.k_act, progress=bar)
         result |= {"experts": str(split), "dense": format_layers(dense)}
@@ -1065,17 +1053,20 @@ def run(args: argparse.Namespace):
         result["conversion_seconds"] = time.perf_counter() - start
     else:
         print("the model is an MoE already; --experts would split its experts", file=sys.stderr)
+        moes = {i for i, ffn in enumerate(model.config.ffns) if isinstance(ffn, MoESpec)}
+        layer = layer_to_explain(args, moes)
     if args.out:
         save_model(for_export(model), tokenizer, args.out, args.force)
     if args.explain is not None:
-        layer = model.config.num_layers // 2 if args.layer is None else args.layer
-        explain_text(model, tokenizer, args.explain, layer, windows)
+        print(explain(model, tokenizer, args.explain, windows, layer))
         return
     sides["moe"] = measure(model, tokenizer, windows, prompt)
     versions["moe"] = model.ffns
     for side, (prefill, decode) in time_in_turns(model, windows.flatten(), versions).items():
         sides[side] |= {"prefill_ms": prefill, "decode_ms": decode}
-    print_table(sides, min(TIMED_TOKENS, windows.numel()), result.get("conversion_seconds"))
+    length = min(TIMED_TOKENS, windows.numel(), model.config.max_position_embeddings)
+    result["table"] = final_table(sides, length, result.get("conversion_seconds"))
+    print("\n" + result["table"])
     all_parameters = 3 * model.config.hidden_size * sum(map(neurons_of, model.config.ffns))
     add_sides(result, sides, all_parameters)
     if args.json:
@@ -1084,7 +1075,7 @@ def run(args: argparse.Namespace):
         print(f"\nwrote {args.out}")
 
 
-def print_table(sides: dict[str, dict], prefill: int, seconds: float | None):
+def final_table(sides: dict[str, dict], prefill: int, seconds: float | None) -> str:
     """Perplexity, times and parameters of the sides, and their ratio; then what they say."""
     rows = [
         ("perplexity", "perplexity", "{:.2f}"),
@@ -1094,19 +1085,18 @@ def print_table(sides: dict[str, dict], prefill: int, seconds: float | None):
         ("active FFN parameters", "ffn_parameters", "{:,}"),
         ("active parameters", "parameters", "{:,}"),
     ]
-    print("\n" + " " * 28 + "".join(f"{side['name']:>15}" for side in sides.values()))
+    lines = [" " * 28 + "".join(f"{side['name']:>15}" for side in sides.values())]
     for title, key, form in rows:
         values = [side[key] for side in sides.values()]
         cells = [form.format(value) for value in values]
         if len(values) == 2 and key != "dense_layers":
             before, after = values
             cells.append(f"{before / after if key.endswith('_ms') else after / before:.2f}x")
-        print(f"{title:<28}" + "".join(f"{cell:>15}" for cell in cells))
+        lines.append(f"{title:<28}" + "".join(f"{cell:>15}" for cell in cells))
     if seconds:
-        print(f"conversion: {seconds:.1f} seconds")
-    print()
-    for side in sides.values():
-        print(f"{side['name']}: {side['text']}")
+        lines.append(f"conversion: {seconds:.1f} seconds")
+    lines += ["", *(f"{side['name']}: {side['text']}" for side in sides.values())]
+    return "\n".join(lines)
 
 
 def add_sides(result: dict, sides: dict[str, dict], all_ffn_parameters: int):
