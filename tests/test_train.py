@@ -29,7 +29,7 @@ from model import (
 
 SLOW = bool(os.environ.get("FFN2MOE_SLOW"))
 SMALL = {
-    "samples": 24, "length": 16, "batch": 4, "rate": 1e-2, "rank": 2, "dropout": 0.1,
+    "samples": 24, "length": 16, "batch": 4, "rate": 2e-3, "rank": 4, "dropout": 0.1,
     "scale_rate": 1e-3, "bias_step": 0.02,
 }  # fmt: skip
 
@@ -98,7 +98,7 @@ def test_lora_starts_at_zero_and_merges_into_w_plus_scale_b_a():
         for weight in getattr(module, "parametrizations", ()):
             lora = module.parametrizations[weight][0].requires_grad_(False)
             nn.init.normal_(lora.b, std=0.1)
-            update = train.ALPHA / 2 * torch.einsum("...nr,...rd->...nd", lora.b, lora.a)
+            update = train.ALPHA / 4 * torch.einsum("...nr,...rd->...nd", lora.b, lora.a)
             expected[f"{name}.{weight}"] = before[f"{name}.{weight}"] + update
     # attention of three layers; a dense FFN; shared and routed experts of two layers
     assert len(expected) == 3 * 4 + 2 + 2 * 4
@@ -144,7 +144,7 @@ def test_merged_weights_have_no_dropout(monkeypatch):
 
     monkeypatch.setattr(train, "merge", look_and_merge)
     train.finetune(model, text_ids(), small(dropout=0.5))
-    assert torch.allclose(model(ids), seen[0], atol=1e-5)
+    assert torch.allclose(model(ids), seen[0], atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +373,7 @@ def test_a_loss_that_is_not_finite_leaves_a_state_to_go_on_from(tmp_path, monkey
             train.finetune(moe_model(), ids, settings, state, save_every=1)
     assert torch.load(state, weights_only=True)["step"] == 2  # a loss was finite from here
     copy = shutil.copy(state, tmp_path / "copy")
-    log = train.finetune(smaller, ids, small(rate=1e-3), copy, resume=True)
+    log = train.finetune(smaller, ids, small(rate=2e-4), copy, resume=True)
     assert log["loss"][:2] == expected["loss"][:2] and len(log["loss"]) == 6
     assert not same(weights(smaller), weights(whole))
     assert train.finetune(again, ids, settings, state, resume=True) == expected
@@ -425,7 +425,7 @@ def test_the_default_job(checkpoint, text, tmp_path, monkeypatch, capsys):
     default = lambda source, *rest: load_model(source or checkpoint, *rest)
     monkeypatch.setattr(train, "load_model", default)
     argv = ["--text", str(text), "--eval", str(text), "--eval-tokens", "256", "--save-every", "1"]
-    argv += as_flags(SMALL | {"samples": 40, "rate": 1e-3})
+    argv += as_flags(SMALL | {"samples": 40, "rate": 2e-4})
     whole, cut, result = tmp_path / "whole", tmp_path / "cut", tmp_path / "result.json"
     assert train.main([*argv, "--out", str(whole), "--json", str(result)]) == 0
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
