@@ -40,7 +40,7 @@ SETTINGS = {  # each is a flag of the command line: name -> (default, help)
     "bias_step": (0.0, "step of the balancing bias, in standard deviations of p; 0: no balancing"),
     "dropout": (0.0, "dropout of LoRA; the paper's is 0.1"),
     "rank": (8, "rank of LoRA"),
-    "router": (False, "put LoRA on the router too"),
+    "router": (False, "train the router too, by LoRA"),
     "seed": (0, "random seed of the sample order, LoRA and dropout"),
 }
 ALPHA = 32.0  # LoRA multiplies B A by ALPHA / rank
@@ -119,7 +119,7 @@ def balance(moes: list[MoE], step: float) -> float:
 
         b_e <- b_e - step std(p) sign(n_e - mean(n)),    n_e: tokens of expert e in this batch.
 
-    The paper has no std(p); it fits the step to the router. -> the mean of max(n) / mean(n), or 0.
+    std(p), not in the paper, fits the step to the router. Returns the average max(n) / mean(n).
     """
     imbalance = []
     for moe in moes:
@@ -170,8 +170,7 @@ def rate_factor(step: int, steps: int) -> float:
 
 def make_batches(model: Decoder, ids: Tensor, settings: SimpleNamespace) -> Tensor:
     """-> [steps, batch, length]: all windows of the text in random order, then in another one."""
-    if settings.length > model.config.max_position_embeddings:
-        raise InputError(f"--length {settings.length} is more tokens than the model can run")
+    model.rope(0, settings.length)  # raises InputError if the model cannot run so many tokens
     windows = cut_windows(model, ids, settings.length)
     count = math.ceil(settings.samples / settings.batch) * settings.batch
     random = torch.Generator().manual_seed(settings.seed)
@@ -184,9 +183,9 @@ def finetune(model: Decoder, ids: Tensor, settings: SimpleNamespace, state_file:
              save_every: int = 50, resume: bool = False, teacher: Decoder | None = None) -> dict:
     """Fine-tune in place on token ids [T] -> {"loss": [...], "imbalance": [...]}, one per step.
 
-    The state is saved every `save_every` steps, before a step whose loss is finite. `resume` goes
-    on from it to the same weights (on a GPU, up to rounding). A loss that is not finite raises
-    InputError; `resume` can then take a smaller rate. On every exit the model is an ordinary one.
+    With a state_file, the state is saved every `save_every` steps, and `resume` goes on from it to
+    the same weights (on a GPU, up to rounding). Raises InputError if a loss is not finite; `resume`
+    may then have a smaller rate. However it ends, the model is an ordinary one again (`merge`).
     """
     batches = make_batches(model, ids, settings)
     run = identify(settings, ids, [model, teacher])
@@ -210,9 +209,9 @@ def finetune(model: Decoder, ids: Tensor, settings: SimpleNamespace, state_file:
             loss.backward()
             norm = nn.utils.clip_grad_norm_(trained, CLIP)
             if not (loss.isfinite() and norm.isfinite()):
-                raise InputError(f"step {step}: the loss is {loss}; a smaller --rate may help")
+                raise InputError(f"step {step}: loss {loss}, gradient {norm}; try a smaller --rate")
             if state_file and (step % save_every == 0 or step == len(batches) - 1):
-                save_state(state_file, run, step, log, tensors, adam)
+                save_state(state_file, run, step, log, tensors, adam)  # nothing has moved yet
             log["loss"].append(loss.item())
             log["imbalance"].append(balance(moes, settings.bias_step))
             adam.step()
@@ -297,8 +296,8 @@ def check_args(args: argparse.Namespace, state_file: Path):
     """Refuse what cannot work before anything is loaded."""
     if min(args.samples, args.length - 1, args.batch, args.rank, args.save_every) < 1:
         raise InputError("--length must be at least 2, other counts at least 1")
-    if not (0 <= args.distill <= 1 and 0 <= args.dropout < 1):
-        raise InputError("--distill must be from 0 to 1, --dropout at least 0 and below 1")
+    if not (0 <= args.distill <= 1 and 0 <= args.dropout < 1 and args.seed < 2**63):
+        raise InputError("--distill must be from 0 to 1, --dropout below 1, --seed below 2**63")
     if min(args.rate, args.scale_rate, args.bias_step, args.eval_tokens, args.seed) < 0:
         raise InputError("rates, --bias-step, --eval-tokens and --seed must not be negative")
     if args.json:
@@ -321,7 +320,7 @@ def run(args: argparse.Namespace):
     window = min(2048, model.config.max_position_embeddings)
     ids = read_ids(model, tokenizer, args.text, "train")
     eval_ids = read_ids(model, tokenizer, args.eval, "test")[: args.eval_tokens or None]
-    make_batches(model, ids, chosen)  # what it refuses is refused before the long work
+    make_batches(model, ids, chosen)  # refuses bad input before the long work
     measure = partial(perplexity, ids=eval_ids, window=window, progress=tqdm)
     result = {}
     if args.model is None:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import os
 import shutil
 import signal
@@ -10,28 +9,17 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import CONFIGS, LLAMA, random_model
 from torch import nn
 
+# isort: off
 import ffn2moe
 import train
-from model import (
-    Decoder,
-    InputError,
-    MoE,
-    for_export,
-    load_model,
-    perplexity,
-    read_ids,
-    save_model,
-)
+from model import Decoder, InputError, MoE, for_export, load_model, perplexity, read_ids, save_model
 
 SLOW = bool(os.environ.get("FFN2MOE_SLOW"))
-SMALL = {
-    "samples": 24, "length": 16, "batch": 4, "rate": 2e-3, "rank": 4, "dropout": 0.1,
-    "scale_rate": 1e-3, "bias_step": 0.02,
-}  # fmt: skip
+SMALL = {"samples": 24, "length": 16, "batch": 4, "rate": 2e-3, "rank": 4, "dropout": 0.1}
+SMALL |= {"scale_rate": 1e-3, "bias_step": 0.02}
 
 
 def small(**changes):
@@ -39,10 +27,7 @@ def small(**changes):
 
 
 def as_flags(settings: dict) -> list[str]:
-    flags = []
-    for name, value in settings.items():
-        flags += ["--" + name.replace("_", "-"), str(value)]
-    return flags
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
 
 
 def moe_model(dtype=torch.float32, seed=0, raw=LLAMA, method="joint") -> Decoder:
@@ -69,19 +54,18 @@ def same(a, b):
 
 
 class Cut(Exception):
-    """Stands for whatever ends a run."""
+    """Whatever ends a run."""
 
 
 def cut_at(monkeypatch, step):
-    """Let the next run end in the middle of a step."""
-    calls = itertools.count()
+    """Let runs end in the middle of a step."""
+    calls, balance = itertools.count(), train.balance
 
     def stop(*args):
         if next(calls) == step:
             raise Cut
         return balance(*args)
 
-    balance = train.balance
     monkeypatch.setattr(train, "balance", stop)
 
 
@@ -91,24 +75,22 @@ def cut_at(monkeypatch, step):
 def test_lora_starts_at_zero_and_merges_into_w_plus_scale_b_a():
     model, ids = moe_model(), torch.arange(40)[None]
     before, logits = weights(model), model(ids)
-    train.prepare(model, small())
+    train.prepare(model, small(dropout=0.5))
     assert torch.allclose(model.eval()(ids), logits, atol=1e-5)
-    expected = {}
+    expected = dict(before)
     for name, module in model.named_modules():
         for weight in getattr(module, "parametrizations", ()):
             lora = module.parametrizations[weight][0].requires_grad_(False)
             nn.init.normal_(lora.b, std=0.1)
-            update = train.ALPHA / 4 * torch.einsum("...nr,...rd->...nd", lora.b, lora.a)
-            expected[f"{name}.{weight}"] = before[f"{name}.{weight}"] + update
+            expected[f"{name}.{weight}"] = before[f"{name}.{weight}"] + 8 * lora.b.matmul(lora.a)
     # attention of three layers; a dense FFN; shared and routed experts of two layers
-    assert len(expected) == 3 * 4 + 2 + 2 * 4
+    assert sum(not torch.equal(expected[name], before[name]) for name in before) == 3 * 4 + 2 + 8
     logits = model(ids)
-    train.merge(model)
+    train.merge(model.train())  # no dropout in what is merged
     after = weights(model)
     assert after.keys() == before.keys() and not any(p.requires_grad for p in model.parameters())
-    for name, t in after.items():
-        assert torch.allclose(t, expected.get(name, before[name]), atol=1e-6), name
-    assert torch.allclose(model(ids), logits, atol=1e-5)
+    assert all(torch.allclose(after[name], expected[name], atol=1e-6) for name in after)
+    assert torch.allclose(model(ids), logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["joint", "paper"])
@@ -117,7 +99,7 @@ def test_gradients_are_exact(method):
     moe = moe_model(torch.float64, method=method).layers[1].mlp
     moe.router_scale.data.normal_()
     routers = [n for n, _ in moe.named_parameters() if n.startswith("router_") and "bias" not in n]
-    tensors = {name: getattr(moe, name).detach() for name in ["down_proj", "gate_up_proj", *routers]}
+    tensors = {name: getattr(moe, name) for name in ["down_proj", "gate_up_proj", *routers]}
     loras = {name: train.LoRA(tensors[name], 2, 0.0).double() for name in tensors if "proj" in name}
     for name, lora in loras.items():
         tensors[f"{name}.a"], tensors[f"{name}.b"] = lora.a, torch.randn_like(lora.b) / 10
@@ -135,18 +117,6 @@ def test_gradients_are_exact(method):
     assert torch.autograd.gradcheck(forward, values, fast_mode=True)
 
 
-def test_merged_weights_have_no_dropout(monkeypatch):
-    model, ids, seen, merge = moe_model(), text_ids(40)[None], [], train.merge
-
-    def look_and_merge(model):
-        seen.append(model.eval()(ids))
-        merge(model.train())
-
-    monkeypatch.setattr(train, "merge", look_and_merge)
-    train.finetune(model, text_ids(), small(dropout=0.5))
-    assert torch.allclose(model(ids), seen[0], atol=1e-4)
-
-
 @pytest.mark.parametrize(
     "changes, moved",
     [
@@ -157,20 +127,12 @@ def test_merged_weights_have_no_dropout(monkeypatch):
     ],
 )
 def test_what_moves(changes, moved):
-    for model in (moe_model(), moe_model(method="paper")):
+    for model in (moe_model(), moe_model(method="paper"), random_model(LLAMA)):
         before = weights(model)
-        train.finetune(model, text_ids(), small(**changes))
+        log = train.finetune(model, text_ids(), small(**changes))
         for name, t in weights(model).items():
             assert torch.equal(t, before[name]) != any(part in name for part in moved), name
-
-
-def test_a_dense_model_is_trained_as_well():
-    model = random_model(LLAMA)
-    before = weights(model)
-    log = train.finetune(model, text_ids(), small())
-    moved = {name for name, t in weights(model).items() if not torch.equal(t, before[name])}
-    assert moved == {name for name in before if "_proj" in name}
-    assert log["imbalance"] == [0.0] * 6
+        assert len(log["loss"]) == 6 and (min(log["imbalance"]) >= 1) == bool(moes_of(model))
 
 
 def test_a_router_moves_in_proportion_to_its_size():
@@ -187,23 +149,17 @@ def test_a_router_moves_in_proportion_to_its_size():
 
 @pytest.mark.parametrize("raw", [LLAMA, CONFIGS["llama-tied"]], ids=["untied", "tied"])
 def test_loss_falls(raw):
-    model = moe_model(raw=raw)
-    log = train.finetune(model, text_ids(), small(samples=240))
-    first, last = sum(log["loss"][:5]) / 5, sum(log["loss"][-5:]) / 5
-    assert len(log["loss"]) == 60 and last < 0.8 * first
-    assert math.log(perplexity(model, text_ids(), 16)) < first
+    log = train.finetune(moe_model(raw=raw), text_ids(), small(samples=240))
+    assert len(log["loss"]) == 60 and sum(log["loss"][-5:]) < 0.8 * sum(log["loss"][:5])
 
 
 def test_small_steps_of_a_bfloat16_model_are_not_lost():
-    """Gate scales, 1 at first: 20 steps of 1e-4 move them by less than bfloat16 could tell each."""
     model = moe_model(torch.bfloat16)
     for moe in moes_of(model):
-        moe.router_scale.fill_(1.0)  # its neighbours are 4e-3 and 8e-3 away
-    s = small(scale_rate=1e-3, samples=80, bias_step=0.0)
-    train.finetune(model, text_ids(), s)
+        moe.router_scale.fill_(1.0)  # bfloat16 has no other number within 3e-3 of it
+    train.finetune(model, text_ids(), small(samples=80))  # 20 steps of up to 1e-3
     assert all(t.dtype == torch.bfloat16 for t in model.state_dict().values())
-    scales = torch.stack([moe.router_scale for moe in moes_of(model)]).float()
-    assert (scales - 1).abs().median() > 3e-3
+    assert all((moe.router_scale != 1).float().mean() > 0.5 for moe in moes_of(model))
 
 
 def test_two_levels_are_trained():
@@ -258,18 +214,6 @@ def test_the_loss_is_what_it_says(share):
     loss.backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert train.loss_of(model, ids, None, share).item() == pytest.approx(text.item(), rel=1e-5)
-
-
-def test_a_teacher_pulls_the_model_back():
-    teacher, model, ids = random_model(LLAMA), moe_model(), text_ids(592).view(-1, 16)
-
-    def distance():
-        logp, teacher_logp = model(ids).log_softmax(-1), teacher(ids).log_softmax(-1)
-        return F.kl_div(logp, teacher_logp, log_target=True, reduction="sum").item()
-
-    before = distance()
-    train.finetune(model, text_ids(), small(samples=400, distill=1.0), teacher=teacher)
-    assert distance() < 0.7 * before
 
 
 def test_learning_rates_rise_and_fall():
@@ -363,96 +307,88 @@ def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_leaves_a_state_to_go_on_from(tmp_path, monkeypatch):
     settings, ids, state = small(), text_ids(), tmp_path / "state"
-    whole, smaller, again = moe_model(), moe_model(), moe_model()
-    expected = train.finetune(whole, ids, settings)
+    expected = train.finetune(moe_model(), ids, settings)
     calls, loss_of = itertools.count(), train.loss_of
-    with monkeypatch.context() as patch:
-        broken = lambda *args: loss_of(*args) * (torch.inf if next(calls) == 3 else 1)
-        patch.setattr(train, "loss_of", broken)
-        with pytest.raises(InputError, match="step 3: the loss is inf"):
-            train.finetune(moe_model(), ids, settings, state, save_every=1)
-    assert torch.load(state, weights_only=True)["step"] == 2  # a loss was finite from here
-    copy = shutil.copy(state, tmp_path / "copy")
-    log = train.finetune(smaller, ids, small(rate=2e-4), copy, resume=True)
-    assert log["loss"][:2] == expected["loss"][:2] and len(log["loss"]) == 6
-    assert not same(weights(smaller), weights(whole))
-    assert train.finetune(again, ids, settings, state, resume=True) == expected
-    assert same(weights(again), weights(whole))
+
+    def broken(*args):
+        return loss_of(*args) * (torch.inf if next(calls) == 3 else 1)
+
+    monkeypatch.setattr(train, "loss_of", broken)
+    with pytest.raises(InputError, match="step 3: loss inf"):
+        train.finetune(moe_model(), ids, settings, state, save_every=1)
+    for rate in (SMALL["rate"] / 10, SMALL["rate"]):  # from step 2, before which a loss was finite
+        copy = shutil.copy(state, tmp_path / "copy")
+        log = train.finetune(moe_model(), ids, small(rate=rate), copy, resume=True)
+        assert log["loss"][:3] == expected["loss"][:3] and len(log["loss"]) == 6
+        assert (log == expected) == (rate == SMALL["rate"])
 
 
 # --- Command line
 
 
-def test_command_line(tokenizer, text, tmp_path, capsys):
-    moe, out, state = tmp_path / "moe", tmp_path / "tuned", tmp_path / "tuned.state"
-    result = tmp_path / "result.json"
-    save_model(for_export(moe_model()), tokenizer, moe)
-    argv = ["--text", str(text), "--eval", str(text), "--eval-tokens", "256", "--model", str(moe)]
-    argv += ["--out", str(out), "--json", str(result), *as_flags(SMALL | {"samples": 200})]
-    assert train.main(argv) == 0
+@pytest.fixture
+def argv(tokenizer, text, tmp_path):
+    save_model(for_export(moe_model()), tokenizer, tmp_path / "moe")
+    argv = ["--text", str(text), "--eval", str(text), "--eval-tokens=256", *as_flags(SMALL)]
+    return [*argv, f"--model={tmp_path / 'moe'}", f"--out={tmp_path / 'tuned'}"]
+
+
+@pytest.mark.parametrize("extras, kind", [(0.0, "qwen2_moe"), (0.02, "ffn2moe")])
+def test_command_line(extras, kind, argv, text, tmp_path):
+    """A Qwen2-MoE stays one, unless there are gate scales and selection biases."""
+    result, changes = tmp_path / "result", {"scale_rate": extras, "bias_step": extras}
+    flags = as_flags(changes | {"samples": 200, "json": result})
+    assert train.main([*argv, *flags]) == 0
     found = json.loads(result.read_text())
     assert found["perplexity"]["after"] < 0.9 * found["perplexity"]["before"]
-    assert len(found["log"]["loss"]) == 50 and not state.exists()
-    tuned, tokenizer = load_model(out)
+    assert len(found["log"]["loss"]) == 50 and not (tmp_path / "tuned.state").exists()
+    assert json.loads((tmp_path / "tuned" / "config.json").read_text())["model_type"] == kind
+    tuned, tokenizer = load_model(tmp_path / "tuned")
     ids = read_ids(tuned, tokenizer, str(text), "test")[:256]
     assert perplexity(tuned, ids, 128) == pytest.approx(found["perplexity"]["after"], rel=1e-5)
-    assert tuned.layers[1].mlp.router_scale.any()
 
-    def refused(flags, message):
-        capsys.readouterr()
+
+def test_what_cannot_work_is_refused_before_the_long_work(argv, tmp_path, capsys):
+    def refused(message, *flags):
         assert train.main([*argv, *flags]) == 2
         error = capsys.readouterr().err
-        assert message in error and "fine-tuning" not in error, error  # before the long work
+        assert message in error and "fine-tuning" not in error, error
 
-    refused([], "not empty")
-    refused(["--force", "--resume"], "to resume from")
-    refused(["--force", "--dropout", "1"], "--dropout")
-    refused(["--force", "--rate", "-1"], "rates")
-    refused(["--force", "--samples", "0"], "at least 1")
-    refused(["--force", "--json", str(tmp_path)], "of another kind")
-    refused(["--force", "--length", "9999"], "more tokens than the model can run")
+    refused("to resume from", "--resume")
+    refused("--dropout below 1", "--dropout=1")
+    refused("--seed below", "--seed=99999999999999999999")
+    refused("rates", "--rate=-1")
+    refused("at least 1", "--samples=0")
+    refused("of another kind", f"--json={tmp_path}")
+    refused("9999 tokens are more than", "--length=9999")
     (tmp_path / "short.txt").write_text("a few words")
-    refused(["--force", "--text", str(tmp_path / "short.txt")], "window")
-    state.write_text("not a state")
-    shutil.rmtree(out)
-    refused([], "--resume continues")
+    refused("window", f"--text={tmp_path / 'short.txt'}")
+    refused("not empty", f"--out={tmp_path / 'moe'}")
+    (tmp_path / "tuned.state").write_text("not a state")
+    refused("--resume continues")
     assert train.main([*argv, "--resume"]) == 2
     assert "cannot be resumed from" in capsys.readouterr().err
 
 
 def test_the_default_job(checkpoint, text, tmp_path, monkeypatch, capsys):
     """Convert, and learn from the dense model. Cut off, it goes on to the same weights."""
-    default = lambda source, *rest: load_model(source or checkpoint, *rest)
-    monkeypatch.setattr(train, "load_model", default)
-    argv = ["--text", str(text), "--eval", str(text), "--eval-tokens", "256", "--save-every", "1"]
+
+    def load(source, *rest):
+        return load_model(source or checkpoint, *rest)
+
+    monkeypatch.setattr(train, "load_model", load)
+    argv = ["--text", str(text), "--eval", str(text), "--eval-tokens=256", "--save-every=1"]
     argv += as_flags(SMALL | {"samples": 40, "rate": 2e-4})
-    whole, cut, result = tmp_path / "whole", tmp_path / "cut", tmp_path / "result.json"
-    assert train.main([*argv, "--out", str(whole), "--json", str(result)]) == 0
+    whole, cut, result = tmp_path / "whole", tmp_path / "cut", tmp_path / "result"
+    assert train.main([*argv, f"--out={whole}", f"--json={result}"]) == 0
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     found = json.loads(result.read_text())["perplexity"]
     assert [line[1] for line in printed[:3]] == list(found) == ["dense", "before", "after"]
-    distance = {name: abs(found[name] - found["dense"]) for name in found}
-    assert distance["after"] < 0.9 * distance["before"]
+    assert abs(found["after"] - found["dense"]) < 0.9 * abs(found["before"] - found["dense"])
     with monkeypatch.context() as patch, pytest.raises(Cut):
         cut_at(patch, 5)
-        train.main([*argv, "--out", str(cut)])
-    assert (tmp_path / "cut.state").exists()
-    assert train.main([*argv, "--out", str(cut)]) == 2
-    assert train.main([*argv, "--out", str(cut), "--resume"]) == 0
+        train.main([*argv, f"--out={cut}"])
+    assert (tmp_path / "cut.state").exists() and not cut.exists()
+    assert train.main([*argv, f"--out={cut}", "--resume"]) == 0
     assert same(weights(load_model(cut)[0]), weights(load_model(whole)[0]))
     assert not list(tmp_path.glob("*state*"))
-
-
-@pytest.mark.parametrize("extras, kind", [(0.0, "qwen2_moe"), (0.02, "ffn2moe")])
-def test_a_standard_checkpoint_stays_one_where_it_can(extras, kind, tmp_path, tokenizer, text):
-    """Gate scales and selection biases have no place in a Qwen2-MoE."""
-    save_model(for_export(moe_model()), tokenizer, tmp_path / "moe")
-    argv = ["--model", str(tmp_path / "moe"), "--text", str(text), "--eval", str(text)]
-    argv += ["--eval-tokens", "256", "--out", str(tmp_path / "out"), "--json", str(tmp_path / "r")]
-    argv += as_flags(SMALL | {"scale_rate": extras, "bias_step": extras})
-    assert train.main(argv) == 0
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == kind
-    tuned, _ = load_model(tmp_path / "out")
-    after = json.loads((tmp_path / "r").read_text())["perplexity"]["after"]
-    ids = read_ids(tuned, tokenizer, str(text), "test")[:256]
-    assert perplexity(tuned, ids, 128) == pytest.approx(after, rel=1e-5)
