@@ -120,7 +120,7 @@ def test_small_steps_of_a_bfloat16_model_are_not_lost():
 def test_two_levels_are_trained():
     """Also where no token comes to the router inside an expert; here with tied embeddings."""
     model = moe_model(raw=CONFIGS["llama-tied"])
-    ffn2moe.convert(model, IDS, "S1A1E4", dense=[0], window=128)
+    ffn2moe.convert(model, IDS, "S1A1E4", dense=[0], window=128, k_act=4)
     outer = model.layers[1].mlp
     outer.router_bias[0] = -1.0  # expert 0 is never selected
     log = train.finetune(model, IDS, small(samples=80))
