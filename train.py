@@ -1,15 +1,12 @@
 """Fine-tune a model on a few thousand samples: a converted model, or a dense one to compare with.
 
-    python train.py                    convert SmolLM2-135M; the dense model teaches the result
-    python train.py --model DIR        fine-tune the checkpoint in DIR on text
-    python train.py --model DIR --teacher DENSE        let the dense model teach it
+    python train.py                                  convert SmolLM2; the dense model teaches it
+    python train.py --model DIR [--teacher DENSE]    fine-tune the checkpoint in DIR
 
 Training on text mostly teaches the text, and helps a dense model too. So this order works best:
-fine-tune the dense model, convert it, and let it teach the result. Gate scales (--scale-rate) and
-balance (--bias-step) are the paper's and off by default: balance costs perplexity (README), gate
-scales did not help on held-back text, and a standard Qwen2-MoE checkpoint has no place for them.
-
-Shapes in comments: B sequences, T tokens, D hidden_size, R routed experts, A active per token.
+fine-tune the dense model, convert it, and let it teach the result. The paper's gate scales and its
+balance are off by default. Balance costs perplexity (README), gate scales did not help on held-back
+text, and a Qwen2-MoE checkpoint has no place for them.
 """
 
 import argparse
@@ -27,13 +24,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from ffn2moe import METHODS, convert, sample_rows
-
 # isort: off
+from ffn2moe import METHODS, convert, sample_rows
 from model import Decoder, InputError, Linear, MoE, check_output, check_writable, cut_windows
 from model import first_line, for_export, load_model, perplexity, read_ids, run_command
 from model import save_model, write_json
-# isort: on
 
 SETTINGS = {  # each is a flag of the command line: name -> (default, help)
     "samples": (2048, "training sequences, in whole batches; a short text is used several times"),
@@ -45,7 +40,7 @@ SETTINGS = {  # each is a flag of the command line: name -> (default, help)
     "bias_step": (0.0, "step of the balancing bias, in standard deviations of p; 0: no balancing"),
     "dropout": (0.0, "dropout of LoRA; the paper's is 0.1"),
     "rank": (8, "rank of LoRA"),
-    "router": (False, "put LoRA on the router too"),
+    "router": (False, "train the router too, by LoRA"),
     "seed": (0, "random seed of the sample order, LoRA and dropout"),
 }
 ALPHA = 32.0  # LoRA multiplies B A by ALPHA / rank
@@ -59,12 +54,10 @@ def settings(**changes) -> SimpleNamespace:
 
 
 # --- 1. LoRA --------------------------------------------------------------------------------------
-
 class LoRA(nn.Module):
-    """W -> W + scale B A, with W [..., n, d], A [..., rank, d], B [..., n, rank].
+    """W -> W + scale B A, with W [..., n, d], A [..., rank, d], B [..., n, rank]; B starts at zero.
 
-    The experts of a layer are one tensor [R, n, d]; each has its own A and B. B starts at zero.
-    PyTorch calls `forward` whenever a layer uses W (`register_parametrization`).
+    Stacked experts [R, n, d] have an A and a B each. PyTorch calls `forward` when a layer uses W.
     """
 
     def __init__(self, weight: Tensor, rank: int, dropout: float, size: float = 1.0):
@@ -115,7 +108,6 @@ def merge(model: Decoder):
 
 
 # --- 2. Balance -----------------------------------------------------------------------------------
-
 def keep_input(moe: MoE, args: tuple):
     """A forward pre-hook: `balance` needs the tokens [T, D] that came to an MoE."""
     moe.last_input = args[0].detach().flatten(0, -2)
@@ -125,14 +117,13 @@ def keep_input(moe: MoE, args: tuple):
 def balance(moes: list[MoE], step: float) -> float:
     """Balance experts without an auxiliary loss (section 4.3). The bias b [R] of an MoE moves by
 
-        b_e <- b_e - step std(p) sign(n_e - mean(n)),    n_e: tokens of expert e in this batch,
+        b_e <- b_e - step std(p) sign(n_e - mean(n)),    n_e: tokens of expert e in this batch.
 
-    so a busy expert is selected less often. The paper has a fixed step of 1e-3; std(p) adapts it
-    to the router. Returns max(n) / mean(n), averaged over layers; 0 if there are no experts.
+    std(p), not in the paper, fits the step to the router. Returns the average max(n) / mean(n).
     """
     imbalance = []
     for moe in moes:
-        x, moe.last_input = moe.last_input, None
+        x = vars(moe).pop("last_input", None)
         if x is None or len(x) == 0:  # an MoE inside an expert that no token selected
             continue
         chosen, _ = moe.route(x)  # [T, A]
@@ -144,7 +135,6 @@ def balance(moes: list[MoE], step: float) -> float:
 
 
 # --- 3. Loss --------------------------------------------------------------------------------------
-
 def log_probabilities(model: Decoder, ids: Tensor) -> Tensor:
     """ids [B, T] -> log p of all next tokens, float32 [B (T - 1), vocab_size]."""
     x = model.hidden_states(ids)[:, :-1].flatten(0, 1)
@@ -172,34 +162,30 @@ def loss_of(model: Decoder, ids: Tensor, teacher: Decoder | None, share: float) 
 
 
 # --- 4. Loop --------------------------------------------------------------------------------------
-
 def rate_factor(step: int, steps: int) -> float:
     """Learning rates rise in the first steps, and fall along a cosine to a tenth."""
-    rise = min(1.0, (step + 1) / max(1.0, WARMUP * steps))
+    rise = min(1.0, (step + 1) / (WARMUP * steps))
     return rise * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
 def make_batches(model: Decoder, ids: Tensor, settings: SimpleNamespace) -> Tensor:
     """-> [steps, batch, length]: all windows of the text in random order, then in another one."""
-    if settings.length > model.config.max_position_embeddings:
-        raise InputError(f"--length {settings.length} is more tokens than the model can run")
+    model.rope(0, settings.length)  # raises InputError if the model cannot run so many tokens
     windows = cut_windows(model, ids, settings.length)
-    steps = math.ceil(settings.samples / settings.batch)
+    count = math.ceil(settings.samples / settings.batch) * settings.batch
     random = torch.Generator().manual_seed(settings.seed)
-    rounds = math.ceil(steps * settings.batch / len(windows))
-    order = torch.cat([torch.randperm(len(windows), generator=random) for _ in range(rounds)])
-    return windows[order[: steps * settings.batch]].view(steps, settings.batch, -1)
+    rounds = range(math.ceil(count / len(windows)))
+    order = torch.cat([torch.randperm(len(windows), generator=random) for _ in rounds])
+    return windows[order[:count]].view(-1, settings.batch, settings.length)
 
 
-def finetune(model: Decoder, ids: Tensor, settings: SimpleNamespace,
-             state_file: Path | None = None, save_every: int = 50, resume: bool = False,
-             teacher: Decoder | None = None) -> dict:  # fmt: skip
+def finetune(model: Decoder, ids: Tensor, settings: SimpleNamespace, state_file: Path | None = None,
+             save_every: int = 50, resume: bool = False, teacher: Decoder | None = None) -> dict:
     """Fine-tune in place on token ids [T] -> {"loss": [...], "imbalance": [...]}, one per step.
 
-    The state is saved every `save_every` steps, once the loss is known to be finite and before
-    anything moves. `resume` goes on from it to the same weights (on a GPU, up to rounding). If a
-    loss is not finite, this raises InputError, and `resume` can go on with a smaller rate. On every
-    exit the model is an ordinary one again.
+    With a state_file, the state is saved every `save_every` steps, and `resume` goes on from it to
+    the same weights (on a GPU, up to rounding). Raises InputError if a loss is not finite; `resume`
+    may then have a smaller rate. However it ends, the model is an ordinary one again (`merge`).
     """
     batches = make_batches(model, ids, settings)
     run = identify(settings, ids, [model, teacher])
@@ -207,32 +193,30 @@ def finetune(model: Decoder, ids: Tensor, settings: SimpleNamespace,
     moes = [module for module in model.modules() if isinstance(module, MoE)]
     hooks = [moe.register_forward_pre_hook(keep_input) for moe in moes]
     try:
-        optimizer = torch.optim.Adam(prepare(model, settings), betas=(0.9, 0.95))
-        rates = [group["lr"] for group in optimizer.param_groups]
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        adam = torch.optim.Adam(prepare(model, settings), betas=(0.9, 0.95))
+        rates = [group["lr"] for group in adam.param_groups]
+        trained = [p for group in adam.param_groups for p in group["params"]]
         tensors = trained + [moe.router_bias for moe in moes]
         if resume:
-            start, log = load_state(state_file, run, tensors, optimizer)
+            start, log = load_state(state_file, run, tensors, adam)
         model.train()
         progress = tqdm(range(start, len(batches)), "fine-tuning", len(batches), initial=start)
         for step in progress:
             torch.manual_seed(settings.seed + 1 + step)  # the same dropout in a resumed run
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            for group, rate in zip(adam.param_groups, rates, strict=True):
                 group["lr"] = rate * rate_factor(step, len(batches))
             loss = loss_of(model, batches[step], teacher, settings.distill)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(trained, CLIP)
             if not (loss.isfinite() and norm.isfinite()):
-                raise InputError(f"step {step}: the loss is {loss}; a smaller --rate may help")
-            if state_file and step > start and step % save_every == 0:
-                save_state(state_file, run, step, log, tensors, optimizer)
+                raise InputError(f"step {step}: loss {loss}, gradient {norm}; try a smaller --rate")
+            if state_file and (step % save_every == 0 or step == len(batches) - 1):
+                save_state(state_file, run, step, log, tensors, adam)  # nothing has moved yet
             log["loss"].append(loss.item())
             log["imbalance"].append(balance(moes, settings.bias_step))
-            optimizer.step()
-            optimizer.zero_grad()
+            adam.step()
+            adam.zero_grad()
             progress.set_postfix_str(f"loss {log['loss'][-1]:.3f}")
-        if state_file:
-            save_state(state_file, run, len(batches), log, tensors, optimizer)
     finally:
         for hook in hooks:
             hook.remove()
@@ -249,10 +233,9 @@ def identify(settings: SimpleNamespace, ids: Tensor, models: list[Decoder | None
     return vars(settings) | {"rate": None, "sha256": sha.hexdigest()}
 
 
-def save_state(file: Path, run: dict, step: int, log: dict, tensors: list[Tensor], optimizer):
+def save_state(file: Path, run: dict, step: int, log: dict, tensors: list[Tensor], adam):
     """Write a scratch file, then rename it: a crash leaves the old state or the new one."""
-    state = {"run": run, "step": step, "log": log, "optimizer": optimizer.state_dict()}
-    state["tensors"] = [tensor.detach() for tensor in tensors]
+    state = {"run": run, "step": step, "log": log, "tensors": tensors, "adam": adam.state_dict()}
     scratch = file.with_name(f"{file.name}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -267,22 +250,21 @@ def save_state(file: Path, run: dict, step: int, log: dict, tensors: list[Tensor
         scratch.unlink(missing_ok=True)
 
 
-def load_state(file: Path, run: dict, tensors: list[Tensor], optimizer) -> tuple[int, dict]:
+def load_state(file: Path, run: dict, tensors: list[Tensor], adam) -> tuple[int, dict]:
     """Restore tensors and optimizer -> the step to go on with, and the log so far."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         if state["run"] != run:
             raise InputError("it is of a run with other settings, another model or another text")
         for tensor, value in zip(tensors, state["tensors"], strict=True):
-            tensor.data.copy_(value)
-        optimizer.load_state_dict(state["optimizer"])
+            tensor.data.copy_(value.data)
+        adam.load_state_dict(state["adam"])
         return state["step"], state["log"]
     except Exception as error:  # noqa: BLE001 (a damaged file can raise almost anything)
         raise InputError(f"{file} cannot be resumed from: {first_line(error)}") from None
 
 
 # --- 5. Command line ------------------------------------------------------------------------------
-
 def add_settings(add, names):
     """Add a flag for each of these SETTINGS; `add` is the add_argument of a parser."""
     for name in names:
@@ -314,8 +296,8 @@ def check_args(args: argparse.Namespace, state_file: Path):
     """Refuse what cannot work before anything is loaded."""
     if min(args.samples, args.length - 1, args.batch, args.rank, args.save_every) < 1:
         raise InputError("--length must be at least 2, other counts at least 1")
-    if not (0 <= args.distill <= 1 and 0 <= args.dropout < 1):
-        raise InputError("--distill must be from 0 to 1, --dropout at least 0 and below 1")
+    if not (0 <= args.distill <= 1 and 0 <= args.dropout < 1 and args.seed < 2**63):
+        raise InputError("--distill must be from 0 to 1, --dropout below 1, --seed below 2**63")
     if min(args.rate, args.scale_rate, args.bias_step, args.eval_tokens, args.seed) < 0:
         raise InputError("rates, --bias-step, --eval-tokens and --seed must not be negative")
     if args.json:
@@ -325,8 +307,6 @@ def check_args(args: argparse.Namespace, state_file: Path):
         raise InputError(f"there is no {state_file} to resume from")
     if state_file.exists() and not args.resume and not args.force:
         raise InputError(f"{state_file} exists: --resume continues that run, --force starts over")
-    if args.text == args.eval and Path(args.text).exists():
-        print("warning: training and evaluating on the same file", file=sys.stderr)
 
 
 def run(args: argparse.Namespace):
@@ -340,9 +320,8 @@ def run(args: argparse.Namespace):
     window = min(2048, model.config.max_position_embeddings)
     ids = read_ids(model, tokenizer, args.text, "train")
     eval_ids = read_ids(model, tokenizer, args.eval, "test")[: args.eval_tokens or None]
-    make_batches(model, ids, chosen)  # what it refuses is refused before the long work
-    progress = partial(tqdm, desc="perplexity", unit="window")
-    measure = partial(perplexity, ids=eval_ids, window=window, progress=progress)
+    make_batches(model, ids, chosen)  # refuses bad input before the long work
+    measure = partial(perplexity, ids=eval_ids, window=window, progress=tqdm)
     result = {}
     if args.model is None:
         result["dense"] = measure(model)
