@@ -306,7 +306,7 @@ def parse_config(raw: dict) -> Config:
     require(kind in DEFAULTS, f"model_type is {kind!r}, and only {known} are implemented")
     for key, (only, why) in ONLY.items():
         require(raw.get(key, only) == only, f"cannot run this model: {key} is set, and {why}")
-    full = DEFAULTS[kind] | raw
+    full = DEFAULTS[kind] | {"num_experts": raw.get("num_local_experts")} | raw
     get = partial(setting, full)
     num_layers, heads = get("num_hidden_layers", int), get("num_attention_heads", int)
     require(num_layers <= MOST_LAYERS, f"num_hidden_layers = {num_layers} is not a usable value")
@@ -335,7 +335,7 @@ def parse_config(raw: dict) -> Config:
         raw=raw,
         files={},
     )
-    require(heads % config.num_kv_heads == 0, "the attention heads must divide evenly")
+    require(heads % config.num_kv_heads == 0, "num_key_value_heads must divide num_attention_heads")
     require(config.head_dim in range(2, 4097, 2), "head_dim must be even, and at most 4096")
     rope_inverse_frequencies(config)  # refuses numbers that give no angles
     return config
@@ -374,7 +374,7 @@ def parse_rope(raw: dict) -> tuple[float, dict]:
     require(not nested, "rope_parameters that differ from layer to layer are not implemented")
     theta = setting(raw | rope, "rope_theta", float)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    require(kind in list(ROPE_NUMBERS), f"cannot run this model: rope type {kind!r} is unknown")
+    require(kind in list(ROPE_NUMBERS), f"cannot run this model: rope_type {kind!r} is not implemented")
     if kind == "default":
         return theta, {}
     if kind == "llama3":  # beside the object, in it, or else that of max_position_embeddings
@@ -391,7 +391,7 @@ def parse_ffns(kind: str, get: Callable) -> list[int | MoESpec]:
     if kind not in ("mixtral", "qwen2_moe", "qwen3_moe"):
         return [dense] * num_layers
     active = get("num_experts_per_tok", int)
-    count = get("num_local_experts", int, if_null=0) or get("num_experts", int)
+    count = get("num_experts", int)
     require(active <= count <= MOST_EXPERTS, f"num_experts = {count} is not a usable value")
     if kind == "mixtral":
         return [MoESpec(0, count, dense, active)] * num_layers
@@ -670,6 +670,16 @@ class Decoder(nn.Module):
         angles = angles.repeat(1, 2)
         return angles.cos().to(weight), angles.sin().to(weight)
 
+    @property
+    def ffns(self) -> list[nn.Module]:
+        """The FFN of each layer, FFN or MoE; can be assigned to."""
+        return [layer.mlp for layer in self.layers]
+
+    @ffns.setter
+    def ffns(self, ffns: list[nn.Module]):
+        for layer, ffn in zip(self.layers, ffns, strict=True):
+            layer.mlp = ffn
+
     def new_cache(self, batch: int, positions: int) -> list[Pair]:
         """Of each layer, room for keys and values, each [B, K, positions, d]."""
         c, weight = self.config, self.embed_tokens.weight
@@ -809,8 +819,8 @@ def used_parameters(ffn: FFN | MoE) -> int:
 
 def active_parameters(model: Decoder) -> tuple[int, int]:
     """Parameters that one token uses: (in all FFNs, in the whole model, a tied embedding once)."""
-    used = sum(used_parameters(layer.mlp) for layer in model.layers)
-    held = sum(p.numel() for layer in model.layers for p in layer.mlp.parameters())
+    used = sum(used_parameters(ffn) for ffn in model.ffns)
+    held = sum(p.numel() for ffn in model.ffns for p in ffn.parameters())
     return used, sum(p.numel() for p in model.parameters()) - held + used
 
 
