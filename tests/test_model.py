@@ -229,15 +229,13 @@ def test_cache_filled_in_pieces():
 
 
 @pytest.mark.skipif(not kernels.can_compile("cpu"), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("spec, batch, dtype, tolerance", [
-    (NEURONS, 1, torch.float32, 1e-4),
-    (LINEAR, 3, torch.float32, 1e-4),
-    (LINEAR, 9, torch.float32, 1e-4),
-    (LINEAR, 1, torch.bfloat16, 0.3),
+@pytest.mark.parametrize("ffns, batch, dtype, tolerance", [
+    ((64, NEURONS, LINEAR), 3, torch.float32, 1e-4),
+    ((64, LINEAR, LINEAR), 1, torch.bfloat16, 0.3),
 ])  # fmt: skip
-def test_compiled_decoding_equals_plain(spec, batch, dtype, tolerance):
+def test_compiled_decoding_equals_plain(ffns, batch, dtype, tolerance):
     """Dense layers and MoE layers, at positions that change; the prompt is not compiled."""
-    model = random_model(LLAMA | native(64, spec, spec) | {"attention_bias": True}, dtype=dtype)
+    model = random_model(LLAMA | native(*ffns) | {"attention_bias": True}, dtype=dtype)
     ids = torch.arange(20 * batch).view(batch, -1) * 7 % 300
     with torch.no_grad():
         expected, cache = model(ids), model.new_cache(batch, 20)
