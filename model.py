@@ -202,7 +202,9 @@ def active_neurons(ffn: int | MoESpec) -> int:
 
 
 def spec_to_json(ffn: int | MoESpec) -> int | dict:
-    return ffn if isinstance(ffn, int) else {**asdict(ffn), "inner": ffn.inner and str(ffn.inner)}
+    if isinstance(ffn, int):
+        return ffn
+    return {**asdict(ffn), "inner": None if ffn.inner is None else str(ffn.inner)}
 
 
 def spec_from_json(entry: int | dict) -> int | MoESpec:
@@ -212,7 +214,8 @@ def spec_from_json(entry: int | dict) -> int | MoESpec:
         return entry
     require(isinstance(entry, dict), wrong)
     require(entry.keys() == {field.name for field in fields(MoESpec)}, wrong)
-    spec = MoESpec(**{**entry, "inner": entry["inner"] and Split.parse(entry["inner"])})
+    inner = None if entry["inner"] is None else Split.parse(entry["inner"])
+    spec = MoESpec(**{**entry, "inner": inner})
     for number in (spec.shared_size, spec.num_experts, spec.expert_size, spec.active):
         require(type(number) is int and 0 <= number < LARGEST, wrong)
     require(0 < spec.active <= spec.num_experts <= MOST_EXPERTS and spec.expert_size, wrong)
@@ -248,17 +251,17 @@ class Config:
     files: dict[str, bytes]  # the SMALL_FILES beside it, written back too
 
 
-# What a config.json means that has not the key, in transformers. A null means something else: no
-# window, as many key/value heads as heads, head_dim = D / H.
+# What the absence of a key means in transformers. A null means something else: no window, as many
+# key/value heads as heads, head_dim = D / H. Keys that are not here must be there.
 COMMON = {
     "num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 32768,
     "rms_norm_eps": 1e-6, "rope_theta": 1e4, "use_sliding_window": False, "sliding_window": 4096,
-    "tie_word_embeddings": False, "attention_bias": False, "qkv_bias": True, "eos_token_id": None,
+    "tie_word_embeddings": False, "attention_bias": False, "qkv_bias": True,
     "norm_topk_prob": False, "decoder_sparse_step": 1,
 }  # fmt: skip
-MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "eos_token_id": 2}
+MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072}
 DEFAULTS = {
-    "llama": COMMON | {"max_position_embeddings": 2048, "eos_token_id": 2},
+    "llama": COMMON | {"max_position_embeddings": 2048},
     "mistral": COMMON | MISTRAL,
     "mixtral": COMMON | MISTRAL | {"sliding_window": None, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
     "qwen2": COMMON | {"num_key_value_heads": 32},
@@ -359,8 +362,10 @@ def longest_context(kind: str, get: Callable) -> int:
 
 
 def parse_eos(raw: dict) -> list[int]:
+    """The end tokens of a config.json or generation_config.json: none, a number, or a list."""
     eos = raw.get("eos_token_id")
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    ids = eos if isinstance(eos, list) else [eos]
+    ids = [] if eos is None else ids
     usable = all(type(i) is int for i in ids)
     require(usable, f"the configuration's eos_token_id = {str(eos)[:80]!r} is not a usable value")
     return ids
@@ -385,14 +390,13 @@ def parse_rope(raw: dict, rope: dict) -> tuple[float, dict]:
 
 
 def parse_ffns(kind: str, get: Callable) -> list[int | MoESpec]:
-    """The FFN of each layer: of our own form, where `ffns` lists them, or of a Hugging Face model."""
+    """The FFN of each layer, of our own form (listed in `ffns`) or of a Hugging Face model."""
     if kind == "ffn2moe":
         return [spec_from_json(entry) for entry in get("ffns", list)]
     num_layers, dense = get("num_hidden_layers", int), get("intermediate_size", int)
     if kind not in ("mixtral", "qwen2_moe", "qwen3_moe"):
         return [dense] * num_layers
-    active = get("num_experts_per_tok", int)
-    count = get("num_experts", int)
+    active, count = get("num_experts_per_tok", int), get("num_experts", int)
     require(active <= count <= MOST_EXPERTS, f"num_experts = {count} is not a usable value")
     if kind == "mixtral":
         return [MoESpec(0, count, dense, active)] * num_layers
@@ -400,7 +404,7 @@ def parse_ffns(kind: str, get: Callable) -> list[int | MoESpec]:
     if kind == "qwen2_moe":
         shared = get("shared_expert_intermediate_size", int)
     weights = "renormalised" if get("norm_topk_prob", bool) else "softmax"
-    moe = MoESpec(shared, count, size, active, weights=weights, gated=shared > 0)
+    moe = MoESpec(shared, count, size, active, weights=weights, gated=kind == "qwen2_moe")
     only_dense, every = get("mlp_only_layers", list, if_null=[]), get("decoder_sparse_step", int)
     sparse = [i not in only_dense and (i + 1) % every == 0 for i in range(num_layers)]
     return [moe if is_sparse else dense for is_sparse in sparse]
@@ -1121,7 +1125,7 @@ def save_model(model: Decoder, tokenizer: Tokenizer, out: str | Path, force: boo
     try:
         with refusing(f"could not write {out}"):
             scratch.mkdir()
-            write_checkpoint(model, tokenizer, scratch)
+            write_files(model, tokenizer, scratch)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -1162,7 +1166,7 @@ def is_running(process: int) -> bool:
     return True
 
 
-def write_checkpoint(model: Decoder, tokenizer: Tokenizer, out: Path):
+def write_files(model: Decoder, tokenizer: Tokenizer, out: Path):
     """The files of a checkpoint, written through to the disk."""
     shards, room, kind = [{}], SHARD_BYTES, model.config.raw["model_type"]
     for ours, parameter in model.state_dict().items():

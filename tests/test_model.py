@@ -17,16 +17,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    CONFIGS,
-    LLAMA,
-    MIXTRAL,
-    MOES,
-    QWEN2_MOE,
-    TEXT,
-    checkpoint_tensors,
-    random_model,
+    CONFIGS, LLAMA, MIXTRAL, MOES, QWEN2_MOE, TEXT, checkpoint_tensors, random_model,
     write_checkpoint,
-)
+)  # fmt: skip
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
@@ -34,32 +27,11 @@ from tokenizers import Tokenizer, processors
 import kernels
 import model as model_file
 from model import (
-    GGUF_NAMES,
-    WHEEL,
-    WHEEL_MEMBER,
-    Decoder,
-    InputError,
-    MoESpec,
-    Split,
-    active_neurons,
-    active_parameters,
-    blockwise_attention,
-    cut_windows,
-    encode,
-    fetch_default_model,
-    for_export,
-    generate,
-    load_model,
-    load_text,
-    neurons_of,
-    parse_config,
-    perplexity,
-    save_model,
-    scratch_name,
-    spec_from_json,
-    spec_to_json,
-    split_spec,
-)
+    GGUF_NAMES, WHEEL, WHEEL_MEMBER, Decoder, InputError, MoESpec, Split, active_neurons,
+    active_parameters, blockwise_attention, cut_windows, encode, fetch_default_model, for_export,
+    generate, load_model, load_text, neurons_of, parse_config, perplexity, save_model,
+    scratch_name, spec_from_json, spec_to_json, split_spec,
+)  # fmt: skip
 
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 IDS = torch.arange(100).view(1, 100)
@@ -78,8 +50,9 @@ def native(*ffns, base="llama") -> dict:
 
 
 def test_specs_count_neurons_and_split_twice():
-    assert str(Split.parse("S3A2E8")) == "S3A2E8" and Split(3, 2, 8).share == 5 / 8
-    assert LINEAR == MoESpec(16, 6, 8, 3) and LINEAR.split == (2, 3, 8) and LINEAR.down_scale == 3
+    assert Split.parse("S3A2E8") == (3, 2, 8) and str(Split(3, 2, 8)) == "S3A2E8"
+    assert Split(3, 2, 8).share == 5 / 8
+    assert MoESpec(16, 6, 8, 3) == LINEAR and LINEAR.split == (2, 3, 8) and LINEAR.down_scale == 3
     assert (NEURONS.router, NEURONS.weights, NEURONS.down_scale) == ("neurons", "one", 1)
     assert (neurons_of(LINEAR), active_neurons(LINEAR), active_neurons(7)) == (64, 40, 7)
     assert replace(LINEAR, shared_size=15).split is None
