@@ -39,7 +39,15 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+)
 from torch import Tensor, nn
 
 import kernels
@@ -901,9 +909,11 @@ def read_parameter(name: str, parameter: Tensor, tensors: dict, dtype, device) -
         return torch.zeros(parameter.shape, dtype=dtype, device=device)  # only ours has them
     stem, _, last = name.rpartition(".")
     stacked = f"{stem}.experts.{last}"  # all experts in one tensor, as transformers 5 may write
-    parts = partial(checkpoint_parts, name)
-    if parameter.dim() == 3 and stacked in tensors:
-        parts = lambda whole: {stacked: whole}  # noqa: E731
+    is_stacked = parameter.dim() == 3 and stacked in tensors
+
+    def parts(whole):
+        return {stacked: whole} if is_stacked else checkpoint_parts(name, whole)
+
     whole = None
     for part, place in parts(parameter).items():
         require(part in tensors, f"the checkpoint has no tensor {part!r}")

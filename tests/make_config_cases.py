@@ -11,7 +11,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from conftest import CONFIGS, MIXTRAL, QWEN2_MOE, QWEN3_MOE, random_model, write_checkpoint
+from conftest import (
+    CONFIGS,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    random_model,
+    write_checkpoint,
+)
 from tokenizers import Tokenizer
 from tokenizers import models as tokenizer_models
 

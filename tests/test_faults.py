@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def test_killed_at_every_step_of_a_save(replaces, old_and_new, checkpoint, tmp_p
         out = checkpoint if replaces else tmp_path / f"out{n}"
         if replaces:
             save_model(old, tokenizer, out, force=True)
-        code = drill(lambda out=out: save_model(new, tokenizer, out, force=True), kill_at=n)
+        code = drill(partial(save_model, new, tokenizer, out, force=True), kill_at=n)
         try:
             found = load_model(out)[0](IDS)
         except InputError as error:
@@ -107,7 +108,7 @@ def test_a_disk_that_is_full_while_saving(old_and_new, checkpoint, tmp_path):
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     for size in (0, 100, 2000, (checkpoint / "model.safetensors").stat().st_size // 2):
         for out in (tmp_path / "out", checkpoint):
-            save = lambda out=out: save_model(new, tokenizer, out, force=True)  # noqa: E731
+            save = partial(save_model, new, tokenizer, out, force=True)
             assert drill(save, file_bytes=size) == 2
         assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
     assert before == {path.name: path.read_bytes() for path in checkpoint.iterdir()}

@@ -165,7 +165,9 @@ def test_a_sliding_window_limits_the_context():
 def test_two_levels_are_a_mixture_of_mixtures():
     """Outer router, then the inner router of each expert that it chose, one token at a time."""
     moe = random_model(LLAMA | native(64, 64, TWO_LEVELS)).layers[2].mlp
-    ffn = lambda x, gate_up, down: down @ kernels.swiglu(gate_up @ x)  # noqa: E731
+
+    def ffn(x, gate_up, down):
+        return down @ kernels.swiglu(gate_up @ x)
 
     def inner(expert, x):
         gate, up = expert.router_gate @ x, expert.router_up @ x
@@ -389,8 +391,8 @@ def test_experts_in_one_tensor(name, tmp_path, tokenizer):
     model = random_model(MOES[name])
     path = write_checkpoint(tmp_path / "in", model, tokenizer, MOES[name])
     tensors = load_file(path / "model.safetensors")
-    for name in [name for name in tensors if ".experts." in name]:
-        del tensors[name]
+    for expert in [one for one in tensors if ".experts." in one]:
+        del tensors[expert]
     for i, layer in enumerate(model.layers):
         for part in ("gate_up_proj", "down_proj"):
             stacked = getattr(layer.mlp, part).clone()
