@@ -31,26 +31,23 @@ from matplotlib.figure import Figure  # not pyplot: it would set the caller's ba
 from torch import Tensor, nn
 from tqdm import tqdm
 
+# isort: off
 import ffn2moe
 import kernels
 import train
-from ffn2moe import (
-    SAMPLE_TOKENS, balanced_assignment, build_moe, contribution_energy, expert_norms, hidden,
-    joint_layer, members, neuron_markers, neuron_weights, paper_layer, partition_and_router,
-    partition_neurons, refit_down, refit_moe, representative_neurons, ridge_router, running_bins,
-    sample_rows, unpredicted_energy,
-)  # fmt: skip
-from model import (
-    DEFAULT_MODEL, FFN, Decoder, InputError, MoE, MoESpec, Split, active_neurons,
-    active_parameters, as_ids, check_writable, cut_windows, encode, load_model, make_ffn,
-    neurons_of, perplexity, read_ids, read_json, run_command, split_spec, write_json,
-)  # fmt: skip
+from ffn2moe import SAMPLE_TOKENS, balanced_assignment, build_moe, contribution_energy
+from ffn2moe import expert_norms, hidden, joint_layer, members, neuron_markers, neuron_weights
+from ffn2moe import paper_layer, partition_and_router, partition_neurons, refit_down, refit_moe
+from ffn2moe import representative_neurons, ridge_router, running_bins, sample_rows
+from ffn2moe import unpredicted_energy
+from model import DEFAULT_MODEL, FFN, Decoder, InputError, MoE, MoESpec, Split, active_neurons
+from model import active_parameters, as_ids, check_writable, cut_windows, encode, load_model
+from model import make_ffn, neurons_of, perplexity, read_ids, read_json, run_command
+from model import split_spec, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
-# ------------------------------------------------------------------------------------------------
-# 1. Controls: each takes an FFN, its inputs x [T, D] and a split, and returns what stands for it
-
+# --- 1. Controls: each takes an FFN, its inputs x [T, D] and a split, and returns what stands for it
 
 def static_layer(ffn: FFN, x: Tensor, split: Split, refit: bool = True) -> FFN:
     """Static pruning: the S + A slices of neurons with the most energy, the same for all tokens."""
@@ -64,21 +61,17 @@ def static_layer(ffn: FFN, x: Tensor, split: Split, refit: bool = True) -> FFN:
         down = refit_down(ffn, x, lambda block: runs).to(down)
     return FFN.of(torch.cat([ffn.gate_proj[keep], ffn.up_proj[keep]]), down[:, keep].contiguous())
 
-
 # Three ways to group neurons, beside the joint one: bin_of [q]
-
 
 def random_bins(ffn: FFN, x: Tensor, split: Split) -> Tensor:
     """LLaMA-MoE (Zhu et al., 2024): slices at random."""
     bins = bins_in_order(ffn.down_proj.shape[1], split)
     return sample_rows(bins, len(bins)).to(x.device)
 
-
 def bins_in_order(q: int, split: Split) -> Tensor:
     """The first neurons are shared, and the others go to the experts in turn: [q]."""
     bins = torch.arange(split.total).sub(split.shared - 1).clamp_min(0)
     return bins.repeat_interleave(split.slice_size(q))
-
 
 def weight_bins(ffn: FFN, x: Tensor, split: Split, rounds: int = 10) -> Tensor:
     """MoEfication (Zhang et al., 2022): balanced k-means on the rows of W_gate, of unit length.
@@ -97,17 +90,13 @@ def weight_bins(ffn: FFN, x: Tensor, split: Split, rounds: int = 10) -> Tensor:
     rank = of_cluster.argsort(descending=True).argsort()  # 0: the most energy
     return (rank[cluster] - split.shared + 1).clamp_min(0)
 
-
 def paper_bins(ffn: FFN, x: Tensor, split: Split) -> Tensor:
     return partition_neurons(neuron_markers(ffn, x, 10), split)[0].to(x.device)
-
 
 def joint_bins(ffn: FFN, x: Tensor, split: Split) -> Tensor:
     return partition_and_router(ffn, x, split)[0]
 
-
 # Two routers, beside the ridge regression: from x [T, D] and the energy [T, n] of routed neurons
-
 
 def representative_router(ffn: FFN, x: Tensor, bin_of: Tensor, split: Split) -> dict[str, Tensor]:
     """The paper's router for any partition."""
@@ -117,7 +106,6 @@ def representative_router(ffn: FFN, x: Tensor, bin_of: Tensor, split: Split) -> 
     means = [markers[:, expert == e].float().mean(dim=1) for e in range(split.routed)]
     representatives = representative_neurons(markers, expert, torch.stack(means, dim=1))
     return ffn2moe.analytical_router(ffn, routed[representatives])
-
 
 @torch.enable_grad()
 def mlp_scores(x: Tensor, norms: Tensor, width: int = 128, epochs: int = 20) -> nn.Module:
@@ -143,7 +131,6 @@ def mlp_scores(x: Tensor, norms: Tensor, width: int = 128, epochs: int = 20) -> 
         mlp[2].bias *= scale
     return mlp.requires_grad_(False)
 
-
 def grid_layer(
     ffn: FFN, x: Tensor, split: Split, group: Callable, router: str, refit: bool
 ) -> MoE:
@@ -166,22 +153,14 @@ def grid_layer(
             moe.scores = lambda rows: mlp(rows.float())
     return refit_moe(ffn, moe, x) if refit else moe
 
-
-def paper_refit_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
-    """The paper's method with the joint method's refit."""
-    return refit_moe(ffn, paper_layer(ffn, x, split), x)
-
-
 def unified_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
     """The paper's method without a shared expert."""
     return paper_layer(ffn, x, Split(0, split.shared + split.active, split.total))
-
 
 def two_level_layer(ffn: FFN, x: Tensor, split: Split, inner: str) -> MoE:
     """Hierarchical sparsity: every expert is split once more."""
     convert_expert = partial(joint_layer, split=Split.parse(inner))
     return ffn2moe.convert_ffn(joint_layer(ffn, x, split), x, convert_expert)
-
 
 class Masked(nn.Module):
     """An FFN of which, for each token, only some neurons count: y = W_down (h * weights(h, x)).
@@ -199,7 +178,6 @@ class Masked(nn.Module):
         h = hidden(self.ffn, rows)
         return F.linear((h * self.weights(h, rows)).to(x), self.down).view(x.shape)
 
-
 def oracle_router_layer(ffn: FFN, x: Tensor, split: Split) -> Masked:
     """The joint partition under a router that knows how much energy each expert has, and refit."""
     bin_of = joint_bins(ffn, x, split)
@@ -212,11 +190,9 @@ def oracle_router_layer(ffn: FFN, x: Tensor, split: Split) -> Masked:
     down = refit_down(ffn, x, lambda block: weights(hidden(ffn, block), block))
     return Masked(ffn, weights, split.share, down)
 
-
 def largest(values: Tensor, n: int) -> Tensor:
     """1 for the n largest of each row: [T, q] -> [T, q]."""
     return torch.zeros_like(values).scatter_(1, values.topk(n, dim=-1).indices, 1.0)
-
 
 def oracle_neurons_layer(ffn: FFN, x: Tensor, split: Split) -> Masked:
     """For each token the neurons that contribute most: no experts, no refit."""
@@ -226,7 +202,6 @@ def oracle_neurons_layer(ffn: FFN, x: Tensor, split: Split) -> Masked:
         return largest(contribution_energy(h, ffn.down_proj), n)
 
     return Masked(ffn, weights, split.share)
-
 
 def wina_layer(ffn: FFN, x: Tensor, split: Split, keep: float) -> Masked:
     """The joint method, and in the experts that run only the share `keep` of neurons with the
@@ -245,10 +220,7 @@ def wina_layer(ffn: FFN, x: Tensor, split: Split, keep: float) -> Masked:
 
     return Masked(ffn, weights, keep * split.share, down)
 
-
-# ------------------------------------------------------------------------------------------------
-# 2. Quality: the rows
-
+# ---------------------------------------------------------------------------- 2. Quality: the rows
 
 @dataclass(frozen=True)
 class Row:
@@ -267,7 +239,6 @@ class Row:
         """What a result must agree in to stand for this row."""
         fields = ("name", "percent", "experts", "dense", "calib_windows", "texts", "seed")
         return {name: getattr(self, name) for name in fields}
-
 
 # Splits by percent of the FFN that runs: of the paper's rows; of the joint row and its dense layers
 # "auto", for quality with E = 32, then for speed with E = 16 and 8
@@ -293,7 +264,6 @@ CELLS = {
     ("joint", "ridge", True): "joint",
 }
 
-
 def main_rows(percent: float, seed: int = 0) -> list[Row]:
     """The three methods that everything else is compared with."""
     texts = "whole" if percent in (75, 50, 25) and not seed else "first"
@@ -304,7 +274,6 @@ def main_rows(percent: float, seed: int = 0) -> list[Row]:
         Row("static pruning, refit", percent, static_layer, even, **same),
         Row("joint", percent, joint_layer, joint, "auto", **same),
     ]
-
 
 def control_rows(percent: float) -> list[Row]:
     _, joint, coarse, coarser = SPLITS[percent]
@@ -320,12 +289,10 @@ def control_rows(percent: float) -> list[Row]:
         Row("oracle neurons", percent, oracle_neurons_layer, all_alike(percent)),
     ]
 
-
 def all_alike(percent: float) -> str:
     """A split into 32 slices that runs just so many neurons, half of them shared."""
     half = round(percent * 32 / 200)
     return f"S{half}A{half}E32"
-
 
 def grid_rows() -> list[Row]:
     """Grouping x router x refit at 50 %, all else equal."""
@@ -337,12 +304,10 @@ def grid_rows() -> list[Row]:
             rows.append(Row(name, 50, layer, SPLITS[50][1], "auto"))
     return rows
 
-
 def cell_name(group: str, router: str, refit: bool) -> str:
     """The name of the system that a cell of the grid is, or of its parts."""
     parts = f"{group} x {router}" + (" x refit" if refit else "")
     return CELLS.get((group, router, refit), parts)
-
 
 # From the paper's method to ours, one change at a time: the change, and the row that has it
 WATERFALL = [
@@ -354,7 +319,6 @@ WATERFALL = [
     ("ridge router", cell_name("paper", "ridge", True)),
     ("joint partition", "joint"),
 ]
-
 
 def ablation_rows() -> list[Row]:
     joint = SPLITS[50][1]
@@ -381,7 +345,6 @@ def ablation_rows() -> list[Row]:
         rows.append(Row(name, 50, joint_layer, joint, "auto", windows))
     return rows
 
-
 def quality_rows() -> list[Row]:
     """All rows, those that the README quotes first."""
     rows = [Row("dense", 100, None, "S1A1E2", texts="whole")]
@@ -394,10 +357,7 @@ def quality_rows() -> list[Row]:
         rows += [replace(row, name=f"{row.name}, seed {seed}") for row in main_rows(percent, seed)]
     return rows
 
-
-# ------------------------------------------------------------------------------------------------
-# Results: a file of rows, each with its origin
-
+# --------------------------------------------------- Results: a file of rows, each with its origin
 
 @cache
 def origin(device: str) -> dict:
@@ -417,7 +377,6 @@ def origin(device: str) -> dict:
         "date": time.strftime("%Y-%m-%d"),
     }
 
-
 def machine_name(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name(device)
@@ -428,7 +387,6 @@ def machine_name(device: str) -> str:
     name = re.search(r"model name\s*:\s*(.+)", text)
     units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {unit} " in text]
     return f"{name[1] if name else platform.machine()} ({units[-1] if units else 'no avx2'})"
-
 
 def describe_origin(rows: list[dict]) -> str:
     """One line under a table that says where its rows come from."""
@@ -443,14 +401,12 @@ def describe_origin(rows: list[dict]) -> str:
     parts = [f"{count} rows on {place}" for place, count in places.items()]
     return "Measured: " + "; ".join(parts) + ".\n"
 
-
 def read_results(file: Path, settings: dict) -> dict:
     """The rows that an earlier run with the same settings left in the file, or none yet."""
     done = read_json(file) if file.exists() else {"settings": settings, "rows": []}
     if done["settings"] != settings:
         raise InputError(f"{file} was made with other settings, {done['settings']}")
     return done
-
 
 def is_done(done: dict, key: dict, again: bool, device: str) -> bool:
     """Whether the results hold this row; with `again`, measured by this very code."""
@@ -459,7 +415,6 @@ def is_done(done: dict, key: dict, again: bool, device: str) -> bool:
             return not again or row["origin"]["commit"] == origin(device)["commit"]
     return False
 
-
 def add_row(file: Path, done: dict, row: dict):
     """Put a row into the results and their file, in place of one of its name and size."""
     same = (row["key"]["name"], row["key"]["percent"])
@@ -467,17 +422,13 @@ def add_row(file: Path, done: dict, row: dict):
     done["rows"].append(row)
     write_json(file, done)
 
-
 def markdown(head: list[str], lines: list[list[str]]) -> str:
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return "".join("| " + " | ".join(cells) + " |\n" for cells in [head, rule, *lines])
 
-
-# ------------------------------------------------------------------------------------------------
-# 3. Quality: measuring
+# --------------------------------------------------------------------------- 3. Quality: measuring
 
 HELD_BACK = "held-back"  # as a text: the end of the calibration text, on which settings are chosen
-
 
 @dataclass
 class Text:
@@ -485,14 +436,12 @@ class Text:
     windows: Tensor  # [N, T]
     dense: list[Tensor] = field(default_factory=list)  # last hidden states of the dense model
 
-
 def hold_back(ids: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Token ids [T] -> those to calibrate on, and the last 8 windows. The 4 windows between are
     left out, so that no article is in both."""
     if len(ids) < 13 * window:
         raise InputError(f"{len(ids)} tokens are too few to hold back 8 of 13 windows of {window}")
     return ids[: -12 * window], ids[-8 * window :]
-
 
 @torch.no_grad()
 def evaluate(model: Decoder, text: Text, whole: bool, bar: Callable) -> dict:
@@ -520,7 +469,6 @@ def evaluate(model: Decoder, text: Text, whole: bool, bar: Callable) -> dict:
         result["perplexity_whole"] = float(np.exp(np.mean(nll)))
     return result
 
-
 def convert_by_row(model: Decoder, row: Row, windows: Tensor, title: str) -> frozenset[int]:
     """Convert the model as the row says, in place -> the layers that stayed dense."""
     split = Split.parse(row.experts)
@@ -532,13 +480,11 @@ def convert_by_row(model: Decoder, row: Row, windows: Tensor, title: str) -> fro
     ffn2moe.replace_ffns(model, windows, lambda i, ffn, x: row.layer(ffn, x, split), dense, bar)
     return dense
 
-
 def active_share(model: Decoder, dense_ffn: int) -> float:
     """Parameters of FFNs that one token uses, routers counted, over those of the dense model."""
     if any(isinstance(ffn, Masked) for ffn in model.ffns):
         return float(np.mean([getattr(ffn, "share", 1.0) for ffn in model.ffns]))
     return active_parameters(model)[0] / dense_ffn
-
 
 def measure_row(model: Decoder, row: Row, calib: Tensor, texts: list[Text], title: str, turns: int):
     """Convert and evaluate -> the result of one row."""
@@ -568,7 +514,6 @@ def measure_row(model: Decoder, row: Row, calib: Tensor, texts: list[Text], titl
         result["texts"][text.name] = evaluate(model, text, whole, bar)
     return result
 
-
 def quality(args: argparse.Namespace):
     rows, file = quality_rows(), Path(args.json)
     names = [Path(text).stem for text in args.eval]
@@ -587,7 +532,6 @@ def quality(args: argparse.Namespace):
     plot_quality(done, file.with_suffix(".png"))
     plot_waterfall(done, file.with_name(f"{file.stem}-waterfall.png"))
     publish(file, quality_tables(done))
-
 
 def measure_rows(args: argparse.Namespace, rows: list[Row], done: dict, file: Path):
     """Measure each row on a fresh model, and write the file after each."""
@@ -616,10 +560,7 @@ def measure_rows(args: argparse.Namespace, rows: list[Row], done: dict, file: Pa
         add_row(file, done, result)
         print(f"{title}: {result['texts'][texts[0].name]['perplexity']:.2f}", flush=True)
 
-
-# ------------------------------------------------------------------------------------------------
-# 4. Quality: tables and plots
-
+# -------------------------------------------------------------------- 4. Quality: tables and plots
 
 class Results:
     """The rows of a quality file by name and percent."""
@@ -636,7 +577,6 @@ class Results:
         value = self.perplexity(name, percent, text, key)
         return "" if value is None else f"{value:.2f}"
 
-
 def pivot(results: Results, names: list[str], percents: list, text: str | None = None) -> str:
     """Methods against sizes; the dense model, which has one size, first."""
     lines = [["dense", *[results.cell("dense", 100, text)] * len(percents)]]
@@ -646,12 +586,10 @@ def pivot(results: Results, names: list[str], percents: list, text: str | None =
             lines.append([name, *cells])
     return markdown(["active FFN", *(f"{percent:g} %" for percent in percents)], lines)
 
-
 def main_table(results: Results) -> str:
     """The table of the README."""
     names = ["paper", "static pruning", "static pruning, refit", "joint, no refit", "joint"]
     return pivot(results, [*names, "oracle router", "oracle neurons"], [75, 50, 25])
-
 
 def details_table(results: Results) -> str:
     """Every row: what runs, how fast, and how far from the dense model."""
@@ -673,7 +611,6 @@ def details_table(results: Results) -> str:
     head = ["", "split", "active FFN", "seconds", "prefill", "decode", "KL to dense, nats"]
     return markdown([*head, "same top token", "perplexity", "whole text"], lines)
 
-
 def grid_table(results: Results) -> str:
     head, lines = ["at 50 %"], []
     for router, refit in product(ROUTERS, (False, True)):
@@ -686,7 +623,6 @@ def grid_table(results: Results) -> str:
             cells.append(results.cell(name, 50) + system)
         lines.append([f"grouped by {group}" if group != "random" else "random", *cells])
     return markdown(head, lines)
-
 
 def seeds_table(results: Results) -> str:
     """Mean and range over three draws of the calibration windows."""
@@ -705,7 +641,6 @@ def seeds_table(results: Results) -> str:
         lines.append([name, *cells])
     return markdown(["three seeds", "75 %", "50 %", "25 %"], lines)
 
-
 def quality_tables(done: dict) -> str:
     results, tokens = Results(done), done["settings"]["eval_tokens"]
     much = f"first {tokens:,} tokens" if tokens else "all"
@@ -723,12 +658,10 @@ def quality_tables(done: dict) -> str:
     tables = "\n".join(f"## {title}\n\n{table}" for title, table in parts.items())
     return f"# Quality\n\n{describe_origin(done['rows'])}\n{tables}"
 
-
 def publish(file: Path, table: str):
     """Print tables, and write them beside the results."""
     file.with_suffix(".md").write_text(table, encoding="utf-8")
     print(table)
-
 
 PLOTTED = {
     "paper": ("#b03a2e", "o"),
@@ -739,7 +672,6 @@ PLOTTED = {
     "joint, E = 8": ("#8ec6ee", "P"),
     "oracle neurons": ("#6a9e5c", "^"),
 }
-
 
 def plot_quality(done: dict, file: Path):
     """Perplexity on the first text: against the share of the FFN that runs, and against time."""
@@ -766,7 +698,6 @@ def plot_quality(done: dict, file: Path):
     panels[0].legend(fontsize=8)
     figure.savefig(file, dpi=120)
 
-
 def plot_waterfall(done: dict, file: Path):
     """From the paper's method to ours at 50 %, one change at a time."""
     results = Results(done)
@@ -791,12 +722,9 @@ def plot_waterfall(done: dict, file: Path):
     ax.set_xlabel(f"perplexity, {results.text}, half of the FFN active (line: dense)")
     figure.savefig(file, dpi=120)
 
-
-# ------------------------------------------------------------------------------------------------
-# 5. Speed
+# ---------------------------------------------------------------------------------------- 5. Speed
 #
 # What is compared runs in turns, A B A B, so that what slows the machine down slows all of it.
-
 
 def interleave(functions: dict[str, Callable], device: str, turns: int) -> dict[str, np.ndarray]:
     """Call the functions in turns, each for at least 20 ms -> milliseconds per call and turn."""
@@ -819,7 +747,6 @@ def interleave(functions: dict[str, Callable], device: str, turns: int) -> dict[
             times[name].append(run(function, calls[name]))
     return {name: np.array(ms) for name, ms in times.items()}
 
-
 def faster(times: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Where something was timed compiled too, the faster of the two, for dense and MoE alike."""
     best = {}
@@ -829,13 +756,11 @@ def faster(times: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             best[stem] = ms
     return best
 
-
 def spec_from(text: str, q: int) -> MoESpec:
     """What an FFN of q neurons becomes: "S3A3E8", or in two levels "S2A4E8+S3A3E8"."""
     outer, _, inner = text.partition("+")
     spec = split_spec(q, Split.parse(outer), "linear")
     return split_spec(spec, Split.parse(inner), "linear") if inner else spec
-
 
 def random_ffn(hidden_size: int, spec: int | MoESpec, dtype: torch.dtype, device: str) -> nn.Module:
     ffn = make_ffn(hidden_size, spec).to(device, dtype).requires_grad_(False)
@@ -846,16 +771,13 @@ def random_ffn(hidden_size: int, spec: int | MoESpec, dtype: torch.dtype, device
             weight.normal_().div_(weight.shape[-1] ** 0.5)
     return ffn
 
-
 # Peers: the same layer by other means
 
 PEERS = ("static", "plain", "grouped_mm", "transformers")
 
-
 def plain_ffn(ffn: FFN, x: Tensor) -> Tensor:
     """The dense FFN as it is usually written."""
     return F.linear(F.silu(F.linear(x, ffn.gate_proj)) * F.linear(x, ffn.up_proj), ffn.down_proj)
-
 
 def moe_by_grouped_mm(moe: MoE, x: Tensor) -> Tensor:
     """PyTorch's own grouped product. x [T, D] -> [T, D]."""
@@ -867,7 +789,6 @@ def moe_by_grouped_mm(moe: MoE, x: Tensor) -> Tensor:
     h = h * weights.flatten()[slots, None]
     y = F.grouped_mm(h, moe.down_proj.transpose(1, 2), offs=ends)
     return moe.shared_expert(x).index_add_(0, tokens, y)
-
 
 def transformers_layer(moe: MoE) -> nn.Module | None:
     """transformers' Qwen2-MoE layer, where it is installed. Its gate of 0 halves the shared one."""
@@ -896,7 +817,6 @@ def transformers_layer(moe: MoE) -> nn.Module | None:
         "experts.down_proj": moe.down_proj,
     })  # fmt: skip
     return layer
-
 
 @dataclass
 class SpeedRow:
@@ -928,14 +848,12 @@ class SpeedRow:
         return (self.what, self.shape, self.tokens, self.batch, self.dtype, self.experts,
                 self.dense_layers, self.origin["machine"])  # fmt: skip
 
-
 def share_read(ffn: int | MoESpec, batch: int) -> float:
     """The neurons whose weights a batch of single tokens reads: R (1 - (1 - A / R)^B) experts."""
     if isinstance(ffn, int):
         return ffn
     experts = ffn.num_experts * (1 - (1 - ffn.active / ffn.num_experts) ** batch)
     return ffn.shared_size + experts * ffn.expert_size
-
 
 def make_row(times: dict, ffns: list, rest_ms: float, read: dict, **about) -> SpeedRow:
     """ffns: int or spec of each layer; rest_ms: time of a model without FFNs; read: bytes."""
@@ -954,7 +872,6 @@ def make_row(times: dict, ffns: list, rest_ms: float, read: dict, **about) -> Sp
         dense_weight_bytes_per_token=read["dense"], moe_weight_bytes_per_token=read["MoE"],
         peers_ms=peers, origin=origin(about["device"]),
     )  # fmt: skip
-
 
 def ffn_speed(
     shape: str, tokens: int, experts: str, dtype: str, device: str, turns: int
@@ -993,7 +910,6 @@ def ffn_speed(
         times, [spec], 0.0, read, what="ffn", shape=shape, tokens=tokens, batch=tokens,
         dtype=dtype, experts=experts, device=device, gflops_per_token=6e-9 * D * width,
     )  # fmt: skip
-
 
 def model_speed(models: dict[str, Decoder], what: str, ids: Tensor, turns: int) -> list[SpeedRow]:
     """The default model on ids [B, T], a row for each split. prefill: to the logits of the last
@@ -1036,7 +952,6 @@ def model_speed(models: dict[str, Decoder], what: str, ids: Tensor, turns: int) 
         ))  # fmt: skip
     return rows
 
-
 @torch.no_grad()
 def speed(args: argparse.Namespace):
     file, rows = Path(args.json), {}
@@ -1073,17 +988,14 @@ def speed(args: argparse.Namespace):
     plot_speed(list(rows.values()), file.with_suffix(".png"))
     publish(file, speed_tables(list(rows.values())))
 
-
 def milliseconds(ms: float) -> str:
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
-
 
 def workload(row: SpeedRow) -> str:
     tokens = "1 token" if row.tokens == 1 else f"{row.tokens:,} tokens"
     if row.what == "ffn":
         return f"FFN {row.shape}, {tokens}, {row.dtype}"
     return f"SmolLM2 {row.what}, batch {row.batch}, {row.dtype}"
-
 
 def speed_overview(rows: list[SpeedRow]) -> str:
     """The table of the README: a line for each workload, a column for each split."""
@@ -1097,7 +1009,6 @@ def speed_overview(rows: list[SpeedRow]) -> str:
     for name, cells in lines.items():
         table.append([name, *(cells.get(column, "") for column in columns)])
     return markdown(["speedup of ideal", *columns], table)
-
 
 def speed_table(rows: list[SpeedRow]) -> str:
     """All rows. Peers are given as speedups over dense too."""
@@ -1114,11 +1025,9 @@ def speed_table(rows: list[SpeedRow]) -> str:
     head += ["of ideal", "bound", "bound by reading", "GFLOP per token", *PEERS]
     return markdown([*head, "weights read per token, MB"], lines)
 
-
 def speed_tables(rows: list[SpeedRow]) -> str:
     origins = describe_origin([{"origin": row.origin} for row in rows])
     return f"# Speed\n\n{origins}\n{speed_overview(rows)}\n## All rows\n\n{speed_table(rows)}"
-
 
 def plot_speed(rows: list[SpeedRow], file: Path):
     """Speedup against the active share of the FFN: FFNs alone, and the whole model."""
@@ -1141,12 +1050,9 @@ def plot_speed(rows: list[SpeedRow], file: Path):
             ax.legend(fontsize=7, loc="upper right")
     figure.savefig(file, dpi=120)
 
-
-# ------------------------------------------------------------------------------------------------
-# 6. Fine-tuning
+# ---------------------------------------------------------------------------------- 6. Fine-tuning
 
 RECIPE = ("samples", "length", "rate", "distill", "dropout", "scale_rate", "bias_step")
-
 
 def blank_router_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
     """The joint method's experts under a router that has everything to learn."""
@@ -1154,7 +1060,6 @@ def blank_router_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
     weight = torch.randn(moe.router_weight.shape, generator=torch.Generator().manual_seed(0))
     moe.router_weight.copy_(ffn2moe.ROUTER_SCALE * weight / x.shape[1] ** 0.5)
     return moe
-
 
 def finetune_rows(samples: int) -> list[tuple[Row, dict]]:
     """How to convert, and settings of train.py that differ from the command's.
@@ -1184,7 +1089,6 @@ def finetune_rows(samples: int) -> list[tuple[Row, dict]]:
                 name = f"{row.name}, {factor:g} x the samples"
                 rows.append((replace(row, name=name), {"samples": int(factor * samples)}))
     return rows
-
 
 def finetune(args: argparse.Namespace):
     file = Path(args.json)
@@ -1239,7 +1143,6 @@ def finetune(args: argparse.Namespace):
     plot_tokens(done, file.with_suffix(".png"))
     publish(file, finetune_tables(done))
 
-
 def finetune_cell(rows: dict, name: str, percent: float) -> str:
     """Perplexity before → after, in brackets over that of the equally fine-tuned dense model."""
     row, dense = rows.get((name, percent)), rows.get(("dense", 100))
@@ -1248,7 +1151,6 @@ def finetune_cell(rows: dict, name: str, percent: float) -> str:
     ratio = f" ({row['after'] / dense['after']:.2f})" if dense else ""
     return f"{row['before']:.2f} → {row['after']:.2f}{ratio}"
 
-
 def finetune_table(done: dict) -> str:
     """The table of the README."""
     rows = {(r["key"]["name"], r["key"]["percent"]): r for r in done["rows"]}
@@ -1256,7 +1158,6 @@ def finetune_table(done: dict) -> str:
     for name in MAIN:
         lines.append([name, *(finetune_cell(rows, name, percent) for percent in (75, 50, 25))])
     return markdown(["active FFN", "75 %", "50 %", "25 %"], lines)
-
 
 def finetune_tables(done: dict) -> str:
     rows = {(r["key"]["name"], r["key"]["percent"]): r for r in done["rows"]}
@@ -1269,7 +1170,6 @@ def finetune_tables(done: dict) -> str:
     recipe = {name: done["settings"][name] for name in RECIPE}
     tables = f"{finetune_table(done)}\n## All rows\n\n{markdown(head, lines)}"
     return f"# Fine-tuning\n\n{describe_origin(done['rows'])}\nRecipe: {recipe}\n\n{tables}"
-
 
 def plot_tokens(done: dict, file: Path):
     """Perplexity after the fine-tune against training tokens, at 50 %, beside the dense model."""
@@ -1292,10 +1192,7 @@ def plot_tokens(done: dict, file: Path):
         ax.legend(fontsize=8)
     figure.savefig(file, dpi=120)
 
-
-# ------------------------------------------------------------------------------------------------
-# 7. Figures of one model
-
+# ------------------------------------------------------------------------- 7. Figures of one model
 
 def plot_rates(rates: dict[int, dict[int, Tensor]], file: Path):
     """Activation rates as in the paper's Figure 2: a row per K_a, a panel per layer, linear axes.
@@ -1312,7 +1209,6 @@ def plot_rates(rates: dict[int, dict[int, Tensor]], file: Path):
     figure.supxlabel("activation rate: share of tokens for which a neuron fires", fontsize=9)
     figure.supylabel("neurons", fontsize=9)
     figure.savefig(file, dpi=120)
-
 
 def plot_partition(ffn: FFN, x: Tensor, split: Split, file: Path):
     """Where a token's energy is, by the router's first choice, before and after alternating."""
@@ -1342,7 +1238,6 @@ def plot_partition(ffn: FFN, x: Tensor, split: Split, file: Path):
     bar.set_label("expert's energy / its mean")
     figure.savefig(file, dpi=120)
 
-
 def plot_words(model: Decoder, tokenizer, shown: Tensor, words: list[list[str]], layer: int, file):
     """Which routed experts run for the tokens of a text [T], and which words each is for."""
     R = len(words)
@@ -1357,7 +1252,6 @@ def plot_words(model: Decoder, tokenizer, shown: Tensor, words: list[list[str]],
     ax.set_ylabel("routed expert: the words that it is for", fontsize=9)
     figure.savefig(file, dpi=120)
 
-
 def balanced_load(moe: MoE, x: Tensor, steps: int = 400) -> tuple[Tensor, Tensor]:
     """The share of the tokens x [T, D] of each routed expert, before and after the paper's adaptive
     bias: after each step, b_e moves by a constant against experts above the mean. -> [R], [R]."""
@@ -1368,7 +1262,6 @@ def balanced_load(moe: MoE, x: Tensor, steps: int = 400) -> tuple[Tensor, Tensor
         loads.append(chosen.flatten().bincount(minlength=p.shape[1]) / len(x))
         bias -= step * (loads[-1] - loads[-1].mean()).sign()
     return loads[0], loads[-1]
-
 
 def plot_load(loads: dict[int, tuple[Tensor, Tensor]], even: float, file: Path):
     """The load of routed experts over an even share, as in the paper's Figure 5."""
@@ -1382,7 +1275,6 @@ def plot_load(loads: dict[int, tuple[Tensor, Tensor]], even: float, file: Path):
     axes[0].set_ylabel("routed expert, busiest first")
     figure.colorbar(image, ax=axes, label="load / even share")
     figure.savefig(file, dpi=120)
-
 
 @torch.no_grad()
 def figures(args: argparse.Namespace):
@@ -1402,8 +1294,8 @@ def figures(args: argparse.Namespace):
     def replacement(i, ffn, x):
         if i in args.layers:
             sample = sample_rows(x, SAMPLE_TOKENS)
-            for k in rates:
-                rates[k][i] = ffn2moe.activation_rates(neuron_markers(ffn, sample, k))
+            for k, of_layer in rates.items():
+                of_layer[i] = ffn2moe.activation_rates(neuron_markers(ffn, sample, k))
         if i == args.layer:
             plot_partition(ffn, x, split, out / "partition.png")
         moe = joint_layer(ffn, x, split)
@@ -1419,10 +1311,7 @@ def figures(args: argparse.Namespace):
     plot_words(model, tokenizer, shown, words, args.layer, out / "words.png")
     print(ffn2moe.explain(model, tokenizer, args.show, test[:20], args.layer))
 
-
-# ------------------------------------------------------------------------------------------------
-# 8. README and command line
-
+# ---------------------------------------------------------------------- 8. README and command line
 
 def readme_tables() -> dict[str, str]:
     """The tables of the README, by the names in its markers, from the files in results/."""
@@ -1443,7 +1332,6 @@ def readme_tables() -> dict[str, str]:
         tables["finetune"] = f"{finetune_table(done)}\n{describe_origin(done['rows'])}"
     return tables
 
-
 def with_tables(text: str, tables: dict[str, str]) -> str:
     """The README's text with what stands between <!-- name --> and <!-- end --> made anew."""
     for name, table in tables.items():
@@ -1452,12 +1340,10 @@ def with_tables(text: str, tables: dict[str, str]) -> str:
             text = before + marker + table + rest[rest.index("<!-- end -->") :]
     return text
 
-
 def readme(args: argparse.Namespace):
     file = Path(__file__).parent / "README.md"
     text = with_tables(file.read_text(encoding="utf-8"), readme_tables())
     file.write_text(text, encoding="utf-8")
-
 
 def everything(args: argparse.Namespace):
     """All measurements of the README, in order; those that are done are not repeated."""
@@ -1474,7 +1360,6 @@ def everything(args: argparse.Namespace):
         print(f"--- {i + 1} of {len(jobs)}: bench.py {' '.join(job)}", flush=True)
         args = parse_args(job)
         COMMANDS[args.command](args)
-
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """One set of flags; each command uses those that concern it."""
@@ -1519,7 +1404,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.json = args.json or f"{args.command}.json"
     return args
 
-
 COMMANDS = {
     "quality": quality,
     "speed": speed,
@@ -1529,11 +1413,9 @@ COMMANDS = {
     "readme": readme,
 }
 
-
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     return run_command("bench", lambda: COMMANDS[args.command](args))
-
 
 if __name__ == "__main__":
     sys.exit(main())

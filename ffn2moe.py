@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,13 +40,12 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+# isort: off
 from kernels import SETTINGS_LOCK, swiglu
-from model import (
-    DEFAULT_MODEL, FFN, Decoder, InputError, MoE, MoESpec, Split, active_parameters, as_ids,
-    check_output, check_writable, cut_windows, encode, for_export, generate, load_model,
-    native_raw, neurons_of, perplexity, read_ids, run_command, save_model, spec_of, split_spec,
-    write_json,
-)  # fmt: skip
+from model import DEFAULT_MODEL, FFN, Decoder, InputError, MoE, MoESpec, Split, active_parameters
+from model import as_ids, check_output, check_writable, cut_windows, encode, for_export, generate
+from model import load_model, native_raw, neurons_of, perplexity, read_ids, run_command
+from model import save_model, spec_of, split_spec, write_json
 
 # Settings of the joint method, chosen by perplexity on training text held back from calibration
 SAMPLE_TOKENS = 8192  # for partition and router; the refit uses all calibration tokens
@@ -58,9 +58,7 @@ TOKENS_PER_NEURON = 10  # of calibration, so that the refit fits the model rathe
 
 BLOCK = 1024  # tokens at a time, to need little memory
 
-# ------------------------------------------------------------------------------------------------
-# 1. Activation pattern: which neurons fire for which token (paper, section 3.1)
-
+# ------------------ 1. Activation pattern: which neurons fire for which token (paper, section 3.1)
 
 def normalized_scores(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """h_i(x) = silu(x^ . g^_i) * (x^ . u^_i): x [T, D]; gate, up [q, D] -> float32 [T, q].
@@ -71,12 +69,10 @@ def normalized_scores(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     x, gate, up = (F.normalize(t.float(), dim=-1) for t in (x, gate, up))
     return F.silu(x @ gate.T) * (x @ up.T)
 
-
 def atopk_markers(scores: Tensor, k: int) -> Tensor:
     """ATopK: M[t, i] = 1 if |h_i(x_t)| is among the k largest of token t: [T, q] -> bool [T, q]."""
     top = scores.abs().topk(k, dim=-1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, top, True)
-
 
 def neuron_markers(ffn: FFN, x: Tensor, k: int) -> Tensor:
     """The markers of an FFN for its inputs x [T, D]: bool [T, q], on the CPU."""
@@ -86,25 +82,18 @@ def neuron_markers(ffn: FFN, x: Tensor, k: int) -> Tensor:
         blocks.append(atopk_markers(scores, k).cpu())
     return torch.cat(blocks)
 
-
 def activation_rates(markers: Tensor) -> Tensor:
     """mu_i = mean_t M[t, i]: the share of tokens for which neuron i fires. markers [T, q] -> [q]"""
     return markers.sum(dim=0, dtype=torch.int32) / len(markers)
 
-
-# ------------------------------------------------------------------------------------------------
-# 2. Shared expert: the neurons that fire most often
-
+# ---------------------------------------------- 2. Shared expert: the neurons that fire most often
 
 def split_shared(rates: Tensor, num_shared_neurons: int) -> tuple[Tensor, Tensor]:
     """The neurons of highest rate, which always run, and the others; both in falling order."""
     order = rates.argsort(descending=True, stable=True)
     return order[:num_shared_neurons], order[num_shared_neurons:]
 
-
-# ------------------------------------------------------------------------------------------------
-# 3. Routed experts: balanced k-means on the columns of M
-
+# ----------------------------------------- 3. Routed experts: balanced k-means on the columns of M
 
 def balanced_assignment(cost: np.ndarray, capacity: Sequence[int]) -> np.ndarray:
     """Put n items into k bins at the least total cost, exactly capacity[b] of them into bin b.
@@ -151,13 +140,12 @@ def balanced_assignment(cost: np.ndarray, capacity: Sequence[int]) -> np.ndarray
         if chain is None:  # rounding made a circle of moves look like a gain
             tolerance *= 10
             continue
-        for giver, taker in zip(chain[:-1], chain[1:]):
+        for giver, taker in pairwise(chain):
             bin_of[mover[giver, taker]] = taker
         load[chain[0]] -= 1
         load[chain[-1]] += 1
         update_moves(chain)
     return bin_of
-
 
 def add_prices(cost: np.ndarray, capacity: np.ndarray):
     """Add a price to each bin (a column of cost), in place, so that few items have to move.
@@ -172,7 +160,6 @@ def add_prices(cost: np.ndarray, capacity: np.ndarray):
             offers = np.sort(next_best - cost[:, b])[::-1]  # highest first
             offers = np.concatenate(([offers[0] + 1], offers, [offers[-1] - 1]))
             cost[:, b] += (offers[room] + offers[room + 1]) / 2  # offers[room]: the last customer
-
 
 def cheapest_chain(
     move: np.ndarray, load: np.ndarray, capacity: np.ndarray, tolerance: float
@@ -197,7 +184,6 @@ def cheapest_chain(
             return None
     return chain
 
-
 def l1_distances(markers: Tensor, centroids: Tensor) -> Tensor:
     """L1 distance of each column M_i to each centroid c_e: [T, n], [T, R] -> float64 [n, R].
 
@@ -210,7 +196,6 @@ def l1_distances(markers: Tensor, centroids: Tensor) -> Tensor:
     for m, c in zip(markers.split(4096), centroids.split(4096)):  # in float64, all of M is large
         overlap += m.double().T @ c.double()
     return sizes - 2 * overlap
-
 
 def group_routed(markers: Tensor, num_routed: int, rounds: int = 1) -> tuple[Tensor, Tensor]:
     """Balanced k-means on the columns of markers [T, n], which are in falling order of rate.
@@ -228,20 +213,16 @@ def group_routed(markers: Tensor, num_routed: int, rounds: int = 1) -> tuple[Ten
         centroids = torch.stack(means, dim=1)
     return expert, centroids
 
-
-# ------------------------------------------------------------------------------------------------
-# 4. Analytical router: a representative neuron stands for its expert
+# ----------------------------- 4. Analytical router: a representative neuron stands for its expert
 #
 # From here on neurons live in bins: bin 0 is the shared expert, bin 1 + e is routed expert e.
 # bin_of [q] says which.
-
 
 def representative_neurons(markers: Tensor, expert: Tensor, centroids: Tensor) -> Tensor:
     """The member of each expert that is closest (L1) to its centroid: columns of markers, [R]."""
     distance = l1_distances(markers, centroids)  # [n, R]
     outside = expert[:, None] != torch.arange(centroids.shape[1])
     return distance.masked_fill(outside, torch.inf).argmin(dim=0)
-
 
 def partition_neurons(markers: Tensor, split: Split, rounds: int = 1) -> tuple[Tensor, Tensor]:
     """Steps 2 and 3 for one layer: markers [T, q] -> bin_of [q], and the representatives [R]."""
@@ -251,7 +232,6 @@ def partition_neurons(markers: Tensor, split: Split, rounds: int = 1) -> tuple[T
     bin_of = torch.zeros(markers.shape[1], dtype=torch.long)
     bin_of[rest] = 1 + expert
     return bin_of, rest[representative_neurons(markers[:, rest], expert, centroids)]
-
 
 def analytical_router(ffn: FFN, representatives: Tensor) -> dict[str, Tensor]:
     """The router scores expert e with the gate and up rows of its representative neuron r:
@@ -268,13 +248,11 @@ def analytical_router(ffn: FFN, representatives: Tensor) -> dict[str, Tensor]:
         "router_up": F.normalize(up.float(), dim=-1).to(up),
     }
 
-
 def members(bin_of: Tensor, num_routed: int) -> tuple[Tensor, Tensor]:
     """The neurons of the shared expert [S * m], and of each routed one [R, m], in order."""
     order = bin_of.argsort(stable=True)
     num_shared = int((bin_of == 0).sum())
     return order[:num_shared], order[num_shared:].view(num_routed, -1)
-
 
 @torch.no_grad()
 def build_moe(ffn: FFN, bin_of: Tensor, router: dict[str, Tensor], split: Split) -> MoE:
@@ -305,15 +283,12 @@ def build_moe(ffn: FFN, bin_of: Tensor, router: dict[str, Tensor], split: Split)
     moe.bin_of = bin_of
     return moe.requires_grad_(False)
 
-
 def paper_layer(ffn: FFN, x: Tensor, split: Split, k_act: int = 10, rounds: int = 1) -> MoE:
     """The paper's method on one FFN and its inputs x [T, D]."""
     bin_of, representatives = partition_neurons(neuron_markers(ffn, x, k_act), split, rounds)
     return build_moe(ffn, bin_of, analytical_router(ffn, representatives), split)
 
-
-# ------------------------------------------------------------------------------------------------
-# 5. Joint method: router and partition found together, and W_down fitted again
+# ------------------- 5. Joint method: router and partition found together, and W_down fitted again
 #
 # The paper groups neurons by when they fire. What counts is how much the output misses the neurons
 # that do not run, and whether a router can tell beforehand. Neuron i adds h_i(x_t) W_down[:, i] to
@@ -324,22 +299,18 @@ def paper_layer(ffn: FFN, x: Tensor, split: Split, k_act: int = 10, rounds: int 
 # Energies add up as if the outputs of different neurons were at right angles. The refit corrects
 # some of that.
 
-
 def hidden(ffn: FFN, x: Tensor) -> Tensor:
     """h(x) = silu(W_gate x) * (W_up x): x [T, D] -> float32 [T, q]."""
     return swiglu(F.linear(x, ffn.gate_up_proj)).float()
-
 
 def contribution_energy(h: Tensor, down: Tensor) -> Tensor:
     """c[t, i]^2 = |h_i(x_t)|^2 |W_down[:, i]|^2: h [T, n], down [D, n] -> float32 [T, n]."""
     return (h * down.float().norm(dim=0)).square()
 
-
 def sample_rows(rows: Tensor, n: int, seed: int = 0) -> Tensor:
     """At most n of the rows, in random order."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return rows[order[:n].to(rows.device)]
-
 
 @contextmanager
 def fast_products():
@@ -356,11 +327,9 @@ def fast_products():
         finally:
             torch.backends.mkldnn.matmul.fp32_precision = before
 
-
 def check_finite(values: Tensor):
     if not values.isfinite().all():
         raise InputError("hidden activations overflow: choose another dtype")
-
 
 def ridge_solver(xx: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
     """Ridge regression by its normal equations: X'X [n, n] -> a function of X'Y [n, k] that returns
@@ -389,12 +358,10 @@ def ridge_solver(xx: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
 
     return solve
 
-
 def expert_norms(energy: Tensor, bin_of: Tensor, num_routed: int) -> Tensor:
     """What the router predicts, sqrt(sum_{i in e} c[t, i]^2): [T, n], [n] -> [T, R]."""
     is_member = F.one_hot(bin_of, 1 + num_routed)[:, 1:]  # [n, R]
     return (energy @ is_member.to(energy)).sqrt()
-
 
 def ridge_router(energy: Tensor, x: Tensor, bin_of: Tensor, num_routed: int) -> dict[str, Tensor]:
     """The router of a partition: ridge regression from the token to the root of each expert's
@@ -411,7 +378,6 @@ def ridge_router(energy: Tensor, x: Tensor, bin_of: Tensor, num_routed: int) -> 
     weight *= ROUTER_SCALE / (inputs @ weight).abs().max().clamp_min(1e-30)
     return {"router_weight": weight.T.to(x)}
 
-
 def running_bins(chosen: Tensor, num_routed: int, weights: Tensor | None = None) -> Tensor:
     """The weight of each bin, 0 if it does not run and 1 for the shared one: chosen experts [T, A],
     their weights (1 if None) -> float32 [T, 1 + R]."""
@@ -421,12 +387,10 @@ def running_bins(chosen: Tensor, num_routed: int, weights: Tensor | None = None)
     bins[:, 0] = 1
     return bins
 
-
 def best_bins(gain: Tensor, capacity: Sequence[int]) -> Tensor:
     """The assignment that captures the most energy: gain [n, k] -> bin_of [n]."""
     cost = -(gain / gain.max().clamp_min(1e-30)).double().cpu().numpy()
     return torch.from_numpy(balanced_assignment(cost, capacity)).to(gain.device)
-
 
 def alternate(
     energy: Tensor, x: Tensor, bin_of: Tensor, capacity: Sequence[int], active: int, rounds: int
@@ -456,7 +420,6 @@ def alternate(
         bin_of = best_bins(gain, capacity)
     return bin_of
 
-
 def first_bins(energy: Tensor, split: Split) -> Tensor:
     """To start with, the neurons of most energy are shared, and the others go to the experts in
     turn: energy [T, q] -> bin_of [q]."""
@@ -466,7 +429,6 @@ def first_bins(energy: Tensor, split: Split) -> Tensor:
     bin_of = torch.zeros(len(total), dtype=torch.long, device=energy.device)
     bin_of[routed] = torch.arange(len(routed), device=energy.device) % split.routed + 1
     return bin_of
-
 
 def unpredicted_energy(h: Tensor, down: Tensor, bin_of: Tensor) -> Tensor:
     """The energy of routed neurons that the shared neurons cannot predict.
@@ -483,7 +445,6 @@ def unpredicted_energy(h: Tensor, down: Tensor, bin_of: Tensor) -> Tensor:
     solve = ridge_solver(h_shared.T @ h_shared, HIDDEN_RIDGE)
     predicted = h_shared @ solve(h_shared.T @ h_routed)
     return contribution_energy(h_routed - predicted, down[:, bin_of > 0])
-
 
 @torch.no_grad()
 @fast_products()
@@ -505,7 +466,6 @@ def partition_and_router(
     routed, capacity[0] = bin_of > 0, 0
     bin_of[routed] = alternate(energy, x, bin_of[routed], capacity, split.active, rounds)
     return bin_of, ridge_router(energy, x, bin_of[routed], num_routed)
-
 
 @torch.no_grad()
 @fast_products()
@@ -531,13 +491,11 @@ def refit_down(ffn: FFN, x: Tensor, running: Callable) -> Tensor:
         cross.addmm_(h_running.T, missing)
     return down + ridge_solver(gram, HIDDEN_RIDGE)(cross).T
 
-
 def neuron_weights(moe: MoE, x: Tensor) -> Tensor:
     """The weight with which each neuron of the dense FFN runs in the MoE: x [t, D] -> [t, q]."""
     chosen, weights = moe.route(x)
     bins = running_bins(chosen, moe.spec.num_experts, moe.spec.down_scale * weights)
     return bins[:, moe.bin_of]
-
 
 @torch.no_grad()
 def refit_moe(ffn: FFN, moe: MoE, x: Tensor) -> MoE:
@@ -551,16 +509,13 @@ def refit_moe(ffn: FFN, moe: MoE, x: Tensor) -> MoE:
         check_finite(moe.shared_expert.down_proj)
     return moe
 
-
 def joint_layer(ffn: FFN, x: Tensor, split: Split, rounds: int = 8, refit: bool = True) -> MoE:
     """The joint method on one FFN and its inputs x [T, D]."""
     bin_of, router = partition_and_router(ffn, x, split, rounds)
     moe = build_moe(ffn, bin_of, router, split)
     return refit_moe(ffn, moe, x) if refit else moe
 
-
-# ------------------------------------------------------------------------------------------------
-# 6. Which layers to convert
+# ---------------------------------------------------------------------- 6. Which layers to convert
 #
 # Layers differ by a factor of ten in what their conversion costs. Let g_t be the gradient of the
 # log-likelihood with respect to the output of an FFN for token t, and e_t the error that the
@@ -571,7 +526,6 @@ def joint_layer(ffn: FFN, x: Tensor, split: Split, rounds: int = 8, refit: bool 
 # with labels sampled from the model's own predictions p (the Fisher information). For e_t we take
 # what the half of the neurons with the least energy adds. That needs no conversion, and one
 # backward pass for all layers.
-
 
 @torch.no_grad()
 def conversion_losses(model: Decoder, windows: Tensor) -> Tensor:
@@ -595,7 +549,6 @@ def conversion_losses(model: Decoder, windows: Tensor) -> Tensor:
             losses[i] += squared_change(model.layers[i].mlp, inputs[i].detach(), g) / 2
     return losses / windows.numel()
 
-
 def label_gradient(model: Decoder, x: Tensor, generator: torch.Generator) -> Tensor:
     """The gradient of sum_t log p(label_t), labels sampled from p, with respect to the last hidden
     states x [T, D]."""
@@ -608,7 +561,6 @@ def label_gradient(model: Decoder, x: Tensor, generator: torch.Generator) -> Ten
         gradients += torch.autograd.grad(likelihood, block)
     return torch.cat(gradients)
 
-
 def squared_change(ffn: FFN, x: Tensor, g: Tensor) -> float:
     """sum_t (g_t . e_t)^2, e_t what the half of the neurons with least energy adds: x, g [T, D]."""
     h = hidden(ffn, x)
@@ -616,7 +568,6 @@ def squared_change(ffn: FFN, x: Tensor, g: Tensor) -> float:
     least = energy.argsort()[: len(energy) // 2]
     change = ((g.float() @ ffn.down_proj[:, least].float()) * h[:, least]).sum(dim=1)  # [T]
     return change.square().sum(dtype=torch.float64).item()
-
 
 def choose_dense(model: Decoder, calib_ids: Tensor, split: Split, active: float) -> frozenset[int]:
     """The layers that stay dense: those whose conversion costs most, so many that the share
@@ -630,7 +581,6 @@ def choose_dense(model: Decoder, calib_ids: Tensor, split: Split, active: float)
     losses = conversion_losses(model, calib_ids[: FISHER_TOKENS // length, :length])
     return frozenset(losses.argsort(descending=True)[: num_layers - num_sparse].tolist())
 
-
 def parse_layers(text: str) -> frozenset[int]:
     """Layers written like "0-7,24-29", or "none"."""
     if text == "none":
@@ -643,7 +593,6 @@ def parse_layers(text: str) -> frozenset[int]:
         layers.update(range(int(first), int(last or first) + 1))
     return frozenset(layers)
 
-
 def format_layers(layers: Iterable[int]) -> str:
     """The way back: {0, 1, 2, 9} -> "0-2,9"."""
     ranges = []
@@ -654,10 +603,7 @@ def format_layers(layers: Iterable[int]) -> str:
             ranges.append([i, i])
     return ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in ranges) or "none"
 
-
-# ------------------------------------------------------------------------------------------------
-# 7. The whole model
-
+# ------------------------------------------------------------------------------ 7. The whole model
 
 class Method(NamedTuple):
     """A way to convert a layer, its kind of router, and defaults."""
@@ -668,12 +614,10 @@ class Method(NamedTuple):
     active: float  # share of the FFN neurons that run, for the choice of dense layers
     calib_tokens: int
 
-
 METHODS = {
     "joint": Method(joint_layer, "linear", "S2A2E8", 0.74, 16 * 2048),
     "paper": Method(paper_layer, "neurons", "S3A3E8", 0.75, 8 * 2048),
 }
-
 
 def convert_ffn(ffn: FFN | MoE, x: Tensor, convert_layer: Callable) -> MoE:
     """A dense FFN becomes an MoE. In an MoE, the same happens to each expert (hierarchical
@@ -696,7 +640,6 @@ def convert_ffn(ffn: FFN | MoE, x: Tensor, convert_layer: Callable) -> MoE:
     ffn.gate_up_proj = ffn.down_proj = None
     ffn.experts = experts
     return ffn
-
 
 def check_conversion(
     model: Decoder, experts: Split | str | None, method: str, dense, k_act: int
@@ -723,7 +666,6 @@ def check_conversion(
         if not 1 <= k_act <= width:
             raise InputError(f"k_act = {k_act} is not between 1 and the {width} neurons of an FFN")
     return split, None if dense is None else frozenset(dense)
-
 
 @torch.no_grad()
 def replace_ffns(
@@ -757,7 +699,6 @@ def replace_ffns(
         if i < last:
             for sequence, normed in zip(x.split(1), ffn_input.split(1)):
                 sequence += layer.mlp(normed)
-
 
 @torch.no_grad()
 def convert(
@@ -804,10 +745,7 @@ def convert(
     model.config.raw = native_raw(model.config)
     return model
 
-
-# ------------------------------------------------------------------------------------------------
-# 8. Explain: the words that each expert runs for
-
+# ------------------------------------------------- 8. Explain: the words that each expert runs for
 
 @torch.no_grad()
 def chosen_experts(model: Decoder, windows: Tensor, layer: int) -> Tensor:
@@ -824,7 +762,6 @@ def chosen_experts(model: Decoder, windows: Tensor, layer: int) -> Tensor:
     finally:
         hook.remove()
     return torch.cat(chosen)
-
 
 def favourite_words(
     words: list[str], chosen: Tensor, num_routed: int, n: int = 8
@@ -852,7 +789,6 @@ def favourite_words(
         favourites.append([names[i] for score, i in zip(scores, indices) if score > 1])
     return favourites
 
-
 def words_of_experts(
     model: Decoder, tokenizer: Tokenizer, windows: Tensor, layer: int
 ) -> list[list[str]]:
@@ -861,10 +797,8 @@ def words_of_experts(
     num_routed = model.layers[layer].mlp.spec.num_experts
     return favourite_words(words, chosen_experts(model, windows, layer), num_routed)
 
-
 def token_text(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.decode([token], skip_special_tokens=False).strip()
-
 
 def explain(
     model: Decoder, tokenizer: Tokenizer, text: str, windows: Tensor, layer: int
@@ -882,12 +816,9 @@ def explain(
         lines.append(f"expert {e:>2} is for  {', '.join(favourites)}")
     return "\n".join(lines)
 
-
-# ------------------------------------------------------------------------------------------------
-# 9. Command line
+# --------------------------------------------------------------------------------- 9. Command line
 
 TIMED_TOKENS, TIMED_STEPS = 2048, 16  # of a prefill, and decoded after it
-
 
 @torch.no_grad()
 def time_in_turns(
@@ -923,7 +854,6 @@ def time_in_turns(
     model.ffns = ffns_now
     return {name: tuple(np.median(times[name], axis=0).tolist()) for name in versions}
 
-
 def describe(ffns: list[int | MoESpec]) -> str:
     """In a word or two, what the FFNs of a model are."""
     moes = [ffn for ffn in ffns if isinstance(ffn, MoESpec)]
@@ -932,7 +862,6 @@ def describe(ffns: list[int | MoESpec]) -> str:
     if any(moe.inner for moe in moes):
         return "MoE of MoEs"
     return f"MoE {moes[0].split or f'{moes[0].active} of {moes[0].num_experts}'}"
-
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -967,7 +896,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="write the final table and the settings")
     return parser.parse_args(argv)
 
-
 def check_args(args: argparse.Namespace):
     """Refuse what is known to be impossible before anything is loaded."""
     if args.window < 2 or args.eval_tokens < 0 or not 0 <= args.seed < 2**63:
@@ -982,7 +910,6 @@ def check_args(args: argparse.Namespace):
         check_writable(args.json)
     if args.calib == args.eval and Path(args.calib).exists():
         print("warning: calibrating and evaluating on the same file", file=sys.stderr)
-
 
 def calibration_windows(
     model: Decoder, tokenizer: Tokenizer, args: argparse.Namespace, window: int
@@ -999,14 +926,12 @@ def calibration_windows(
         print(f"warning: {found}: the refit may fit the text, not the model", file=sys.stderr)
     return windows
 
-
 def layer_to_explain(args: argparse.Namespace, moes: set[int]) -> int:
     """--layer, or the MoE layer in the middle; refused before the long work if it is none."""
     layer = sorted(moes)[len(moes) // 2] if args.layer is None else args.layer
     if args.explain is not None and layer not in moes:
         raise InputError(f"layer {layer} is no MoE; these are: {', '.join(map(str, sorted(moes)))}")
     return layer
-
 
 def measure(model: Decoder, tokenizer: Tokenizer, windows: Tensor, prompt: Tensor) -> dict:
     """A column of the final table, but for the times. windows [B, T], prompt [T]."""
@@ -1022,7 +947,6 @@ def measure(model: Decoder, tokenizer: Tokenizer, windows: Tensor, prompt: Tenso
         "ffn_parameters": ffn_parameters,
         "parameters": parameters,
     }
-
 
 def run(args: argparse.Namespace):
     check_args(args)
@@ -1074,7 +998,6 @@ def run(args: argparse.Namespace):
     if args.out:
         print(f"\nwrote {args.out}")
 
-
 def final_table(sides: dict[str, dict], prefill: int, seconds: float | None) -> str:
     """Perplexity, times and parameters of the sides, and their ratio; then what they say."""
     rows = [
@@ -1098,7 +1021,6 @@ def final_table(sides: dict[str, dict], prefill: int, seconds: float | None) -> 
     lines += ["", *(f"{side['name']}: {side['text']}" for side in sides.values())]
     return "\n".join(lines)
 
-
 def add_sides(result: dict, sides: dict[str, dict], all_ffn_parameters: int):
     """Add the table to what --json writes; dense_... is None if nothing was converted."""
     dense, moe = sides.get("dense"), sides["moe"]
@@ -1112,10 +1034,8 @@ def add_sides(result: dict, sides: dict[str, dict], all_ffn_parameters: int):
         result[f"active_{key}"] = moe[key]  # the router included
     result["active_ffn_fraction"] = moe["ffn_parameters"] / all_ffn_parameters
 
-
 def main(argv: list[str] | None = None) -> int:
     return run_command("ffn2moe", lambda: run(parse_args(argv)))
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -44,11 +44,9 @@ FEW_TOKENS = 8  # up to so many, a product takes as long as reading its weights
 SCRATCH_BYTES = 24 * 2**20  # glibc maps larger buffers anew each time, and page faults cost more
 SETTINGS_LOCK = threading.RLock()  # held while a setting of the whole process is changed
 
-
 def widened(x: Tensor) -> Tensor:
     """At least float32, so that sums are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """W x + b, as F.linear: x [..., D], weight [N, D] -> [..., N]."""
@@ -60,7 +58,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.is_cpu and 0 < rows <= FEW_TOKENS:
         return few_rows_linear(x, weight, bias)
     return F.linear(x, weight, bias)
-
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The same for a few rows on a CPU, where the time is that of reading W from memory.
@@ -85,7 +82,6 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
                 torch.backends.mkldnn.enabled = before
     return F.linear(x, weight, bias)
 
-
 def swiglu(both: Tensor) -> Tensor:
     """silu(gate) * up, of a product [T, 2m] that holds both and is not needed after -> [T, m]."""
     gate, up = both.chunk(2, dim=-1)
@@ -94,7 +90,6 @@ def swiglu(both: Tensor) -> Tensor:
     if both.is_cuda and has_triton() and len(both):
         return compiled_swiglu()(both.reshape(-1, both.shape[-1])).view(gate.shape)
     return F.silu(gate, inplace=True).mul_(up)  # fresh memory would cost more than the arithmetic
-
 
 @functools.cache
 def compiled_swiglu() -> Callable:
@@ -106,13 +101,11 @@ def compiled_swiglu() -> Callable:
 
     return torch.compile(fused, dynamic=True)
 
-
 def can_compile(device: str) -> bool:
     """Whether torch.compile has its compiler: for CUDA triton, for the CPU one for C++."""
     if device.startswith("cuda"):
         return triton is not None
     return bool(shutil.which(os.environ.get("CXX", "g++")))
-
 
 def ffn(x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor | None = None) -> Tensor:
     """weight * F(x): x [..., D], gate_up [2q, D], down [D, q], weight [..., 1] -> [..., D]."""
@@ -127,10 +120,7 @@ def ffn(x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor | None = None) 
         h = h * weight  # cheaper than after the product: an expert's q is smaller than D
     return linear(h, down)
 
-
-# ------------------------------------------------------------------------------------------------
-# 1. The definition
-
+# ------------------------------------------------------------------------------- 1. The definition
 
 def moe_reference(
     y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
@@ -140,15 +130,12 @@ def moe_reference(
         y = y + per_expert[:, e, None] * ffn(x, gate_up[e], down[e])
     return y
 
-
-# ------------------------------------------------------------------------------------------------
-# 2. Many tokens
+# ---------------------------------------------------------------------------------- 2. Many tokens
 #
 # The products take nearly all of the time; what can be saved is moving rows about. Each expert's
 # rows are copied just before it runs, and its output is added where it belongs while both are in
 # the cache. No buffer holds the output of all experts: above 32 MiB, glibc would map it anew for
 # each layer, and the page faults would cost as much as the products that fill it.
-
 
 def add_experts(
     y: Tensor, x: Tensor, run: Callable, num_routed: int, chosen: Tensor, weights: Tensor
@@ -168,7 +155,6 @@ def add_experts(
             y = y.index_add_(0, rows, run(e, x.index_select(0, rows), weight))
     return y
 
-
 def moe_grouped(
     y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
 ) -> Tensor:
@@ -183,7 +169,6 @@ def moe_grouped(
 
     return add_experts(y, x, run, len(down), chosen, weights)
 
-
 def moe_of_modules(
     y: Tensor, x: Tensor, experts: Sequence[Callable], chosen: Tensor, weights: Tensor
 ) -> Tensor:
@@ -194,15 +179,12 @@ def moe_of_modules(
 
     return add_experts(y, x, run, len(experts), chosen, weights)
 
-
-# ------------------------------------------------------------------------------------------------
-# 3. A few tokens
+# --------------------------------------------------------------------------------- 3. A few tokens
 #
 # All of their time is that of reading the weights of the experts that run, and of starting
 # operations: for one token some thirty, of a few microseconds each, which outweigh a small FFN.
 # Compiled, they are three or four, and experts' weights are read where they lie, once per choice,
 # from the cache if they were chosen before (`model.Decoder.compiled`).
-
 
 def moe_few_tokens(
     y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
@@ -210,7 +192,6 @@ def moe_few_tokens(
     h = swiglu((gate_up[chosen] * widened(x)[:, None, None]).sum(-1))  # [T, A, m]
     h = h * weights[..., None]
     return y + (down[chosen] * h[:, :, None]).sum(-1).sum(1).to(y.dtype)
-
 
 def moe_one_token(
     y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
@@ -221,9 +202,7 @@ def moe_one_token(
         y.add_(linear(row, down[e]))
     return y
 
-
-# ------------------------------------------------------------------------------------------------
-# 4. CUDA
+# ----------------------------------------------------------------------------------------- 4. CUDA
 #
 # Both kernels work on tiles: up to BLOCK_T consecutive sorted slots of one expert. An expert with n
 # slots has ceil(n / BLOCK_T) tiles, so that no expert is padded to the count of another. A program
@@ -234,7 +213,6 @@ def moe_one_token(
 # On a CPU, for tests. It gets bfloat16 products wrong, so that factors are cast there (CAST).
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-
 def sort_by_expert(chosen: Tensor, num_routed: int) -> tuple[Tensor, Tensor]:
     """A slot is one choice of one token: token t's a-th choice is slot t * A + a. chosen [T, A] ->
     the slots in the order of the experts that they chose [T * A], and how many each has [R]."""
@@ -242,14 +220,12 @@ def sort_by_expert(chosen: Tensor, num_routed: int) -> tuple[Tensor, Tensor]:
     counts = flat.new_zeros(num_routed).scatter_add_(0, flat, torch.ones_like(flat))
     return flat.argsort(stable=True), counts  # counts without bincount, which would wait
 
-
 @functools.cache
 def has_triton() -> bool:
     if triton is None:
         slower = "triton is not installed: FFNs run slower on this GPU, and experts one by one"
         warnings.warn(slower, stacklevel=2)
     return triton is not None
-
 
 if triton:
 
@@ -339,7 +315,6 @@ if triton:
         out_tile = out + slot.to(tl.int64)[:, None] * D + d[None, :]
         tl.store(out_tile, y, mask=real[:, None] & (d < D)[None, :])
 
-
 def moe_triton(
     y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
 ) -> Tensor:
@@ -360,10 +335,7 @@ def moe_triton(
     down_kernel[grid](h, down, weights, out, *tiles, BLOCK_M=depth, BLOCK_D=128, **sizes)
     return y.add_(out.view(T, A, D).sum(dim=1))
 
-
-# ------------------------------------------------------------------------------------------------
-# Which of them
-
+# ----------------------------------------------------------------------------------- Which of them
 
 def moe(
     y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor

