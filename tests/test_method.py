@@ -551,8 +551,7 @@ def test_layers_are_converted_on_what_converted_layers_put_out():
     for i in (0, 2):
         again = ffn2moe.paper_layer(dense.ffns[i], inputs[i], Split.parse("S1A1E8"), k_act=6)
         agree = (again.bin_of == model.ffns[i].bin_of).double().mean()
-        assert agree > 0.9  # inputs differ in rounding
-        assert torch.equal(again.bin_of, model.ffns[i].bin_of) or i == 2
+        assert agree > 0.9  # rounding may differ
     assert model.ffns[1].down_proj.equal(dense.ffns[1].down_proj)
     whole = random_model(LLAMA)  # on the same windows, cut from a flat text
     ffn2moe.convert(whole, ids.flatten(), "S1A1E8", "paper", dense="1", k_act=6, window=100)
@@ -599,7 +598,8 @@ def test_active_parameters_count_what_a_token_touches(method, router):
     dense_ffn, dense_all = active_parameters(model)
     assert dense_ffn == 3 * 3 * 32 * 64
     assert dense_all == sum(p.numel() for p in model.parameters())
-    ffn, total = active_parameters(ffn2moe.convert(model, random_ids(1, 100), "S3A2E8", method, [0]))
+    ffn2moe.convert(model, random_ids(1, 100), "S3A2E8", method, [0])
+    ffn, total = active_parameters(model)
     assert ffn == 3 * 32 * 64 + 2 * (3 * 32 * 64 * 5 // 8 + 5 * router)
     assert dense_all - total == dense_ffn - ffn
 
