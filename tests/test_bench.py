@@ -86,20 +86,22 @@ def test_an_mlp_learns_which_expert_has_most_energy():
     assert (slope * found - target).square().sum() < 0.2 * target.square().sum()
 
 
-def test_cells_of_the_grid_are_what_they_combine(case, even_weights):
+@pytest.mark.parametrize("group", bench.GROUPINGS.values())
+def test_cells_of_the_grid_with_all_experts_active_are_dense(group, case, even_weights):
     ffn, x = case
-    for group, router, refit in itertools.product(
-        bench.GROUPINGS.values(), bench.ROUTERS, (False, True)
-    ):
+    for router, refit in itertools.product(bench.ROUTERS, (False, True)):
         moe = bench.grid_layer(ffn, x, EVERYTHING, group, router, refit)
         assert torch.allclose(moe(x), ffn(x), atol=1e-4)
+
+
+def test_cells_of_the_grid_are_what_they_combine(case):
+    ffn, x = case
     paper = bench.grid_layer(ffn, x, SPLIT, bench.paper_bins, "representative", False)
     assert torch.equal(paper(x), ffn2moe.paper_layer(ffn, x, SPLIT)(x))
     joint = bench.grid_layer(ffn, x, SPLIT, bench.joint_bins, "ridge", True)
     assert torch.allclose(joint(x), ffn2moe.joint_layer(ffn, x, SPLIT)(x), atol=1e-3)
     mlp = bench.grid_layer(ffn, x, SPLIT, bench.joint_bins, "MLP", True)
-    scores = mlp.scores(x)
-    assert mlp.route(x)[0].sort().values.equal(scores.topk(2).indices.sort().values)
+    assert mlp.route(x)[0].equal(mlp.scores(x).topk(2).indices)
     assert not mlp.route(x)[0].equal(joint.route(x)[0])
 
 
@@ -109,7 +111,6 @@ def test_a_layer_in_two_levels(case, even_weights):
     assert whole.spec.inner == (1, 2, 3) and torch.allclose(whole(x), ffn(x), atol=1e-4)
     half = bench.two_level_layer(ffn, x, SPLIT, "S1A1E3")
     assert active_neurons(half.spec) == 48 / 2 * 2 / 3
-    assert error(half, ffn, x) > error(ffn2moe.joint_layer(ffn, x, SPLIT), ffn, x)
 
 
 @pytest.mark.parametrize("keep", [1, 2 / 3, 1 / 4])
@@ -131,7 +132,7 @@ def test_wina_runs_the_largest_of_the_neurons_that_run(case, keep):
         assert torch.allclose(masked(token), parts[largest].sum(dim=0), atol=1e-5)
 
 
-def test_oracles_know_more_than_routers(case, even_weights):
+def test_oracles_know_more_than_routers(case):
     ffn, x = case
     oracle = bench.oracle_router_layer(ffn, x, SPLIT)
     assert error(oracle, ffn, x) < error(ffn2moe.joint_layer(ffn, x, SPLIT), ffn, x)
@@ -206,12 +207,6 @@ def test_results_remember_their_rows_and_their_origin(tmp_path, monkeypatch):
     assert "with changes" in bench.describe_origin(done["rows"])
 
 
-def test_the_origin_names_commit_and_machine():
-    origin = bench.origin("cpu")
-    assert origin.keys() >= {"commit", "clean", "torch", "machine", "threads", "date"}
-    assert origin["threads"] == torch.get_num_threads() and origin["machine"]
-
-
 def test_tables_are_put_between_their_markers():
     text = "a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- two -->\n<!-- end -->\n"
     found = bench.with_tables(text, {"one": "new\n", "two": "2\n", "three": "3\n"})
@@ -231,7 +226,8 @@ def arguments(command, checkpoint, text, file, **more) -> list[str]:
     argv = [command, "--model", str(checkpoint), "--calib", str(text), "--json", str(file)]
     argv += ["--dtype", "float32", "--device", "cpu"]
     for name, value in ({"eval": text} | more).items():
-        argv += ["--" + name.replace("_", "-"), *map(str, value if type(value) is list else [value])]
+        values = value if isinstance(value, list) else [value]
+        argv += ["--" + name.replace("_", "-"), *map(str, values)]
     return argv
 
 
@@ -306,16 +302,13 @@ def test_settings_can_be_chosen_on_the_end_of_the_calibration_text(checkpoint, t
 def test_the_layers_and_peers_of_the_speed_table_compute_what_they_stand_for():
     torch.manual_seed(0)
     x = torch.randn(9, 16)
-    ffn, moe = (bench.random_ffn(16, of, torch.float32, "cpu") for of in (64, spec("S2A2E8", 64)))
+    spec = bench.spec_from("S2A2E8", 64)
+    ffn, moe = (bench.random_ffn(16, of, torch.float32, "cpu") for of in (64, spec))
     assert torch.allclose(bench.plain_ffn(ffn, x), ffn(x), atol=1e-5)
     assert torch.allclose(bench.moe_by_grouped_mm(moe, x), moe(x), atol=1e-5)
     theirs = bench.transformers_layer(moe)
     if theirs:  # their gate halves the shared expert
         assert torch.allclose(theirs(x[None])[0], moe(x) - moe.shared_expert(x) / 2, atol=1e-5)
-
-
-def spec(experts: str, q: int) -> MoESpec:
-    return bench.spec_from(experts, q)
 
 
 @pytest.mark.parametrize("R, A, batch", [(5, 2, 3), (4, 1, 4), (3, 3, 2), (6, 2, 1)])
@@ -336,9 +329,8 @@ def test_speed_rows(tmp_path, monkeypatch):
         assert bench.main(argv) == 0
         rows = [bench.SpeedRow(**row) for row in json.loads(file.read_text())]
         assert len(rows) == 4
-    for row, (tokens, experts) in zip(
-        rows, itertools.product((1, 30), ("S3A3E8", "S2A2E16")), strict=True
-    ):
+    workloads = itertools.product((1, 30), ("S3A3E8", "S2A2E16"))
+    for row, (tokens, experts) in zip(rows, workloads, strict=True):
         about = (row.what, row.shape, row.tokens, row.batch, row.experts, row.dtype, row.device)
         assert about == ("ffn", "16x64", tokens, tokens, experts, "float32", "cpu")
         assert row.ideal == pytest.approx({"S3A3E8": 8 / 6, "S2A2E16": 4}[experts])
@@ -416,10 +408,10 @@ def test_finetune_rows(tokenizer, text, tmp_path, capsys):
 
 
 def test_the_bias_evens_the_load(case):
-    moe = ffn2moe.joint_layer(*case, SPLIT)
-    moe.router_weight *= 100
-    before, after = bench.balanced_load(moe, case[1])
-    counts = moe.route(case[1])[0].flatten().bincount(minlength=6)
+    ffn, x = case
+    moe, x = ffn2moe.joint_layer(ffn, x, SPLIT), x + 1  # so that some are chosen more often
+    before, after = bench.balanced_load(moe, x)
+    counts = moe.route(x)[0].flatten().bincount(minlength=6)
     assert torch.equal(before, counts / 400) and after.sum().item() == pytest.approx(2)
     assert after.max() < 1.1 * 2 / 6 < 1.3 * 2 / 6 < before.max()
 

@@ -25,6 +25,8 @@ JOBS = [("joint", "S2A2E8", "0"), ("paper", "S3A3E8", "none")]
 def test_the_main_job(method, experts, dense_layers, argv, checkpoint, tmp_path, capsys):
     argv[-1], out, table = dense_layers, tmp_path / "out", tmp_path / "new/table.json"
     argv += ["--k-act", "6", "--method", method]
+    template = checkpoint / "chat_template.jinja"  # small files are carried along
+    template.write_text("{{ messages }}")
     assert ffn2moe.main([*argv, "--out", str(out), "--json", str(table)]) == 0
     printed, result = capsys.readouterr(), json.loads(table.read_text())
     dense, tokenizer = load_model(checkpoint)
@@ -49,6 +51,7 @@ def test_the_main_job(method, experts, dense_layers, argv, checkpoint, tmp_path,
     for expected in (f"MoE {experts}", f"{result['moe_perplexity']:.2f}", continued):
         assert expected in printed.out
     assert "converting" in printed.err and "3/3" in printed.err
+    assert (out / template.name).read_text() == "{{ messages }}"
     # A model that can be a standard checkpoint is one; a note says why another is not.
     kind = json.loads((out / "config.json").read_text())["model_type"]
     assert kind == {"joint": "qwen2_moe", "paper": "ffn2moe"}[method]
