@@ -48,12 +48,15 @@ CONFIGS = {
     "qwen2": LLAMA | {"model_type": "qwen2", "rope_theta": 1e6, "tie_word_embeddings": True},
     "qwen3": LLAMA | {"model_type": "qwen3", "head_dim": 12},
 }
-MIXTRAL = {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2}
+MIXTRAL = LLAMA | {
+    "model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2,
+    "sliding_window": None,
+}  # fmt: skip
 QWEN_MOE = LLAMA | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
 QWEN2_MOE = QWEN_MOE | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 40}
 QWEN3_MOE = QWEN_MOE | {"model_type": "qwen3_moe", "head_dim": 12}
 MOES = {
-    "mixtral": LLAMA | MIXTRAL | {"sliding_window": None},
+    "mixtral": MIXTRAL,
     "qwen2_moe": QWEN2_MOE | {"decoder_sparse_step": 2},
     "qwen2_moe, renormalised": QWEN2_MOE | {"norm_topk_prob": True, "mlp_only_layers": [0]},
     "qwen3_moe": QWEN3_MOE,

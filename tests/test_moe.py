@@ -1,15 +1,13 @@
-"""Models that are MoEs already, mixtures in two levels, and checkpoints that other engines run."""
+"""Models that are MoEs already, mixtures in two levels, and what is written of them."""
 
 import json
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import CONFIGS, LLAMA, MOES, QWEN2_MOE, random_ids, random_model, write_checkpoint
+from conftest import LLAMA, MOES, QWEN2_MOE, random_ids, random_model, write_checkpoint
 from safetensors import safe_open
 
 import ffn2moe
-import kernels
 from ffn2moe import convert
 from model import MoE, Split, active_parameters, for_export, load_model, native_raw, save_model
 
@@ -36,30 +34,6 @@ def test_with_all_inner_experts_active_the_moe_is_unchanged(name, method, even_w
     splits = [module.spec.split for module in model.modules() if isinstance(module, MoE)]
     assert splits.count(Split(1, 3, 4)) >= 9
     assert torch.allclose(model(IDS), expected, atol=1e-4)
-
-
-def test_two_levels_token_by_token():
-    """The outer router, then the inner router of each expert that it chose, written out; the shared
-    expert is split too."""
-    model = convert(random_model(QWEN2_MOE), IDS, "S1A2E4", dense=[0])
-    assert model.config.ffns[0] == random_model(QWEN2_MOE).config.ffns[0] != model.config.ffns[1]
-    outer = model.ffns[2]
-
-    def inner(moe, x):
-        scores = moe.router_weight @ x
-        best = scores.argsort()[-2:]
-        y = moe.shared_expert(x)
-        for i, weight in zip(best, scores[best].softmax(0), strict=True):
-            h = kernels.swiglu(F.linear(x, moe.gate_up_proj[i]))
-            y = y + weight * F.linear(h, moe.down_proj[i])
-        return y
-
-    for x in torch.randn(20, 32):
-        p = (outer.router_weight @ x).softmax(0)
-        y = inner(outer.shared_expert, x) * torch.sigmoid(outer.shared_expert_gate @ x)
-        for e in p.argsort()[-3:]:
-            y = y + p[e] * inner(outer.experts[e], x)
-        assert torch.allclose(outer(x[None])[0], y, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1024, 30])
@@ -101,41 +75,6 @@ def test_our_own_model_is_split_again(method, tmp_path, tokenizer, capsys):
 
 
 # --- Checkpoints
-
-
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-3", "mistral", "qwen2"])
-def test_the_standard_form_has_the_same_logits(name, tmp_path, tokenizer):
-    raw = {key: value for key, value in CONFIGS[name].items() if key != "head_dim"}
-    model = converted_model("S2A3E8", raw)
-    standard = for_export(model)
-    assert torch.allclose(standard(IDS), model(IDS), atol=1e-5)
-    save_model(standard, tokenizer, tmp_path / "out")
-    config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["model_type"] == "qwen2_moe"
-    assert config["mlp_only_layers"] == [0] and config["num_experts"] == 6
-    assert torch.equal(load_model(tmp_path / "out")[0](IDS), standard(IDS))
-    transformers = pytest.importorskip("transformers")  # a development check, not a dependency
-    where, dtype = tmp_path / "out", torch.float32
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
-    assert type(theirs).__name__ == "Qwen2MoeForCausalLM"
-    assert torch.allclose(theirs(IDS).logits, standard(IDS), atol=1e-4)
-
-
-def test_what_has_no_standard_form_is_exported_in_our_own_and_says_why(capsys):
-    reasons = [
-        (converted_model(method="paper"), "--method joint"),
-        (converted_model(raw=CONFIGS["qwen3"]), "attention"),
-        (converted_model(raw=CONFIGS["llama-bias"]), "attention"),
-        (convert(random_model(QWEN2_MOE), IDS, "S1A1E4"), "two levels"),
-    ]
-    for name in ("router_scale", "router_bias"):
-        model = converted_model()
-        getattr(model.ffns[1], name)[1] = 0.1
-        reasons.append((model, "trained"))
-    for model, why in reasons:
-        assert for_export(model) is model and model.config.raw["model_type"] == "ffn2moe"
-        note = capsys.readouterr().err
-        assert note.startswith("note: ") and why in note and note.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["llama", *MOES])
