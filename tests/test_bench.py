@@ -263,6 +263,7 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
     names = ["dense", "paper", "static pruning", "joint", "joint, E = 8", "oracle neurons"]
     names += ["joint, seed 1", "joint, seed 2"]
     sizes = {"eval_tokens": 256, "window": 128, "turns": 1, "only": names}
+    text.write_text(text.read_text()[:8000])
     (tmp_path / "other.txt").write_text(text.read_text()[::-1])
     texts = [text, tmp_path / "other.txt"]
     argv = arguments("quality", checkpoint, text, file, eval=texts, **sizes)
@@ -371,33 +372,21 @@ def test_speed_rows(tmp_path, monkeypatch):
     assert row.ideal == pytest.approx(1 / (6 / 8 * 6 / 8)) and "static" in row.peers_ms
 
 
-@pytest.mark.parametrize("what, tokens", [("prefill", 64), ("decode", 32)])
-def test_whole_models_are_timed_on_the_same_tokens(what, tokens, monkeypatch):
-    monkeypatch.setattr("kernels.can_compile", lambda device: False)
-    ids, models = random_ids(2, 64), {"dense": random_model(LLAMA)}
-    models["S1A1E4"] = ffn2moe.convert(random_model(LLAMA), ids, "S1A1E4", dense=[0])
-    before, used = models["dense"](ids), [bench.active_parameters(m)[1] for m in models.values()]
-    (row,) = bench.model_speed(models, what, ids, turns=2)
-    assert (row.what, row.tokens, row.batch, row.experts) == (what, tokens, 2, "S1A1E4")
-    assert row.dense_layers == 1 and row.ideal == pytest.approx(3 / 2) and row.bound > 1
-    read = (row.dense_weight_bytes_per_token, row.moe_weight_bytes_per_token)
-    assert read == (4 * used[0], 4 * used[1])
-    assert torch.equal(models["dense"](ids), before)  # its FFNs are still there
-
-
 def test_speed_of_the_whole_model(tokenizer, tmp_path, monkeypatch):
     raw = LLAMA | {"max_position_embeddings": 2048}
     tiny = write_checkpoint(tmp_path / "long", random_model(raw), tokenizer, raw)
     monkeypatch.setattr("kernels.can_compile", lambda device: False)
     monkeypatch.setattr(bench, "load_model", lambda _, *more: load_model(tiny, *more))
-    argv = ["speed", "--shape", "smollm2-135m", "--experts", "S1A1E4", "S2A2E8", "--batch", "1"]
+    argv = ["speed", "--shape", "smollm2-135m", "--experts", "S2A2E8", "--batch", "1"]
     argv += ["--dtype", "float32", "--turns", "1", "--device", "cpu", "--dense", "1"]
     assert bench.main([*argv, "--json", str(tmp_path / "speed.json")]) == 0
     rows = json.loads((tmp_path / "speed.json").read_text())
-    found = sorted((row["what"], row["tokens"], row["experts"]) for row in rows)
-    assert found == [("decode", 128, "S1A1E4"), ("decode", 128, "S2A2E8"),
-                     ("prefill", 2048, "S1A1E4"), ("prefill", 2048, "S2A2E8")]  # fmt: skip
-    assert all(row["dense_layers"] == 1 for row in rows)
+    assert [(row["what"], row["tokens"]) for row in rows] == [("prefill", 2048), ("decode", 128)]
+    for row in rows:  # one layer of three is dense, and half of the others runs
+        assert row["dense_layers"] == 1 and row["ideal"] == pytest.approx(3 / 2)
+        assert row["bound"] > 1 and row["batch"] == 1
+        saved = row["dense_weight_bytes_per_token"] - row["moe_weight_bytes_per_token"]
+        assert saved == 4 * 2 * (3 * 32 * 64 / 2 - 6 * (32 + 2))
 
 
 def test_functions_run_in_turns_and_the_faster_of_two_ways_counts(monkeypatch):
@@ -422,7 +411,7 @@ def test_finetune_rows(tokenizer, text, tmp_path, capsys):
     checkpoint = write_checkpoint(tmp_path / "five", random_model(raw), tokenizer, raw)
     variants = ["with balancing", "in the paper's order", "router learned from nothing"]
     names = ["dense", "joint", *(f"joint, {variant}" for variant in variants)]
-    recipe = {"samples": 80, "length": 32, "rate": 0.01, "distill": 0.2, "eval_tokens": 512}
+    recipe = {"samples": 56, "length": 32, "rate": 0.01, "distill": 0.2, "eval_tokens": 512}
     file = tmp_path / "finetune.json"
     argv = arguments("finetune", checkpoint, text, file, **recipe, only=names)
     assert bench.main(argv) == 0
@@ -430,7 +419,7 @@ def test_finetune_rows(tokenizer, text, tmp_path, capsys):
     assert len(rows) == 7
     for row in rows.values():
         assert row["after"] < row["before"] and row["loss"][1] < row["loss"][0]
-        assert row["tokens"] == 80 * 32
+        assert row["tokens"] == 56 * 32
     joint, balanced, in_order, blank = (rows[name, 50] for name in names[1:])
     assert joint["before"] == balanced["before"] != blank["before"]
     assert balanced["imbalance"][1] < joint["imbalance"][1]

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 import ffn2moe
 from ffn2moe import convert
-from model import MoE, Split, active_parameters, for_export, load_model, native_raw, save_model
+from model import MoE, Split, active_parameters, for_export, load_model, save_model
 
 IDS = random_ids(8, 128, seed=3)
 
@@ -82,7 +82,7 @@ def test_what_was_not_converted_is_saved_as_it_came(name, tmp_path, tokenizer):
     raw = MOES.get(name, LLAMA)
     path = write_checkpoint(tmp_path / "in", random_model(raw), tokenizer, raw)
     model, _ = load_model(path)
-    model.config.raw = native_raw(model.config)
+    model.config.raw = ffn2moe.native_raw(model.config)
     save_model(model, tokenizer, tmp_path / "native")
     again, _ = load_model(tmp_path / "native")
     assert kind_of(tmp_path / "native") == "ffn2moe" and again(IDS).equal(model(IDS))
