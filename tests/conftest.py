@@ -63,7 +63,6 @@ MOES = {
     "qwen3_moe, renormalised": QWEN3_MOE | {"norm_topk_prob": True, "mlp_only_layers": [1]},
 }
 
-
 def random_model(raw: dict, seed=0, dtype=torch.float32) -> Decoder:
     """A decoder with weights so large that every part of it matters to the logits."""
     model = Decoder(parse_config(raw))
@@ -80,7 +79,6 @@ def random_model(raw: dict, seed=0, dtype=torch.float32) -> Decoder:
             p.data = 1.5 * noise / p.shape[-1] ** 0.5
     return model.to(dtype).eval().requires_grad_(False)
 
-
 def random_ffn(hidden_size=16, intermediate_size=48, seed=0, dtype=torch.float64) -> FFN:
     torch.manual_seed(seed)
     ffn = FFN(hidden_size, intermediate_size).to(dtype).requires_grad_(False)
@@ -88,10 +86,8 @@ def random_ffn(hidden_size=16, intermediate_size=48, seed=0, dtype=torch.float64
         p.uniform_(-1, 1).div_(p.shape[1] ** 0.5)
     return ffn
 
-
 def random_ids(*shape: int, seed=0) -> torch.Tensor:
     return torch.randint(300, shape, generator=torch.Generator().manual_seed(seed))
-
 
 def checkpoint_tensors(model: Decoder) -> dict[str, torch.Tensor]:
     """The parameters of a model that is not ours, by the names that Hugging Face gives them; many
@@ -119,7 +115,6 @@ def checkpoint_tensors(model: Decoder) -> dict[str, torch.Tensor]:
             tensors[name] = t
     return tensors
 
-
 def write_checkpoint(path: Path, model: Decoder, tokenizer: Tokenizer, raw: dict) -> Path:
     """What Hugging Face would have written, without our save_model."""
     path.mkdir(parents=True, exist_ok=True)
@@ -131,12 +126,10 @@ def write_checkpoint(path: Path, model: Decoder, tokenizer: Tokenizer, raw: dict
     tokenizer.save(str(path / "tokenizer.json"))
     return path
 
-
 @pytest.fixture
 def even_weights(monkeypatch):
     """The joint method's experts all run with weight 1 / A, whatever their scores."""
     monkeypatch.setattr(ffn2moe, "ROUTER_SCALE", 1e-7)
-
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
@@ -149,11 +142,9 @@ def tokenizer() -> Tokenizer:
     tokenizer.add_special_tokens(["<end>"])
     return tokenizer
 
-
 @pytest.fixture
 def checkpoint(tmp_path, tokenizer) -> Path:
     return write_checkpoint(tmp_path / "tiny", random_model(LLAMA), tokenizer, LLAMA)
-
 
 @pytest.fixture
 def text(tmp_path) -> Path:

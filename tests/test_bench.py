@@ -18,24 +18,19 @@ from model import FFN, MoESpec, Split, active_neurons, load_model, perplexity, s
 
 SPLIT, EVERYTHING = Split.parse("S2A2E8"), Split.parse("S2A6E8")
 
-
 @pytest.fixture
 def case():
     """An FFN of 48 neurons, of which 24 run in SPLIT, and its inputs."""
     return random_ffn(dtype=torch.float32), torch.randn(400, 16)
 
-
 def error(module, ffn, x) -> float:
     return ((module(x) - ffn(x)) ** 2).sum().item()
-
 
 def contributions(ffn, x):
     """What each neuron adds to the output: [T, q, D]."""
     return ffn2moe.hidden(ffn, x)[:, :, None] * ffn.down_proj.T
 
-
 # --- Controls
-
 
 def test_static_pruning_keeps_what_contributes_most_and_refits_it(case, monkeypatch):
     monkeypatch.setattr(ffn2moe, "BLOCK", 150)  # of 400 tokens
@@ -48,12 +43,10 @@ def test_static_pruning_keeps_what_contributes_most_and_refits_it(case, monkeypa
     least = ((h @ torch.linalg.lstsq(h, ffn(x)).solution - ffn(x)) ** 2).sum()
     assert error(refitted, ffn, x) < 1.01 * least < 0.9 * error(pruned, ffn, x)
 
-
 def objective(rows, bins) -> float:
     """Of k-means: the squared distances to the mean of the cluster."""
     clusters = [rows[bins == b] for b in bins.unique()]
     return sum((c - c.mean(dim=0)).square().sum().item() for c in clusters)
-
 
 def test_groups_of_other_systems_are_balanced_and_group_what_they_say():
     ffn, x = random_ffn(16, 64, dtype=torch.float32), torch.randn(400, 16)
@@ -74,7 +67,6 @@ def test_groups_of_other_systems_are_balanced_and_group_what_they_say():
     assert chance.unique_consecutive().numel() > 30  # not in order
     assert bench.random_bins(ffn, x, SPLIT).bincount().tolist() == [16] + [8] * 6
 
-
 def test_an_mlp_learns_which_expert_has_most_energy():
     """On tokens that it has not seen, it explains most of what varies; the mean explains none."""
     torch.manual_seed(0)
@@ -87,14 +79,12 @@ def test_an_mlp_learns_which_expert_has_most_energy():
     slope = (found * target).sum() / found.square().sum()
     assert (slope * found - target).square().sum() < 0.2 * target.square().sum()
 
-
 @pytest.mark.parametrize("group", bench.GROUPINGS.values())
 def test_cells_of_the_grid_with_all_experts_active_are_dense(group, case, even_weights):
     ffn, x = case
     for router, refit in itertools.product(bench.ROUTERS, (False, True)):
         moe = bench.grid_layer(ffn, x, EVERYTHING, group, router, refit)
         assert torch.allclose(moe(x), ffn(x), atol=1e-4)
-
 
 def test_cells_of_the_grid_are_what_they_combine(case):
     ffn, x = case
@@ -106,14 +96,12 @@ def test_cells_of_the_grid_are_what_they_combine(case):
     assert mlp.route(x)[0].equal(mlp.scores(x).topk(2).indices)
     assert not mlp.route(x)[0].equal(joint.route(x)[0])
 
-
 def test_a_layer_in_two_levels(case, even_weights):
     ffn, x = case
     whole = bench.two_level_layer(ffn, x, EVERYTHING, "S1A2E3")
     assert whole.spec.inner == (1, 2, 3) and torch.allclose(whole(x), ffn(x), atol=1e-4)
     half = bench.two_level_layer(ffn, x, SPLIT, "S1A1E3")
     assert active_neurons(half.spec) == 48 / 2 * 2 / 3
-
 
 @pytest.mark.parametrize("keep", [1, 2 / 3, 1 / 4])
 def test_wina_runs_the_largest_of_the_neurons_that_run(case, keep):
@@ -133,7 +121,6 @@ def test_wina_runs_the_largest_of_the_neurons_that_run(case, keep):
         largest = parts.norm(dim=1).argsort()[-round(24 * keep) :]
         assert torch.allclose(masked(token), parts[largest].sum(dim=0), atol=1e-5)
 
-
 def test_oracles_know_more_than_routers(case):
     ffn, x = case
     oracle = bench.oracle_router_layer(ffn, x, SPLIT)
@@ -143,9 +130,8 @@ def test_oracles_know_more_than_routers(case):
     largest = parts.norm(dim=2).topk(24).indices[:, :, None].expand(-1, -1, 16)
     expected = parts.gather(1, largest).sum(dim=1)
     assert torch.allclose(neurons(x.view(4, 100, 16)).view(400, 16), expected, atol=1e-5)
-    for whole in (bench.oracle_router_layer, bench.oracle_neurons_layer, bench.paper_refit_layer):
+    for whole in (bench.oracle_router_layer, bench.oracle_neurons_layer):
         assert error(whole(ffn, x, EVERYTHING), ffn, x) < 1e-6
-
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_every_row_runs_within_its_budget(monkeypatch):
@@ -169,9 +155,7 @@ def test_every_row_runs_within_its_budget(monkeypatch):
         active = (len(dense) + (30 - len(dense)) * share) / 30
         assert 0.8 * row.percent / 100 < active < row.percent / 100 + 0.01, row
 
-
 # --- Quality
-
 
 def test_metrics_equal_their_definitions():
     dense, other, windows = random_model(LLAMA), random_model(LLAMA, seed=1), random_ids(4, 100)
@@ -185,7 +169,6 @@ def test_metrics_equal_their_definitions():
     assert found["same_top"] == pytest.approx(same)
     for key, part in (("perplexity", windows[:3]), ("perplexity_whole", windows)):
         assert found[key] == pytest.approx(perplexity(other, part.flatten(), 100), rel=1e-5)
-
 
 def test_results_remember_their_rows_and_their_origin(tmp_path, monkeypatch):
     commit = {"commit": "abc", "clean": True, "torch": "2", "machine": "M", "threads": 2}
@@ -208,13 +191,11 @@ def test_results_remember_their_rows_and_their_origin(tmp_path, monkeypatch):
     assert "2 rows on" in bench.describe_origin(done["rows"])
     assert "with changes" in bench.describe_origin(done["rows"])
 
-
 def test_tables_are_put_between_their_markers():
     text = "a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- two -->\n<!-- end -->\n"
     found = bench.with_tables(text, {"one": "new\n", "two": "2\n", "three": "3\n"})
     expected = "a\n<!-- one -->\nnew\n<!-- end -->\nb\n<!-- two -->\n2\n<!-- end -->\n"
     assert found == expected == bench.with_tables(expected, {"one": "new\n"})
-
 
 def test_the_tables_of_the_readme_are_those_of_the_results():
     text = (bench.RESULTS.parent / "README.md").read_text(encoding="utf-8")
@@ -224,7 +205,6 @@ def test_the_tables_of_the_readme_are_those_of_the_results():
         pytest.skip("the README has no marked tables yet")
     tables = bench.readme_tables()
     assert filled == {name: tables.get(name) for name in filled}
-
 
 def test_all_commands_run_in_order(monkeypatch):
     seen = []
@@ -236,7 +216,6 @@ def test_all_commands_run_in_order(monkeypatch):
     assert bench.main(["all"]) == 0
     assert len(set(seen[5].eval)) == len(seen[5].eval)  # `quality` refuses one text twice
 
-
 def arguments(command, checkpoint, text, file, **more) -> list[str]:
     argv = [command, "--model", str(checkpoint), "--calib", str(text), "--json", str(file)]
     argv += ["--dtype", "float32", "--device", "cpu"]
@@ -245,11 +224,9 @@ def arguments(command, checkpoint, text, file, **more) -> list[str]:
         argv += ["--" + name.replace("_", "-"), *map(str, values)]
     return argv
 
-
 def rows_of(file) -> dict:
     rows = json.loads(file.read_text())["rows"]
     return {(row["key"]["name"], row["key"]["percent"]): row for row in rows}
-
 
 def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path, monkeypatch):
     file, write, written = tmp_path / "quality.json", bench.write_json, []
@@ -308,7 +285,6 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
     file.write_text("{")
     assert bench.main(argv) == 2
 
-
 def test_settings_can_be_chosen_on_the_end_of_the_calibration_text(checkpoint, text, tmp_path):
     dense, tokenizer = load_model(checkpoint)
     ids = torch.tensor(tokenizer.encode(text.read_text()).ids)
@@ -323,9 +299,7 @@ def test_settings_can_be_chosen_on_the_end_of_the_calibration_text(checkpoint, t
     kept, _ = bench.hold_back(ids, 64)
     assert torch.equal(kept, ids[: -12 * 64])
 
-
 # --- Speed
-
 
 def test_the_layers_and_peers_of_the_speed_table_compute_what_they_stand_for():
     torch.manual_seed(0)
@@ -338,7 +312,6 @@ def test_the_layers_and_peers_of_the_speed_table_compute_what_they_stand_for():
     if theirs:  # their gate halves the shared expert
         assert torch.allclose(theirs(x[None])[0], moe(x) - moe.shared_expert(x) / 2, atol=1e-5)
 
-
 @pytest.mark.parametrize("R, A, batch", [(5, 2, 3), (4, 1, 4), (3, 3, 2), (6, 2, 1)])
 def test_the_weights_that_a_batch_reads(R, A, batch):
     """The mean over all choices that the tokens can make."""
@@ -346,7 +319,6 @@ def test_the_weights_that_a_batch_reads(R, A, batch):
     counts = [len(set().union(*tokens)) for tokens in itertools.product(choices, repeat=batch)]
     found = bench.share_read(MoESpec(20, R, 7, A), batch)
     assert found == pytest.approx(20 + 7 * np.mean(counts)) and bench.share_read(64, batch) == 64
-
 
 def test_speed_rows(tmp_path, monkeypatch):
     monkeypatch.setattr("kernels.can_compile", lambda device: False)
@@ -374,7 +346,6 @@ def test_speed_rows(tmp_path, monkeypatch):
     row = bench.ffn_speed("16x256", 4, "S2A4E8+S3A3E8", "float32", "cpu", turns=1)
     assert row.ideal == pytest.approx(1 / (6 / 8 * 6 / 8)) and "static" in row.peers_ms
 
-
 def test_speed_of_the_whole_model(tokenizer, tmp_path, monkeypatch):
     raw = LLAMA | {"max_position_embeddings": 2048}
     tiny = write_checkpoint(tmp_path / "long", random_model(raw), tokenizer, raw)
@@ -391,7 +362,6 @@ def test_speed_of_the_whole_model(tokenizer, tmp_path, monkeypatch):
         saved = row["dense_weight_bytes_per_token"] - row["moe_weight_bytes_per_token"]
         assert saved == 4 * 2 * (3 * 32 * 64 / 2 - 6 * (32 + 2))
 
-
 def test_functions_run_in_turns_and_the_faster_of_two_ways_counts(monkeypatch):
     clock, called = itertools.count(), []
     monkeypatch.setattr(bench.time, "perf_counter", lambda: 0.03 * next(clock))
@@ -403,9 +373,7 @@ def test_functions_run_in_turns_and_the_faster_of_two_ways_counts(monkeypatch):
     found = bench.faster({name: np.array([t, t + 1]) for name, t in times.items()})
     assert {name: t[0] for name, t in found.items()} == {"dense": 1, "MoE": 1, "static": 5}
 
-
 # --- Fine-tuning, figures
-
 
 def test_finetune_rows(tokenizer, text, tmp_path, capsys):
     rows = bench.finetune_rows(2048)
@@ -444,7 +412,6 @@ def test_finetune_rows(tokenizer, text, tmp_path, capsys):
     assert bench.main(arguments("finetune", checkpoint, text, file, **recipe, only=names[2])) == 0
     assert rows_of(file)[names[2], 50]["after"] == balanced["after"]
 
-
 def test_the_bias_evens_the_load(case):
     ffn, x = case
     moe, x = ffn2moe.joint_layer(ffn, x, SPLIT), x + 1  # so that some are chosen more often
@@ -452,7 +419,6 @@ def test_the_bias_evens_the_load(case):
     counts = moe.route(x)[0].flatten().bincount(minlength=6)
     assert torch.equal(before, counts / 400) and after.sum().item() == pytest.approx(2)
     assert after.max() < 1.1 * 2 / 6 < 1.3 * 2 / 6 < before.max()
-
 
 def test_figures(checkpoint, text, tmp_path, capsys):
     settings = {"layers": [0, 2], "layer": 2, "show": "The old river", "out": tmp_path / "f"}

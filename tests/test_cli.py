@@ -11,15 +11,12 @@ from conftest import LLAMA, TEXT
 import ffn2moe
 from model import generate, load_model, perplexity
 
+JOBS = [("joint", "S2A2E8", "auto"), ("paper", "S3A3E8", "none")]
 
 @pytest.fixture
 def argv(checkpoint, text):
     tokens = ["--calib-tokens", "512", "--eval-tokens", "640", "--window", "128", "--dense", "0"]
     return ["--model", str(checkpoint), "--calib", str(text), "--eval", str(text), *tokens]
-
-
-JOBS = [("joint", "S2A2E8", "auto"), ("paper", "S3A3E8", "none")]
-
 
 @pytest.mark.parametrize("method, experts, dense_layers", JOBS)
 def test_the_main_job(method, experts, dense_layers, argv, checkpoint, tmp_path, capsys):
@@ -66,7 +63,6 @@ def test_the_main_job(method, experts, dense_layers, argv, checkpoint, tmp_path,
     assert ffn2moe.main([*again, "--experts", "S1A1E2"]) == 0
     assert "MoE of MoEs" in capsys.readouterr().out
 
-
 def test_seed_picks_the_calibration_windows_and_all_text_is_evaluated(argv, tmp_path):
     found = []
     for seed in ("0", "0", "1"):
@@ -78,7 +74,6 @@ def test_seed_picks_the_calibration_windows_and_all_text_is_evaluated(argv, tmp_
     model, tokenizer = load_model(argv[1])
     whole = perplexity(model, tokenizer.encode(TEXT).ids, 128)
     assert found[0]["dense_perplexity"] == pytest.approx(whole, rel=1e-6)
-
 
 def test_explain(argv, capsys):
     argv += ["--experts", "S1A2E8", "--explain", "The old house", "--layer"]
@@ -93,24 +88,20 @@ def test_explain(argv, capsys):
         assert ffn2moe.main([*argv, layer]) == 2
         assert f"layer {layer} is no MoE; these are: 1, 2" in capsys.readouterr().err
 
-
 def change_config(**change):
     def damage(path):
         (path / "config.json").write_text(json.dumps(LLAMA | change))
 
     return damage
 
-
 def cut_weights(path):
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-
 
 def add_token(path):
     tokenizer = ffn2moe.Tokenizer.from_file(str(path / "tokenizer.json"))
     tokenizer.add_special_tokens(["The red"])  # id 300
     tokenizer.save(str(path / "tokenizer.json"))
-
 
 DAMAGE = [
     (cut_weights, "truncated"),
@@ -152,7 +143,6 @@ ARGUMENTS = [
 BAD = [(damage, "", message) for damage, message in DAMAGE]
 BAD += [(None, arguments, message) for arguments, message in ARGUMENTS]
 
-
 @pytest.mark.parametrize("damage, extra, message", BAD)
 def test_bad_input_ends_in_one_sentence(damage, extra, message, argv, checkpoint, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("hello")
@@ -166,7 +156,6 @@ def test_bad_input_ends_in_one_sentence(damage, extra, message, argv, checkpoint
     assert complaint.startswith("ffn2moe: ") and message in complaint
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert not (tmp_path / "out").exists()
-
 
 def test_as_a_process(argv):
     def run(*arguments):

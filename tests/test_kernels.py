@@ -18,7 +18,6 @@ NEEDS_TRITON = pytest.mark.skipif(kernels.triton is None, reason=f"needs triton:
 TRITON = pytest.param("moe_triton", marks=NEEDS_TRITON)
 PATHS = ["moe_grouped", "moe", "moe_few_tokens", TRITON]  # few_tokens is right uncompiled too
 
-
 def random_layer(T, D, m, R, A, routing="random", dtype=torch.float32):
     """y, x, gate_up, down, chosen, weights. Skewed: all tokens choose the last A experts."""
     generator = torch.Generator().manual_seed(0)
@@ -32,7 +31,6 @@ def random_layer(T, D, m, R, A, routing="random", dtype=torch.float32):
     gate_up, down = noise(R, 2 * m, D) / D**0.5, noise(R, D, m) / m**0.5
     return [noise(T, D), noise(T, D), gate_up, down, chosen.to(DEVICE), noise(T, A)]
 
-
 def run(path, arguments):
     y, *rest = arguments
     before = [t.clone() for t in rest]
@@ -41,10 +39,8 @@ def run(path, arguments):
     assert out.dtype == y.dtype and out.shape == y.shape
     return out
 
-
 def definition(arguments):
     return kernels.moe_reference(*(t.double() if t.is_floating_point() else t for t in arguments))
-
 
 def test_the_definition_token_by_token_and_neuron_by_neuron():
     y, x, gate_up, down, chosen, weights = random_layer(5, 6, 3, 4, 2, dtype=torch.float64)
@@ -57,10 +53,8 @@ def test_the_definition_token_by_token_and_neuron_by_neuron():
     found = kernels.moe_reference(y, x, gate_up, down, chosen, weights)
     assert torch.allclose(found, expected, rtol=1e-12)
 
-
 DTYPES = [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float64, 1e-14)]
 SHAPES = [(1, 24), (24,), (3, 24), (8, 24), (2, 4, 24), (9, 24), (1, 1, 24), (0, 24)]
-
 
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -79,7 +73,6 @@ def test_linear_is_linear_for_few_rows_and_many(n, shape, dtype, tolerance):
         kernels.linear(x, weight.half())
     assert torch.backends.mkldnn.enabled  # whatever happened
 
-
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (1, 2500), (2, 1300), (2500,)])
 def test_ffn_is_its_formula_for_every_token(shape, monkeypatch):
     monkeypatch.setattr(kernels, "SCRATCH_BYTES", 1)  # blocks of 1,024 tokens
@@ -91,7 +84,6 @@ def test_ffn_is_its_formula_for_every_token(shape, monkeypatch):
     weighted = kernels.ffn(x, gate_up[0], down[0], weight)
     assert torch.allclose(weighted, weight * expected, rtol=1e-10)
 
-
 @pytest.mark.parametrize("path", [*PATHS, "moe_one_token"])
 @pytest.mark.parametrize("routing", ["random", "skewed"])
 @pytest.mark.parametrize("R, A", [(5, 3), (14, 2), (6, 1), (4, 4), (1, 1)])
@@ -101,14 +93,12 @@ def test_paths_equal_the_definition(R, A, routing, path):
         found = run(path, arguments).double()
         assert torch.allclose(found, definition(arguments), rtol=1e-4, atol=1e-5)
 
-
 @pytest.mark.parametrize("path", PATHS)
 def test_tiles_of_128_slots_and_no_tokens_at_all(path):
     """Some tiles are full and some are not; columns are no multiple of a block."""
     arguments = random_layer(300, 70, 130, 3, 2)
     assert torch.allclose(run(path, arguments).double(), definition(arguments), atol=1e-4)
     assert run(path, random_layer(0, 8, 4, 3, 2)).shape == (0, 8)
-
 
 @pytest.mark.parametrize("path", [*PATHS, "moe_one_token"])
 def test_in_bfloat16_the_error_is_that_of_bfloat16(path):
@@ -117,7 +107,6 @@ def test_in_bfloat16_the_error_is_that_of_bfloat16(path):
     expected = definition(arguments)
     error = (run(path, arguments).double() - expected).abs().max() / expected.abs().max()
     assert 1e-6 < error < 0.02  # 8 bits; a handful of roundings, one per operation
-
 
 @pytest.mark.parametrize("R, A", [(5, 3), (4, 1)])
 def test_gradients_are_exact(R, A):
@@ -131,7 +120,6 @@ def test_gradients_are_exact(R, A):
 
     assert torch.autograd.gradcheck(layer, tensors)
 
-
 @pytest.mark.parametrize("rows", [1, 3, 20])
 def test_gradients_of_few_rows_in_float32(rows):
     shapes = ((rows, 24), (64, 24), (64,))
@@ -142,13 +130,11 @@ def test_gradients_of_few_rows_in_float32(rows):
     for a, b in zip(found, expected, strict=True):
         assert torch.allclose(a.double(), b, atol=1e-4)
 
-
 class Pretender(SimpleNamespace):
     """What `kernels.moe` looks at of a tensor, and no more."""
 
     def __len__(self):
         return self.tokens
-
 
 def test_which_path_is_taken(monkeypatch):
     def path(tokens=100, cuda=False, dtype=torch.float32, grad=False, triton=True):

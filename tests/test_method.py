@@ -17,19 +17,15 @@ SPLIT = Split.parse("S2A2E8")  # of 48 neurons: 12 are shared, 6 are in each of 
 
 # --- Balanced assignment
 
-
 def brute_force_cost(cost, capacity) -> float:
     slots = [b for b, room in enumerate(capacity) for _ in range(room)]
     orders = set(itertools.permutations(slots))
     return min(sum(cost[i, b] for i, b in enumerate(order)) for order in orders)
 
-
 def total_cost(cost, bin_of) -> float:
     return cost[np.arange(len(cost)), bin_of].sum()
 
-
 CAPACITIES = [(2, 2, 2), (1, 2, 4), (0, 3, 3), (7,), (3, 1, 1, 2), (1, 0, 5, 1), (0, 6), (0, 0, 4)]
-
 
 @pytest.mark.parametrize("capacity", CAPACITIES)
 def test_assignment_equals_brute_force(capacity):
@@ -45,7 +41,6 @@ def test_assignment_equals_brute_force(capacity):
             assert np.bincount(result, minlength=len(capacity)).tolist() == list(capacity)
             expected = brute_force_cost(cost, capacity)
             assert total_cost(cost, result) == pytest.approx(expected, abs=1e-9)
-
 
 @pytest.mark.parametrize("n, k, skew", [(500, 4, 0.0), (3000, 9, 1.0), (10000, 16, 3.0)])
 @pytest.mark.parametrize("ties", [False, True])
@@ -66,7 +61,6 @@ def test_assignment_at_size_has_an_optimality_certificate(n, k, skew, ties):
         distance = np.minimum(distance, distance[:, b, None] + distance[None, b])
     assert distance.diagonal().min() >= -1e-9
 
-
 def test_assignment_bears_costs_that_forbid_and_rejects_what_it_cannot_do():
     cost = np.array([[0, 1, 5], [0, 1e13, 1e13], [1e13, 0, 1]])
     assert balanced_assignment(cost, [1, 1, 1]).tolist() == [1, 0, 2]
@@ -77,9 +71,7 @@ def test_assignment_bears_costs_that_forbid_and_rejects_what_it_cannot_do():
     with pytest.raises(ValueError, match="finite"):
         balanced_assignment(np.array([[np.nan, 1.0]]), [1, 0])
 
-
 # --- Activation pattern, partition, router
-
 
 def test_partition_is_the_cheapest_and_complete():
     """On 12 neurons all balanced partitions can be tried."""
@@ -99,7 +91,6 @@ def test_partition_is_the_cheapest_and_complete():
         mean = markers[:, group].double().mean(1, keepdim=True)
         far = (markers[:, group].double() - mean).abs().sum(dim=0)
         assert far[group == representative].item() == pytest.approx(far.min().item())
-
 
 @pytest.mark.parametrize("name", ["small", "s3a3e8", "s2a2e16"])
 def test_official_fixtures(name):
@@ -136,9 +127,7 @@ def test_official_fixtures(name):
     assert torch.allclose(moe(x), official["moe_out"], rtol=1e-5, atol=1e-3)  # values up to 1,700
     assert torch.allclose(ffn(x), official["dense_out"], rtol=1e-5, atol=1e-3)
 
-
 # --- The layer
-
 
 def paper_moe(split: str):
     ffn, x = random_ffn(), torch.randn(50, 16, dtype=torch.float64)
@@ -147,7 +136,6 @@ def paper_moe(split: str):
     moe = ffn2moe.paper_layer(ffn, x, Split.parse(split), k_act=5)
     assert torch.equal(moe.bin_of, bin_of)
     return ffn, moe, bin_of, representatives, x
-
 
 @pytest.mark.parametrize("split", ["S1A1E4", "S3A3E8", "S2A2E16", "S4A4E8", "S1A1E2"])
 def test_the_layer_runs_the_experts_of_highest_score(split):
@@ -167,7 +155,6 @@ def test_the_layer_runs_the_experts_of_highest_score(split):
     if split.share == 1:
         assert torch.allclose(moe(x), ffn(x), rtol=0, atol=1e-13)
 
-
 def test_bias_moves_the_choice_and_scale_the_weight():
     _, moe, _, _, x = paper_moe("S1A1E4")
     before, weights = moe.route(x)
@@ -181,19 +168,15 @@ def test_bias_moves_the_choice_and_scale_the_weight():
     moe.router_bias += torch.tensor([0.0, 2.0, 0.0])  # p is at most 1: expert 1 must win
     assert (moe.route(x)[0] == 1).all()
 
-
 # --- The joint method
-
 
 def random_bins():
     bins = torch.arange(8).sub(1).clamp_min(0).repeat_interleave(6)
     return bins[torch.randperm(48, generator=torch.Generator().manual_seed(0))]
 
-
 def joint_case():
     ffn, x = random_ffn(dtype=torch.float32), torch.randn(400, 16)
     return ffn, x, ffn2moe.partition_and_router(ffn, x, SPLIT)[0]
-
 
 def test_ridge_solver_is_at_the_minimum():
     torch.manual_seed(0)
@@ -202,7 +185,6 @@ def test_ridge_solver_is_at_the_minimum():
     penalty = 0.1 * (x.T @ x).diagonal().median()
     (((x @ w - y) ** 2).sum() + penalty * (w**2).sum()).backward()
     assert w.grad.abs().max() < 1e-5 * (x.T @ y).abs().max()
-
 
 def test_a_few_huge_neurons_do_not_switch_ridge_off():
     """Two of 40 neurons are huge for one token: the others are fitted as well as without it."""
@@ -214,14 +196,12 @@ def test_a_few_huge_neurons_do_not_switch_ridge_off():
     alone = torch.linalg.lstsq(x[1:, 2:].double(), y[1:].double()).solution
     assert (w[2:].double() - alone).norm() / alone.norm() < 0.02
 
-
 def test_a_singular_system_gets_a_larger_penalty_and_a_broken_one_a_sentence():
     x = torch.ones(50, 1) @ torch.rand(1, 30) * 1e3  # of rank one
     w = ffn2moe.ridge_solver(x.T @ x, 1e-12)(x.T @ x[:, :3])
     assert torch.allclose(x @ w, x[:, :3], rtol=1e-2)
     with pytest.raises(InputError, match="overflow"):
         ffn2moe.ridge_solver(torch.eye(3), 0.1)(torch.full((3, 1), torch.inf))
-
 
 def test_energy_norms_and_bins_equal_a_count_by_hand():
     ffn, x, bin_of = random_ffn(dtype=torch.float32), torch.randn(30, 16), random_bins()
@@ -240,7 +220,6 @@ def test_energy_norms_and_bins_equal_a_count_by_hand():
         expected = {0: 1.0} | dict(zip((chosen[t] + 1).tolist(), weights[t].tolist(), strict=True))
         assert {b: w for b, w in enumerate(runs[t].tolist()) if w} == expected
 
-
 def test_alternation_finds_groups_that_a_router_can_tell_apart():
     """Neurons of group e fire for inputs of kind e only, one group always: that is recovered."""
     torch.manual_seed(0)
@@ -253,7 +232,6 @@ def test_alternation_finds_groups_that_a_router_can_tell_apart():
     assert (bin_of[group == 0] == 0).all()
     for g in range(1, 5):
         assert len(bin_of[group == g].unique()) == 1
-
 
 def test_alternation_captures_more_in_each_round_and_ends(monkeypatch):
     torch.manual_seed(0)
@@ -281,7 +259,6 @@ def test_alternation_captures_more_in_each_round_and_ends(monkeypatch):
     monkeypatch.setattr(ffn2moe, "best_bins", lambda gain, c: best_bins(gain.max() - gain, c))
     assert torch.equal(after(1000, end), end)
 
-
 def test_partition_is_found_in_two_alternations():
     """The first decides which neurons are shared; the second moves the others, for what the shared
     ones cannot predict."""
@@ -299,7 +276,6 @@ def test_partition_is_found_in_two_alternations():
     assert torch.equal(second, bin_of[routed]) and not torch.equal(second, first[routed])
     assert bin_of.bincount().tolist() == capacity
 
-
 def test_unpredicted_energy_is_what_least_squares_leaves(monkeypatch):
     monkeypatch.setattr(ffn2moe, "HIDDEN_RIDGE", 0.0)
     ffn, x, bin_of = joint_case()
@@ -308,7 +284,6 @@ def test_unpredicted_energy_is_what_least_squares_leaves(monkeypatch):
     expected = ((rest * ffn.down_proj.double().norm(dim=0)) ** 2)[:, ~shared]
     found = ffn2moe.unpredicted_energy(h.float(), ffn.down_proj, bin_of).double()
     assert torch.allclose(found, expected, atol=1e-4)
-
 
 def test_router_is_the_ridge_optimum_up_to_what_moves_no_choice():
     ffn, x, bin_of = joint_case()
@@ -325,7 +300,6 @@ def test_router_is_the_ridge_optimum_up_to_what_moves_no_choice():
     x[7] *= 100
     weights = ffn2moe.joint_layer(ffn, x, SPLIT).route(x)[1]
     assert (2 * weights - 1).abs().max() < 0.07  # e^(1/16)
-
 
 def test_refit_is_the_ridge_optimum(monkeypatch):
     """Its gradient is zero, beside that for half or twice the penalty; in blocks of any size."""
@@ -353,7 +327,6 @@ def test_refit_is_the_ridge_optimum(monkeypatch):
     assert torch.allclose(moe(x), (h_running @ fitted.T).float(), atol=1e-4)
     assert ((moe(x) - ffn(x)) ** 2).sum() < 0.8 * before
 
-
 def test_the_refit_adds_up_in_float32_whatever_the_dtype():
     """W_down (h - h~) is beyond float16 for one token; what comes out is as in float32."""
     ffn, x, bin_of = joint_case()
@@ -374,13 +347,11 @@ def test_the_refit_adds_up_in_float32_whatever_the_dtype():
     with pytest.raises(InputError, match="choose another dtype"):
         ffn2moe.refit_moe(half, moe, x.half())
 
-
 def test_a_sample_is_taken_from_all_rows():
     rows = ffn2moe.sample_rows(torch.arange(1000)[:, None], 100)[:, 0]
     assert len(rows.unique()) == 100 and rows.min() < 100 and rows.max() > 900
     assert sorted(ffn2moe.sample_rows(torch.arange(50), 100).tolist()) == list(range(50))
     assert not torch.equal(ffn2moe.sample_rows(torch.arange(1000)[:, None], 100, 1)[:, 0], rows)
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_joint_beats_the_paper_where_it_can_be_seen(dtype):
@@ -398,9 +369,7 @@ def test_joint_beats_the_paper_where_it_can_be_seen(dtype):
     assert joint < 0.9 * error(ffn2moe.joint_layer(ffn, x, split, refit=False))
     assert joint < 0.97 * error(ffn2moe.joint_layer(ffn, x, split, rounds=0))
 
-
 # --- Which layers to convert
-
 
 def test_conversion_losses_are_the_fisher_form(monkeypatch):
     """g by autograd of a change of the FFN's output, e neuron by neuron; labels: the likeliest."""
@@ -428,7 +397,6 @@ def test_conversion_losses_are_the_fisher_form(monkeypatch):
             expected += 0.5 * ((g_window * e).sum(dim=1) ** 2).sum().item() / 60
         assert found[i].item() == pytest.approx(expected, rel=1e-4)
 
-
 def test_dense_layers_are_those_of_largest_loss_within_the_budget(monkeypatch):
     model, ids = random_model(LLAMA | {"num_hidden_layers": 8}), random_ids(2, 100)
     losses = torch.tensor([5.0, 1, 2, 8, 3, 7, 4, 6])
@@ -441,7 +409,6 @@ def test_dense_layers_are_those_of_largest_loss_within_the_budget(monkeypatch):
     ffn2moe.convert(model, ids, "S2A2E8", active=0.75)
     assert {i for i, ffn in enumerate(model.config.ffns) if ffn == 64} == {0, 3, 5, 7}
 
-
 def test_layers_are_written_as_ranges():
     written = {"none": set(), "3": {3}, "0-2": {0, 1, 2}, "0-1,5,7-9": {0, 1, 5, 7, 8, 9}}
     for text, layers in written.items():
@@ -450,9 +417,7 @@ def test_layers_are_written_as_ranges():
         with pytest.raises(InputError, match="expected, for example"):
             ffn2moe.parse_layers(text)
 
-
 # --- The whole model
-
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_converted_model_with_all_experts_active_is_the_dense_model(name, even_weights):
@@ -462,7 +427,6 @@ def test_converted_model_with_all_experts_active_is_the_dense_model(name, even_w
         expected = model(ids)
         found = ffn2moe.convert(model, ids, "S2A6E8", method, dense)(ids)
         assert torch.allclose(found, expected, rtol=0, atol=tolerance)
-
 
 def test_layers_are_converted_on_what_converted_layers_put_out():
     dense, model, ids = random_model(LLAMA), random_model(LLAMA), random_ids(2, 100)
@@ -480,7 +444,6 @@ def test_layers_are_converted_on_what_converted_layers_put_out():
     ffn2moe.convert(whole, ids.flatten(), "S1A1E8", "paper", dense="1", k_act=6, window=100)
     assert torch.equal(whole(ids), model(ids))
 
-
 REFUSED = [
     ({"method": "magic"}, "magic"),  # more of these in test_cli.py
     ({"dense": [0, 1, 2]}, "some must be converted"),
@@ -489,7 +452,6 @@ REFUSED = [
     ({"calib_ids": torch.zeros(20, dtype=torch.long)}, "20 tokens"),
 ]
 
-
 @pytest.mark.parametrize("change, message", REFUSED)
 def test_convert_refuses_and_leaves_the_model_alone(change, message):
     model, ids = random_model(LLAMA), random_ids(1, 100)
@@ -497,7 +459,6 @@ def test_convert_refuses_and_leaves_the_model_alone(change, message):
     with pytest.raises(InputError, match=message):
         ffn2moe.convert(model, **({"calib_ids": ids, "dense": "none"} | change))
     assert torch.equal(model(ids), before)
-
 
 def test_a_model_that_overflows_is_refused():
     model, ids = random_model(LLAMA), random_ids(1, 100)
@@ -509,9 +470,7 @@ def test_a_model_that_overflows_is_refused():
     with pytest.raises(InputError, match="hidden activations overflow"):
         ffn2moe.convert(model, ids, "S2A2E8", dense=[])
 
-
 # --- What experts are for, and timing
-
 
 def test_chosen_experts_are_those_of_highest_score():
     model = ffn2moe.convert(random_model(LLAMA), random_ids(2, 100), "S2A2E8", dense=[0])
@@ -523,7 +482,6 @@ def test_chosen_experts_are_those_of_highest_score():
     expected = (inputs[0] @ moe.router_weight.T).argsort(dim=1)[:, -2:]
     assert torch.equal(found.sort().values, expected.sort().values)
 
-
 def test_favourite_words():
     """Expert 0 runs for "cat", 1 for "dog", 2 for every other word, 3 for all, 4 for none; "12" is
     no word, and what happens once is no proof."""
@@ -531,7 +489,6 @@ def test_favourite_words():
     chosen = torch.tensor([[e, 3] for e in [0, 1, 2, 2] * 10 + [2]])
     favourites = ffn2moe.favourite_words(words, chosen, 5, n=2)
     assert favourites == [["cat"], ["dog"], ["the"], [], []]
-
 
 def test_versions_are_timed_in_turns_and_the_model_is_left_as_it_was():
     model, ran = random_model(LLAMA), []

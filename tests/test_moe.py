@@ -13,17 +13,13 @@ from model import MoE, Split, active_parameters, for_export, load_model, save_mo
 
 IDS = random_ids(8, 128, seed=3)
 
-
 def converted_model(split="S2A2E8", raw=LLAMA, dtype=torch.float32, **settings):
     return convert(random_model(raw, dtype=dtype), IDS, split, dense=[0], **settings)
-
 
 def kind_of(path) -> str:
     return json.loads((path / "config.json").read_text())["model_type"]
 
-
 # --- Two levels
-
 
 @pytest.mark.parametrize("method", ["joint", "paper"])
 @pytest.mark.parametrize("name", MOES)
@@ -34,7 +30,6 @@ def test_with_all_inner_experts_active_the_moe_is_unchanged(name, method, even_w
     splits = [module.spec.split for module in model.modules() if isinstance(module, MoE)]
     assert splits.count(Split(1, 3, 4)) >= 9
     assert torch.allclose(model(IDS), expected, atol=1e-4)
-
 
 @pytest.mark.parametrize("tokens", [1024, 30])
 def test_experts_are_converted_on_their_own_tokens_or_if_few_on_all(tokens, even_weights):
@@ -56,7 +51,6 @@ def test_experts_are_converted_on_their_own_tokens_or_if_few_on_all(tokens, even
     assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
     assert layer.spec.inner == Split(1, 3, 4) and torch.allclose(layer(x), before, atol=1e-4)
 
-
 @pytest.mark.parametrize("method", ["joint", "paper"])
 def test_our_own_model_is_split_again(method, tmp_path, tokenizer, capsys):
     model = converted_model("S2A4E8", dtype=torch.float64, method=method, k_act=5)
@@ -73,9 +67,7 @@ def test_our_own_model_is_split_again(method, tmp_path, tokenizer, capsys):
     with pytest.raises(ValueError, match="cannot be split again"):
         convert(model, IDS, "S1A1E2", method, dense=[0], k_act=1)
 
-
 # --- Checkpoints
-
 
 @pytest.mark.parametrize("name", ["llama", *MOES])
 def test_what_was_not_converted_is_saved_as_it_came(name, tmp_path, tokenizer):
@@ -93,7 +85,6 @@ def test_what_was_not_converted_is_saved_as_it_came(name, tmp_path, tokenizer):
         names = set(before.keys())
         assert names == set(after.keys())
         assert all(torch.equal(before.get_tensor(n), after.get_tensor(n)) for n in names)
-
 
 def test_large_models_are_saved_in_shards(tmp_path, tokenizer, monkeypatch):
     model, out = converted_model(), tmp_path / "out"
