@@ -1,5 +1,6 @@
-"""Tiny checkpoints that the tests make: random weights, a byte-level BPE tokenizer, the usual three files."""
+"""Tiny checkpoints for the tests: random weights, a byte-level BPE tokenizer, the usual files."""
 
+import itertools
 import json
 import os
 import sys
@@ -14,22 +15,29 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels.py, where triton is installed
 import ffn2moe
-import model as lm
+from model import FFN, Decoder, parse_config
 
 torch.set_num_threads(1)  # the tensors are tiny
-SHARED = Path(__file__).parent.parent.parent / "shared"  # outputs of the official code and WikiText-2, where present
+# Outputs of the official code and WikiText-2, where present
+SHARED = Path(__file__).parent.parent.parent / "shared"
 
-TEXT = "".join(f"The {a} {b} of {n} is a {c}, and it's {n * n}.\n" for n, (a, b, c) in enumerate(
-    (a, b, c) for a in ("red", "old", "naïve") for b in ("house", "river", "cat") for c in ("story", "number", "song")
-)) * 12  # fmt: skip
+WORDS = itertools.product(
+    ("red", "old", "naïve"), ("house", "river", "cat"), ("story", "number", "song")
+)
+TEXT = ""
+for n, (a, b, c) in enumerate(WORDS):
+    TEXT += f"The {a} {b} of {n} is a {c}, and it's {n * n}.\n"
+TEXT = 12 * TEXT
 
 LLAMA = {
-    "model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "eos_token_id": 299,
+    "model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "eos_token_id": 299,
 }  # fmt: skip
 LLAMA3_ROPE = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64
-}
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 CONFIGS = {
     "llama": LLAMA,
     "llama-tied": LLAMA | {"tie_word_embeddings": True, "num_key_value_heads": 4},
@@ -40,7 +48,10 @@ CONFIGS = {
     "qwen2": LLAMA | {"model_type": "qwen2", "rope_theta": 1e6, "tie_word_embeddings": True},
     "qwen3": LLAMA | {"model_type": "qwen3", "head_dim": 12},
 }
-MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None}
+MIXTRAL = LLAMA | {
+    "model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2,
+    "sliding_window": None,
+}  # fmt: skip
 QWEN_MOE = LLAMA | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
 QWEN2_MOE = QWEN_MOE | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 40}
 QWEN3_MOE = QWEN_MOE | {"model_type": "qwen3_moe", "head_dim": 12}
@@ -52,44 +63,73 @@ MOES = {
     "qwen3_moe, renormalised": QWEN3_MOE | {"norm_topk_prob": True, "mlp_only_layers": [1]},
 }
 
-
-def random_model(raw: dict, seed=0, dtype=torch.float32) -> lm.Decoder:
-    """A decoder with weights large enough that every part of it matters to the logits."""
-    model = lm.Decoder(lm.parse_config(raw))
-    random = torch.Generator().manual_seed(seed)
+def random_model(raw: dict, seed=0, dtype=torch.float32) -> Decoder:
+    """A decoder with weights so large that every part of it matters to the logits."""
+    model = Decoder(parse_config(raw))
+    generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        noise = torch.randn(p.shape, generator=random)
+        noise = torch.randn(p.shape, generator=generator)
         if name.endswith(("router_scale", "router_bias")):
             continue  # other models have none
-        p.data = 1 + 0.3 * noise if "norm" in name else 0.3 * noise if p.dim() == 1 else noise * 1.5 / p.shape[-1] ** 0.5
+        if "norm" in name:
+            p.data = 1 + 0.3 * noise
+        elif p.dim() == 1:
+            p.data = 0.3 * noise
+        else:
+            p.data = 1.5 * noise / p.shape[-1] ** 0.5
     return model.to(dtype).eval().requires_grad_(False)
 
+def random_ffn(hidden_size=16, intermediate_size=48, seed=0, dtype=torch.float64) -> FFN:
+    torch.manual_seed(seed)
+    ffn = FFN(hidden_size, intermediate_size).to(dtype).requires_grad_(False)
+    for p in ffn.parameters():
+        p.uniform_(-1, 1).div_(p.shape[1] ** 0.5)
+    return ffn
 
-def checkpoint_tensors(model: lm.Decoder) -> dict[str, torch.Tensor]:
-    """The parameters of a model that is not ours by the names that Hugging Face gives them; many are views of one parameter."""
+def random_ids(*shape: int, seed=0) -> torch.Tensor:
+    return torch.randint(300, shape, generator=torch.Generator().manual_seed(seed))
+
+def checkpoint_tensors(model: Decoder) -> dict[str, torch.Tensor]:
+    """The parameters of a model that is not ours, by the names that Hugging Face gives them; many
+    are views of one parameter."""
     tensors, mixtral = {}, model.config.raw["model_type"] == "mixtral"
     for name, t in model.state_dict().items():
         stem, _, last = name.rpartition(".")
         stem = stem.replace(".mlp", ".block_sparse_moe") if mixtral else stem
         gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-        experts = [(f"{stem}.experts.{e}", w) for e, w in enumerate(t)] if t.dim() == 3 else [(stem, t)]
+        experts = [(stem, t)]
+        if t.dim() == 3:
+            experts = [(f"{stem}.experts.{e}", weight) for e, weight in enumerate(t)]
         if last == "gate_up_proj":
-            for expert, w in experts:
-                tensors |= {f"{expert}.{gate}.weight": w[: len(w) // 2], f"{expert}.{up}.weight": w[len(w) // 2 :]}
+            for expert, weight in experts:
+                tensors[f"{expert}.{gate}.weight"] = weight[: len(weight) // 2]
+                tensors[f"{expert}.{up}.weight"] = weight[len(weight) // 2 :]
         elif last == "down_proj":
-            tensors |= {f"{expert}.{down}.weight": w for expert, w in experts}
+            for expert, weight in experts:
+                tensors[f"{expert}.{down}.weight"] = weight
         elif last == "router_weight":
             tensors[f"{stem}.gate.weight"] = t
+        elif last == "shared_expert_gate":
+            tensors[f"{name}.weight"] = t
         elif last not in ("router_scale", "router_bias"):
-            tensors[name + ".weight" * (last == "shared_expert_gate")] = t
+            tensors[name] = t
     return tensors
 
+def write_checkpoint(path: Path, model: Decoder, tokenizer: Tokenizer, raw: dict) -> Path:
+    """What Hugging Face would have written, without our save_model."""
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, t in checkpoint_tensors(model).items():
+        tensors[name if name.startswith("lm_head") else f"model.{name}"] = t.clone()
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(raw))
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
 
 @pytest.fixture
 def even_weights(monkeypatch):
     """The joint method's experts all run with weight 1 / A, whatever their scores."""
     monkeypatch.setattr(ffn2moe, "ROUTER_SCALE", 1e-7)
-
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
@@ -102,21 +142,9 @@ def tokenizer() -> Tokenizer:
     tokenizer.add_special_tokens(["<end>"])
     return tokenizer
 
-
-def write_checkpoint(path: Path, model: lm.Decoder, tokenizer: Tokenizer, raw: dict) -> Path:
-    """What Hugging Face would have written, without our save_model."""
-    path.mkdir(parents=True, exist_ok=True)
-    tensors = checkpoint_tensors(model).items()
-    save_file({n if n.startswith("lm_head") else "model." + n: t.clone() for n, t in tensors}, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps(raw))
-    tokenizer.save(str(path / "tokenizer.json"))
-    return path
-
-
 @pytest.fixture
 def checkpoint(tmp_path, tokenizer) -> Path:
     return write_checkpoint(tmp_path / "tiny", random_model(LLAMA), tokenizer, LLAMA)
-
 
 @pytest.fixture
 def text(tmp_path) -> Path:

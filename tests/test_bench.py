@@ -1,288 +1,431 @@
-"""bench.py: the controls against their definitions, the metrics against a count by hand, and a run that is cut off."""
+"""bench.py: controls against their definitions, metrics against a count by hand, and runs that are
+cut off."""
 
+import itertools
 import json
-import time
-from functools import partial
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import LLAMA, random_model, write_checkpoint
-from test_method import random_ffn
+from conftest import LLAMA, random_ffn, random_ids, random_model, write_checkpoint
 
 import bench
 import ffn2moe
-import model as lm
-import train
-from model import Split
+from bench import Masked
+from model import FFN, MoESpec, Split, active_neurons, load_model, perplexity, spec_of
 
-SPLIT = Split.parse("S2A2E8")  # of 48 neurons, 24 run
-
+SPLIT, EVERYTHING = Split.parse("S2A2E8"), Split.parse("S2A6E8")
 
 @pytest.fixture
-def layer():
+def case():
+    """An FFN of 48 neurons, of which 24 run in SPLIT, and its inputs."""
     return random_ffn(dtype=torch.float32), torch.randn(400, 16)
 
-
-@pytest.mark.filterwarnings("ignore:Initializing zero-element")
-def test_all_rows_can_be_made():
-    """Each layer function of the table runs, and within its budget."""
-    ffn, x = random_ffn(16, 256, dtype=torch.float32), torch.randn(400, 16)
-    for row in bench.quality_rows()[1:]:
-        split = Split.parse(row.experts)
-        assert row.layer(ffn, x, split)(x).isfinite().all()
-        share = (split.shared + split.active) / split.total
-        assert share <= row.percent / 100 and (row.dense == "auto" or row.dense == "none")
-
-
-def error(module, ffn, x):
+def error(module, ffn, x) -> float:
     return ((module(x) - ffn(x)) ** 2).sum().item()
 
+def contributions(ffn, x):
+    """What each neuron adds to the output: [T, q, D]."""
+    return ffn2moe.hidden(ffn, x)[:, :, None] * ffn.down_proj.T
 
-def test_static_pruning_keeps_what_contributes_most_and_the_refit_makes_the_most_of_it(layer):
-    ffn, x = layer
-    contribution = torch.stack([ffn2moe.hidden(ffn, x)[:, i, None] * ffn.down_proj[:, i] for i in range(48)])
-    assert torch.allclose(bench.total_energy(ffn, x), contribution.square().sum(dim=(1, 2)), rtol=1e-4)
-    keep = contribution.square().sum(dim=(1, 2)).argsort()[-24:]
+# --- Controls
+
+def test_static_pruning_keeps_what_contributes_most_and_refits_it(case, monkeypatch):
+    monkeypatch.setattr(ffn2moe, "BLOCK", 150)  # of 400 tokens
+    ffn, x = case
+    parts = contributions(ffn, x)
+    keep = parts.square().sum(dim=(0, 2)).argsort()[-24:]
     pruned, refitted = (bench.static_layer(ffn, x, SPLIT, refit) for refit in (False, True))
-    assert torch.allclose(pruned(x), contribution[keep].sum(dim=0), atol=1e-4)
+    assert torch.allclose(pruned(x), parts[:, keep].sum(dim=1), atol=1e-4)
     h = ffn2moe.hidden(ffn, x)[:, keep]
-    best = h @ torch.linalg.lstsq(h, ffn(x)).solution
-    assert error(refitted, ffn, x) < 1.01 * ((best - ffn(x)) ** 2).sum() < 0.9 * error(pruned, ffn, x)
+    least = ((h @ torch.linalg.lstsq(h, ffn(x)).solution - ffn(x)) ** 2).sum()
+    assert error(refitted, ffn, x) < 1.01 * least < 0.9 * error(pruned, ffn, x)
 
+def objective(rows, bins) -> float:
+    """Of k-means: the squared distances to the mean of the cluster."""
+    clusters = [rows[bins == b] for b in bins.unique()]
+    return sum((c - c.mean(dim=0)).square().sum().item() for c in clusters)
 
-def test_oracles_know_more_than_routers(layer, even_weights):
-    ffn, x = layer
-    joint = error(ffn2moe.joint_layer(ffn, x, SPLIT), ffn, x)
+def test_groups_of_other_systems_are_balanced_and_group_what_they_say():
+    ffn, x = random_ffn(16, 64, dtype=torch.float32), torch.randn(400, 16)
+    directions = torch.linalg.qr(torch.randn(16, 16)).Q[:8]
+    cluster = torch.arange(64)[torch.randperm(64)] % 8
+    ffn.gate_proj[:] = (directions[cluster] + 0.05 * torch.randn(64, 16)) * torch.rand(64, 1)
+    by_weight = bench.weight_bins(ffn, x, Split.parse("S1A2E8"))
+    rows = torch.nn.functional.normalize(ffn.gate_proj)
+    chance = bench.random_bins(ffn, x, Split.parse("S1A2E8"))
+    assert objective(rows, by_weight) < 0.7 * objective(rows, chance)
+    energy = contributions(ffn, x).square().sum(dim=(0, 2))
+    for bins in (by_weight, chance):
+        assert bins.bincount().tolist() == [8] * 8
+    for e in range(1, 8):  # the shared cluster has the most energy
+        assert energy[by_weight == 0].sum() > energy[by_weight == e].sum()
+    two_shared = bench.weight_bins(ffn, x, SPLIT)
+    assert two_shared.bincount().tolist() == [16] + [8] * 6
+    assert chance.unique_consecutive().numel() > 30  # not in order
+    assert bench.random_bins(ffn, x, SPLIT).bincount().tolist() == [16] + [8] * 6
+
+def test_an_mlp_learns_which_expert_has_most_energy():
+    """On tokens that it has not seen, it explains most of what varies; the mean explains none."""
+    torch.manual_seed(0)
+    x, mix = torch.randn(4000, 8), torch.randn(8, 5)
+    norms = (torch.tanh(x @ mix) + 0.1 * torch.randn(4000, 5)).exp()
+    mlp = bench.mlp_scores(x[:3000], norms[:3000])
+    assert mlp(x[:3000]).abs().max() == pytest.approx(ffn2moe.ROUTER_SCALE)
+    found, target = mlp(x[3000:]), norms[3000:].log()
+    found, target = (t - t.mean(dim=1, keepdim=True) for t in (found, target))
+    slope = (found * target).sum() / found.square().sum()
+    assert (slope * found - target).square().sum() < 0.2 * target.square().sum()
+
+@pytest.mark.parametrize("group", bench.GROUPINGS.values())
+def test_cells_of_the_grid_with_all_experts_active_are_dense(group, case, even_weights):
+    ffn, x = case
+    for router, refit in itertools.product(bench.ROUTERS, (False, True)):
+        moe = bench.grid_layer(ffn, x, EVERYTHING, group, router, refit)
+        assert torch.allclose(moe(x), ffn(x), atol=1e-4)
+
+def test_cells_of_the_grid_are_what_they_combine(case):
+    ffn, x = case
+    paper = bench.grid_layer(ffn, x, SPLIT, bench.paper_bins, "representative", False)
+    assert torch.equal(paper(x), ffn2moe.paper_layer(ffn, x, SPLIT)(x))
+    joint = bench.grid_layer(ffn, x, SPLIT, bench.joint_bins, "ridge", True)
+    assert torch.allclose(joint(x), ffn2moe.joint_layer(ffn, x, SPLIT)(x), atol=1e-3)
+    mlp = bench.grid_layer(ffn, x, SPLIT, bench.joint_bins, "MLP", True)
+    assert mlp.route(x)[0].equal(mlp.scores(x).topk(2).indices)
+    assert not mlp.route(x)[0].equal(joint.route(x)[0])
+
+def test_a_layer_in_two_levels(case, even_weights):
+    ffn, x = case
+    whole = bench.two_level_layer(ffn, x, EVERYTHING, "S1A2E3")
+    assert whole.spec.inner == (1, 2, 3) and torch.allclose(whole(x), ffn(x), atol=1e-4)
+    half = bench.two_level_layer(ffn, x, SPLIT, "S1A1E3")
+    assert active_neurons(half.spec) == 48 / 2 * 2 / 3
+
+@pytest.mark.parametrize("keep", [1, 2 / 3, 1 / 4])
+def test_wina_runs_the_largest_of_the_neurons_that_run(case, keep):
+    ffn, x = case
+    moe, masked = ffn2moe.joint_layer(ffn, x, SPLIT), bench.wina_layer(ffn, x, SPLIT, keep)
+    assert masked.share == pytest.approx(keep / 2)
+    if keep == 1:
+        assert torch.allclose(masked(x), moe(x), atol=1e-5)
+    for token in x[:20]:
+        chosen, weights = moe.route(token[None])
+        gate_ups = [moe.shared_expert.gate_up_proj, *moe.gate_up_proj[chosen[0]]]
+        downs = [moe.shared_expert.down_proj, *moe.down_proj[chosen[0]]]
+        parts = []
+        for gate_up, down, w in zip(gate_ups, downs, [1, *weights[0]], strict=True):
+            parts.append(w * contributions(FFN.of(gate_up, down), token[None])[0])
+        parts = torch.cat(parts)  # of the 24 neurons that run, [24, D]
+        largest = parts.norm(dim=1).argsort()[-round(24 * keep) :]
+        assert torch.allclose(masked(token), parts[largest].sum(dim=0), atol=1e-5)
+
+def test_oracles_know_more_than_routers(case):
+    ffn, x = case
     oracle = bench.oracle_router_layer(ffn, x, SPLIT)
-    assert error(oracle, ffn, x) < joint
+    assert error(oracle, ffn, x) < error(ffn2moe.joint_layer(ffn, x, SPLIT), ffn, x)
     neurons = bench.oracle_neurons_layer(ffn, x, SPLIT)
-    contribution = (ffn2moe.hidden(ffn, x) * ffn.down_proj.norm(dim=0)).abs()
-    for t in range(5):
-        runs = contribution[t].argsort()[-24:]
-        expected = ffn.down_proj[:, runs] @ ffn2moe.hidden(ffn, x[t : t + 1])[0, runs]
-        assert torch.allclose(neurons(x[t : t + 1])[0], expected, atol=1e-5)
-    everything = Split.parse("S4A4E8")
-    for whole in (bench.oracle_router_layer, bench.oracle_neurons_layer, bench.random_layer, bench.paper_refit_layer):
-        assert error(whole(ffn, x, everything), ffn, x) < 1e-6
+    parts = contributions(ffn, x)
+    largest = parts.norm(dim=2).topk(24).indices[:, :, None].expand(-1, -1, 16)
+    expected = parts.gather(1, largest).sum(dim=1)
+    assert torch.allclose(neurons(x.view(4, 100, 16)).view(400, 16), expected, atol=1e-5)
+    for whole in (bench.oracle_router_layer, bench.oracle_neurons_layer):
+        assert error(whole(ffn, x, EVERYTHING), ffn, x) < 1e-6
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_every_row_runs_within_its_budget(monkeypatch):
+    """The share of the neurons that run in a model of 30 layers, those that stay dense included."""
+    rows = bench.quality_rows()
+    assert len({(row.name, row.percent) for row in rows}) == len(rows)
+    assert {row for _, row in bench.WATERFALL} <= {row.name for row in rows if row.percent == 50}
+    monkeypatch.setattr(ffn2moe, "conversion_losses", lambda model, windows: torch.arange(30.0))
+    model, windows = SimpleNamespace(config=SimpleNamespace(num_layers=30)), torch.zeros(4, 512)
+    monkeypatch.setattr(bench, "mlp_scores", lambda x, norms: torch.nn.Linear(16, norms.shape[1]))
+    ffn, x = random_ffn(16, 256, dtype=torch.float32), torch.randn(300, 16)
+    for row in rows[1:]:
+        split = Split.parse(row.experts)
+        layer = row.layer(ffn, x, split)
+        assert layer(x).isfinite().all()
+        share = layer.share if isinstance(layer, Masked) else active_neurons(spec_of(layer)) / 256
+        if row.dense == "auto":
+            dense = ffn2moe.choose_dense(model, windows, split, row.percent / 100)
+        else:
+            dense = ffn2moe.parse_layers(row.dense)
+        active = (len(dense) + (30 - len(dense)) * share) / 30
+        assert 0.8 * row.percent / 100 < active < row.percent / 100 + 0.01, row
 
-def test_the_joint_partition_is_better_than_one_drawn_by_lot(layer):
-    ffn, x = layer
-    drawn = bench.random_layer(ffn, x, SPLIT)
-    assert drawn.gate_up_proj.shape == (6, 12, 16)
-    assert error(ffn2moe.joint_layer(ffn, x, SPLIT), ffn, x) < 0.95 * error(drawn, ffn, x)
-
+# --- Quality
 
 def test_metrics_equal_their_definitions():
-    dense, other = random_model(LLAMA), random_model(LLAMA, seed=1)
-    other.embed_tokens, other.lm_head = dense.embed_tokens, dense.lm_head  # a conversion leaves them alone
-    windows = torch.randint(300, (4, 100), generator=torch.Generator().manual_seed(0))
-    text = bench.Text("text", windows, [dense.hidden_states(window[None])[0, :-1] for window in windows[:3]])
-    found = bench.evaluate(other, text, first=3, whole=True, bar=lambda windows: windows)
-    p, q = dense(windows[:3])[:, :-1].double().softmax(-1), other(windows[:3])[:, :-1].double().softmax(-1)
+    dense, other, windows = random_model(LLAMA), random_model(LLAMA, seed=1), random_ids(4, 100)
+    other.embed_tokens, other.lm_head = dense.embed_tokens, dense.lm_head  # as in a conversion
+    seen = [dense.hidden_states(window[None])[0, :-1] for window in windows[:3]]
+    found = bench.evaluate(other, bench.Text("text", windows, seen), whole=True, bar=iter)
+    p = dense(windows[:3])[:, :-1].double().softmax(-1)
+    q = other(windows[:3])[:, :-1].double().softmax(-1)
+    same = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
     assert found["kl"] == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
-    assert found["same_top"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
-    assert found["perplexity"] == pytest.approx(lm.perplexity(other, windows[:3].flatten(), 100), rel=1e-5)
-    assert found["perplexity_whole"] == pytest.approx(lm.perplexity(other, windows.flatten(), 100), rel=1e-5)
+    assert found["same_top"] == pytest.approx(same)
+    for key, part in (("perplexity", windows[:3]), ("perplexity_whole", windows)):
+        assert found[key] == pytest.approx(perplexity(other, part.flatten(), 100), rel=1e-5)
 
+def test_results_remember_their_rows_and_their_origin(tmp_path, monkeypatch):
+    commit = {"commit": "abc", "clean": True, "torch": "2", "machine": "M", "threads": 2}
+    monkeypatch.setattr(bench, "origin", lambda device: commit)
+    file, settings = tmp_path / "r.json", {"seed": 0}
+    done = bench.read_results(file, settings)
+    for name, percent, text in (("a", 50, 1), ("b", 50, 2), ("a", 75, 3), ("a", 50, 4)):
+        key = {"name": name, "percent": percent, "text": text}
+        assert not bench.is_done(done, key, False, "cpu")
+        bench.add_row(file, done, {"key": key, "origin": commit})
+    done = bench.read_results(file, settings)
+    assert [row["key"]["text"] for row in done["rows"]] == [2, 3, 4]  # 1 was defined otherwise
+    assert bench.is_done(done, key, False, "cpu") and bench.is_done(done, key, True, "cpu")
+    monkeypatch.setattr(bench, "origin", lambda device: commit | {"commit": "def"})
+    assert bench.is_done(done, key, False, "cpu") and not bench.is_done(done, key, True, "cpu")
+    with pytest.raises(ValueError, match="other settings"):
+        bench.read_results(file, {"seed": 1})
+    assert bench.describe_origin(done["rows"]).count("commit abc") == 1
+    done["rows"][0]["origin"] = commit | {"clean": False}
+    assert "2 rows on" in bench.describe_origin(done["rows"])
+    assert "with changes" in bench.describe_origin(done["rows"])
 
-def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path, monkeypatch, capsys):
-    file = tmp_path / "quality.json"
-    tokens = ["--eval-tokens", "256", "--window", "128", "--dtype", "float32"]
-    argv = ["quality", "--model", str(checkpoint), "--calib", str(text), "--eval", str(text), *tokens, "--json", str(file)]
-    argv += ["--whole", "--only", "dense", "paper", "static pruning", "joint", "oracle neurons"]
-    write, written = lm.write_json, []
+def test_tables_are_put_between_their_markers():
+    text = "a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- two -->\n<!-- end -->\n"
+    found = bench.with_tables(text, {"one": "new\n", "two": "2\n", "three": "3\n"})
+    expected = "a\n<!-- one -->\nnew\n<!-- end -->\nb\n<!-- two -->\n2\n<!-- end -->\n"
+    assert found == expected == bench.with_tables(expected, {"one": "new\n"})
 
-    def stop_after_two(*args):
-        write(*args)
+def test_the_tables_of_the_readme_are_those_of_the_results():
+    text = (bench.RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    marked = dict(re.findall(r"<!-- (\w+) -->\n(.*?)<!-- end -->", text, re.DOTALL))
+    filled = {name: table for name, table in marked.items() if table}
+    if not filled:
+        pytest.skip("the README has no marked tables yet")
+    tables = bench.readme_tables()
+    assert filled == {name: tables.get(name) for name in filled}
+
+def test_all_commands_run_in_order(monkeypatch):
+    seen = []
+    for name in ("quality", "speed", "finetune", "figures", "readme"):
+        monkeypatch.setitem(bench.COMMANDS, name, seen.append)
+    assert bench.main(["all", "--calib", "a", "--eval", "b", "--again"]) == 0
+    assert [args.command for args in seen] == [*bench.COMMANDS][:4] + ["readme"]
+    assert seen[0].eval == ["b", "manual"] and seen[2].eval == ["b"] and seen[2].again
+    assert bench.main(["all"]) == 0
+    assert len(set(seen[5].eval)) == len(seen[5].eval)  # `quality` refuses one text twice
+
+def arguments(command, checkpoint, text, file, **more) -> list[str]:
+    argv = [command, "--model", str(checkpoint), "--calib", str(text), "--json", str(file)]
+    argv += ["--dtype", "float32", "--device", "cpu"]
+    for name, value in ({"eval": text} | more).items():
+        values = value if isinstance(value, list) else [value]
+        argv += ["--" + name.replace("_", "-"), *map(str, values)]
+    return argv
+
+def rows_of(file) -> dict:
+    rows = json.loads(file.read_text())["rows"]
+    return {(row["key"]["name"], row["key"]["percent"]): row for row in rows}
+
+def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path, monkeypatch):
+    file, write, written = tmp_path / "quality.json", bench.write_json, []
+
+    def stop_after_two(*content):
+        write(*content)
         written.append(1)
         if len(written) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(lm, "write_json", stop_after_two)
+    names = ["dense", "paper", "static pruning", "joint", "joint, E = 8", "oracle neurons"]
+    names += ["joint, seed 1", "joint, seed 2"]
+    sizes = {"eval_tokens": 256, "window": 128, "turns": 1, "only": names}
+    text.write_text(text.read_text()[:8000])
+    (tmp_path / "other.txt").write_text(text.read_text()[::-1])
+    texts = [text, tmp_path / "other.txt"]
+    argv = arguments("quality", checkpoint, text, file, eval=texts, **sizes)
+    monkeypatch.setattr(bench, "write_json", stop_after_two)
     assert bench.main(argv) == 130
     done = json.loads(file.read_text())
     assert [row["key"]["name"] for row in done["rows"]] == ["dense", "paper"]
     done["rows"][0]["seconds"] = 12345  # the mark of a row that is not measured again
     file.write_text(json.dumps(done))
     assert bench.main(argv) == 0
-    rows = {(row["key"]["name"], row["key"]["percent"]): row for row in json.loads(file.read_text())["rows"]}
-    assert len(rows) == 13 and "perplexity_whole" not in rows["static pruning", 50]["texts"]["text"] and rows["dense", 100]["seconds"] == 12345
-    dense, tokenizer = lm.load_model(checkpoint)
-    ids = torch.tensor(tokenizer.encode(text.read_text()).ids)
+    rows = rows_of(file)
+    assert len(rows) == 28 and rows["dense", 100]["seconds"] == 12345
+    dense, tokenizer = load_model(checkpoint)
+    ids = tokenizer.encode(text.read_text()).ids
     first = rows["dense", 100]["texts"]["text"]
-    assert first["perplexity"] == pytest.approx(lm.perplexity(dense, ids[:256], 128), rel=1e-6)
-    assert first["perplexity_whole"] == pytest.approx(lm.perplexity(dense, ids, 128), rel=1e-6)
+    assert first["perplexity"] == pytest.approx(perplexity(dense, ids[:256], 128), rel=1e-6)
+    assert first["perplexity_whole"] == pytest.approx(perplexity(dense, ids, 128), rel=1e-6)
     assert first["kl"] == 0 and first["same_top"] == 1 and rows["dense", 100]["active_ffn"] == 1
-    assert rows["static pruning", 25]["active_ffn"] == rows["oracle neurons", 25]["active_ffn"] == 0.25
-    assert rows["paper", 50]["active_ffn"] == pytest.approx(0.5 + 6 * (32 + 32 + 2) / (3 * 32 * 64))
+    second = rows["static pruning", 50]["texts"]  # which is evaluated on all texts
+    assert second["other"]["kl"] != second["text"]["kl"]
+    assert rows["joint, E = 8", 50]["texts"].keys() == {"text"}
+    for name in ("static pruning", "oracle neurons"):
+        assert rows[name, 25]["active_ffn"] == 0.25
+    routers = 6 * (32 + 32 + 2) / (3 * 32 * 64)
+    assert rows["paper", 50]["active_ffn"] == pytest.approx(0.5 + routers)
+    timed = {key for key, row in rows.items() if "prefill_ms" in row}
+    assert timed >= {("paper", 75), ("joint", 25), ("joint, E = 8", 50)}
+    assert not timed & {("dense", 100), ("oracle neurons", 50)}
     table = file.with_suffix(".md").read_text()
-    for (name, percent), row in rows.items():
-        assert name in table and f"{row['texts']['text']['perplexity']:.2f}" in table, (name, percent)
-    assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
-    # A row that was defined otherwise then is measured again, and no other.
-    done = json.loads(file.read_text())
-    done["rows"][3]["key"]["dense"] = "7"
-    file.write_text(json.dumps(done))
-    monkeypatch.setattr(lm, "write_json", write)
-    assert bench.main(argv) == 0
-    again = json.loads(file.read_text())["rows"]
-    assert len(again) == 13 and again[:12] == [row for i, row in enumerate(done["rows"]) if i != 3]
-    assert again[12]["texts"] == done["rows"][3]["texts"]
-    for extra, complaint in ((["--seed", "1"], "other settings"), (["--only", "magic"], "no such row")):
-        capsys.readouterr()
+    for (name, _), row in rows.items():
+        assert name in table and f"{row['texts']['text']['perplexity']:.2f}" in table
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    seeds = [rows[name, 50]["texts"]["text"]["perplexity"] for name in names if "joint" in name]
+    seeds.pop(1)  # E = 8
+    assert len(set(seeds)) == 3
+    for key, cell in {"quality": seeds[0], "grid": seeds[0], "seeds": np.mean(seeds)}.items():
+        assert f"{cell:.2f}" in bench.readme_tables()[key]
+    for plot in (file.with_suffix(".png"), tmp_path / "quality-waterfall.png"):
+        assert plot.read_bytes()[:4] == b"\x89PNG"
+    for extra in (["--seed", "1"], ["--only", "magic"], ["--eval", str(text), str(text)]):
         assert bench.main([*argv, *extra]) == 2
-        assert complaint in capsys.readouterr().err
     file.write_text("{")
     assert bench.main(argv) == 2
 
-
 def test_settings_can_be_chosen_on_the_end_of_the_calibration_text(checkpoint, text, tmp_path):
-    file = tmp_path / "held.json"
-    tokens = ["--eval-tokens", "0", "--window", "64", "--dtype", "float32", "--only", "dense"]
-    argv = ["quality", "--model", str(checkpoint), "--calib", str(text), "--eval", "held-back", *tokens, "--json", str(file)]
-    assert bench.main(argv) == 0
-    found = json.loads(file.read_text())["rows"][0]["texts"]["held-back"]["perplexity"]
-    dense, tokenizer = lm.load_model(checkpoint)
+    dense, tokenizer = load_model(checkpoint)
     ids = torch.tensor(tokenizer.encode(text.read_text()).ids)
-    assert found == pytest.approx(lm.perplexity(dense, ids[-8 * 64 :], 64), rel=1e-6)
-    kept, held_back = bench.hold_back(ids, 64)
-    assert len(held_back) == 8 * 64 and torch.equal(kept, ids[: -12 * 64])
-    file = tmp_path / "tuned.json"
-    argv = ["finetune", "--model", str(checkpoint), "--text", str(text), "--eval", "held-back", "--dtype", "float32", "--json", str(file)]
-    assert bench.main([*argv, "--samples", "8", "--length", "16", "--only", "dense"]) == 0
-    found = json.loads(file.read_text())["rows"][0]["before"]
-    assert found == pytest.approx(lm.perplexity(dense, ids[-8 * 128 :], 128), rel=1e-6)
-
+    expected = pytest.approx(perplexity(dense, ids[-8 * 64 :], 64), rel=1e-6)
+    sizes = {"eval": "held-back", "eval_tokens": 0, "window": 64, "only": "dense"}
+    assert bench.main(arguments("quality", checkpoint, text, tmp_path / "q.json", **sizes)) == 0
+    texts = rows_of(tmp_path / "q.json")["dense", 100]["texts"]
+    assert texts["held-back"]["perplexity"] == expected
+    sizes |= {"samples": 8, "length": 16}
+    assert bench.main(arguments("finetune", checkpoint, text, tmp_path / "f.json", **sizes)) == 0
+    assert rows_of(tmp_path / "f.json")["dense", 100]["before"] == expected
+    kept, _ = bench.hold_back(ids, 64)
+    assert torch.equal(kept, ids[: -12 * 64])
 
 # --- Speed
 
-
 def test_the_layers_and_peers_of_the_speed_table_compute_what_they_stand_for():
     torch.manual_seed(0)
-    ffn, moe, static = bench.random_layers(16, 64, SPLIT, torch.empty(0))
     x = torch.randn(9, 16)
-    h = ffn2moe.hidden(ffn, x)
-    assert torch.allclose(static(x), h[:, :32] @ ffn.down_proj[:, :32].T, atol=1e-5)
+    spec = bench.spec_from("S2A2E8", 64)
+    ffn, moe = (bench.random_ffn(16, of, torch.float32, "cpu") for of in (64, spec))
     assert torch.allclose(bench.plain_ffn(ffn, x), ffn(x), atol=1e-5)
     assert torch.allclose(bench.moe_by_grouped_mm(moe, x), moe(x), atol=1e-5)
-    everything = bench.random_layers(16, 64, Split.parse("S2A6E8"), torch.empty(0))
-    everything[1].router_weight.zero_()  # all weights are 1 / A
-    assert torch.allclose(everything[1](x), everything[0](x), atol=1e-5)
+    theirs = bench.transformers_layer(moe)
+    if theirs:  # their gate halves the shared expert
+        assert torch.allclose(theirs(x[None])[0], moe(x) - moe.shared_expert(x) / 2, atol=1e-5)
 
+@pytest.mark.parametrize("R, A, batch", [(5, 2, 3), (4, 1, 4), (3, 3, 2), (6, 2, 1)])
+def test_the_weights_that_a_batch_reads(R, A, batch):
+    """The mean over all choices that the tokens can make."""
+    choices = list(itertools.combinations(range(R), A))
+    counts = [len(set().union(*tokens)) for tokens in itertools.product(choices, repeat=batch)]
+    found = bench.share_read(MoESpec(20, R, 7, A), batch)
+    assert found == pytest.approx(20 + 7 * np.mean(counts)) and bench.share_read(64, batch) == 64
 
-def test_the_transformers_peer_runs_the_same_experts():
-    pytest.importorskip("transformers")
-    moe, x = bench.random_layers(16, 64, SPLIT, torch.empty(0))[1], torch.randn(9, 16)
-    out = bench.transformers_layer(moe)(x[None])
-    out = out[0] if isinstance(out, tuple) else out
-    assert torch.allclose(out[0], moe(x) - moe.shared_expert(x) / 2, atol=1e-5)
+def test_speed_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("kernels.can_compile", lambda device: False)
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    file = tmp_path / "speed.json"
+    argv = ["speed", "--shape", "16x64", "--tokens", "1", "30", "--experts", "S3A3E8", "S2A2E16"]
+    argv += ["--dtype", "float32", "--turns", "2", "--device", "cpu", "--json", str(file)]
+    for _ in range(2):  # rows of the same workload are replaced
+        assert bench.main(argv) == 0
+        rows = [bench.SpeedRow(**row) for row in json.loads(file.read_text())]
+        assert len(rows) == 4
+    workloads = itertools.product((1, 30), ("S3A3E8", "S2A2E16"))
+    for row, (tokens, experts) in zip(rows, workloads, strict=True):
+        about = (row.what, row.shape, row.tokens, row.batch, row.experts, row.dtype, row.device)
+        assert about == ("ffn", "16x64", tokens, tokens, experts, "float32", "cpu")
+        assert row.ideal == pytest.approx({"S3A3E8": 8 / 6, "S2A2E16": 4}[experts])
+        assert row.bound == pytest.approx(row.ideal) and row.spread >= 0
+        assert row.speedup == pytest.approx(row.dense_ms / row.moe_ms)
+        assert row.of_ideal == pytest.approx(row.speedup / row.ideal)
+        assert row.dense_weight_bytes_per_token == 3 * 16 * 64 * 4
+        assert row.moe_weight_bytes_per_token == int(3 * 16 * 64 * 4 / row.ideal)
+        assert {"static", "plain"} <= row.peers_ms.keys() and row.origin["machine"]
+        assert f"{row.speedup:.2f}x of {row.ideal:.2f}x" in bench.readme_tables()["speed"]
+    assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    row = bench.ffn_speed("16x256", 4, "S2A4E8+S3A3E8", "float32", "cpu", turns=1)
+    assert row.ideal == pytest.approx(1 / (6 / 8 * 6 / 8)) and "static" in row.peers_ms
 
+def test_speed_of_the_whole_model(tokenizer, tmp_path, monkeypatch):
+    raw = LLAMA | {"max_position_embeddings": 2048}
+    tiny = write_checkpoint(tmp_path / "long", random_model(raw), tokenizer, raw)
+    monkeypatch.setattr("kernels.can_compile", lambda device: False)
+    monkeypatch.setattr(bench, "load_model", lambda _, *more: load_model(tiny, *more))
+    argv = ["speed", "--shape", "smollm2-135m", "--experts", "S2A2E8", "--batch", "1"]
+    argv += ["--dtype", "float32", "--turns", "1", "--device", "cpu", "--dense", "1"]
+    assert bench.main([*argv, "--json", str(tmp_path / "speed.json")]) == 0
+    rows = json.loads((tmp_path / "speed.json").read_text())
+    assert [(row["what"], row["tokens"]) for row in rows] == [("prefill", 2048), ("decode", 128)]
+    for row in rows:  # one layer of three is dense, and half of the others runs
+        assert row["dense_layers"] == 1 and row["ideal"] == pytest.approx(3 / 2)
+        assert row["batch"] == 1 and row["of_ideal"] == pytest.approx(row["speedup"] / 1.5)
+        saved = row["dense_weight_bytes_per_token"] - row["moe_weight_bytes_per_token"]
+        assert saved == 4 * 2 * (3 * 32 * 64 / 2 - 6 * (32 + 2))
 
-def test_speed_rows(tmp_path, capsys):
-    file, plot = tmp_path / "speed.json", tmp_path / "speed.png"
-    argv = ["speed", "--shape", "16x64", "--tokens", "1", "30", "--experts", "S3A3E8", "S2A2E16", "--dtype", "float32"]
-    assert bench.main([*argv, "--turns", "2", "--device", "cpu", "--json", str(file), "--plot", str(plot)]) == 0
-    rows = json.loads(file.read_text())
-    assert [(r["what"], r["shape"], r["tokens"], r["batch"], r["experts"]) for r in rows] == [
-        ("ffn", "16x64", tokens, 1, experts) for tokens in (1, 30) for experts in ("S3A3E8", "S2A2E16")
-    ]
-    for r in rows:
-        assert r["dtype"] == "float32" and r["device"] == "cpu" and r["spread"] >= 0
-        assert r["speedup"] == pytest.approx(r["dense_ms"] / r["moe_ms"]) and r["of_ideal"] == pytest.approx(r["speedup"] / r["ideal"])
-        assert r["dense_weight_bytes_per_token"] == 3 * 16 * 64 * 4
-    assert [r["ideal"] for r in rows] == pytest.approx([8 / 6, 4.0] * 2)
-    router = 4 * (14 * 16 + 2 * 14)  # router_weight, scale and bias
-    assert rows[1]["moe_weight_bytes_per_token"] == 3 * 16 * 64 * 4 // 4 + router
-    assert plot.read_bytes()[:4] == b"\x89PNG"
-    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ffn")]) == 4
-
-
-@pytest.mark.parametrize("what, tokens", [("prefill", 64), ("decode", 32)])
-def test_whole_models_are_timed_on_the_same_tokens(what, tokens):
-    ids = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(0))
-    models = {"dense": random_model(LLAMA), "S1A1E4": ffn2moe.convert(random_model(LLAMA), ids, "S1A1E4", dense=[])}
-    before = models["dense"](ids)
-    (row,) = bench.model_speed(models, what, ids, turns=2)
-    assert (row["what"], row["tokens"], row["batch"], row["experts"], row["ideal"]) == (what, tokens, 2, "S1A1E4", 2)
-    assert row["bound"] > 0 and row["moe_weight_bytes_per_token"] < row["dense_weight_bytes_per_token"]
-    assert torch.equal(models["dense"](ids), before)  # its FFNs are still there
-
-
-def test_functions_run_in_turns():
-    called = []
-    functions = {name: lambda name=name: called.append(name) or time.sleep(0.03) for name in "ab"}
+def test_functions_run_in_turns_and_the_faster_of_two_ways_counts(monkeypatch):
+    clock, called = itertools.count(), []
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: 0.03 * next(clock))
+    functions = {name: lambda name=name: called.append(name) for name in "ab"}
     times = bench.interleave(functions, "cpu", turns=3)
-    assert called == ["a", "b"] + ["a", "b"] + ["a", "b"] * 3 and all(t.shape == (3,) and (t > 29).all() for t in times.values())
-
-
-# --- Fine-tuning
-
-
-def test_finetune_rows(tokenizer, text, tmp_path, capsys):
-    raw = LLAMA | {"num_hidden_layers": 5}  # of which the joint method leaves 3 alone
-    checkpoint, file = write_checkpoint(tmp_path / "five", random_model(raw), tokenizer, raw), tmp_path / "finetune.json"
-    argv = ["finetune", "--model", str(checkpoint), "--text", str(text), "--eval", str(text), "--dtype", "float32", "--json", str(file)]
-    argv += ["--samples", "80", "--length", "32", "--rate", "0.01", "--distill", "0.2", "--bias-step", "0.02", "--eval-tokens", "512"]
-    argv += ["--only", "dense", "joint", "joint, no balancing", "joint, in the paper's order", "joint, router learned from nothing"]
-    assert bench.main(argv) == 0
-    rows = {(r["key"]["name"], r["key"]["percent"]): r for r in json.loads(file.read_text())["rows"]}
-    assert len(rows) == 7
-    for r in rows.values():
-        assert r["after"] < r["before"] and r["loss"][1] < r["loss"][0]
-    joint, blank = rows["joint", 50], rows["joint, router learned from nothing", 50]
-    assert joint["before"] == rows["joint, no balancing", 50]["before"] != blank["before"] and joint["active_ffn"] == blank["active_ffn"]
-    dense, tokenizer = lm.load_model(checkpoint)
-    ids = torch.tensor(tokenizer.encode(text.read_text()).ids)[:512]
-    order = rows["joint, in the paper's order", 50]  # it begins with the dense model as it was; the others with the fine-tuned one
-    assert order["before"] > 1.5 * joint["before"] and order["after"] > joint["after"]
-    assert rows["dense", 100]["before"] == pytest.approx(lm.perplexity(dense, ids, 128), rel=1e-6)
-    capsys.readouterr()
-    before = file.read_text()
-    assert bench.main(argv) == 0 and file.read_text() == before  # nothing is done again
-    assert f"{joint['after'] / rows['dense', 100]['after']:.2f}" in capsys.readouterr().out
-
-
-def test_an_ablation_switches_what_the_recipe_has():
-    for step, name, changed in ((0.0, "joint, with balancing", {"bias_step": 0.02}), (0.1, "joint, no balancing", {"bias_step": 0.0})):
-        rows = {row[0]: row[2] for row in bench.finetune_rows(train.settings(bias_step=step))}
-        assert rows[name] == changed and len([other for other in rows if "balancing" in other]) == 1
-
-
-def test_levels(checkpoint, text, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "ffn_levels", partial(bench.ffn_levels, hidden_size=32, intermediate_size=256))
-    out = tmp_path / "levels.json"
-    argv = ["levels", "--model", str(checkpoint), "--calib", str(text), "--eval", str(text), "--eval-tokens", "256", "--turns", "2"]
-    argv += ["--levels", "S2A2E4", "S1A1E4", "--flat", "S16A16E64", "--dense", "0", "--device", "cpu", "--json", str(out)]
-    assert bench.main(argv) == 0
-    dense, one, two, flat = json.loads(out.read_text())["rows"]
-    ffn, tiny = 3 * 32 * 64, lm.load_model(checkpoint)[0]
-    assert dense["perplexity"] == pytest.approx(lm.perplexity(tiny.bfloat16(), lm.read_ids(tiny, lm.load_model(checkpoint)[1], str(text), "test")[:256], 128))
-    assert dense["ffn_parameters"] == 3 * ffn and one["ffn_parameters"] > two["ffn_parameters"] > 2 * ffn
-    assert one["speedup"] > 0 and two["splits"] == ["S2A2E4", "S1A1E4"] and flat["splits"] == ["S16A16E64"]
-    assert "| two levels | S2A2E4, then S1A1E4 |" in capsys.readouterr().out
-
-
-def test_memory(tmp_path, capsys):
-    out = tmp_path / "memory.json"
-    argv = ["memory", "--shape", "192x256", "--layers", "2", "--vocab-size", "500", "--calib-tokens", "4096", "--dense", "0"]
-    assert bench.main([*argv, "--device", "cpu", "--json", str(out)]) == 0
-    result = json.loads(out.read_text())
-    assert result["model_bytes"] == 2 * (192 * (500 + 1) + 2 * (4 * 192 * 192 + 3 * 192 * 256 + 2 * 192)) and "times the model" in capsys.readouterr().out
-
-
-def test_figures(checkpoint, text, tmp_path, capsys):
-    argv = ["figures", "--model", str(checkpoint), "--calib", str(text), "--eval", str(text), "--experts", "S1A2E8", "--dense", "0"]
-    argv += ["--layers", "0", "2", "--layer", "2", "--text", "The old river", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path / "f")]
-    assert bench.main(argv) == 0
-    assert "expert  6 is for" in capsys.readouterr().out
-    assert bench.main([*argv, "--layer", "0"]) == bench.main([*argv, "--layers", "3"]) == 2
-    for name in ("activation_rates.png", "partition.png", "words.png"):
-        assert (tmp_path / "f" / name).read_bytes()[:4] == b"\x89PNG"
-
-
-def test_the_faster_of_two_ways_counts():
+    assert "".join(called) == "aabb" + "ab" * 3
+    assert all(ms.tolist() == pytest.approx([30] * 3) for ms in times.values())
     times = {"dense": 2, "dense, compiled": 1, "MoE": 1, "MoE, compiled": 3, "static": 5}
     found = bench.faster({name: np.array([t, t + 1]) for name, t in times.items()})
     assert {name: t[0] for name, t in found.items()} == {"dense": 1, "MoE": 1, "static": 5}
+
+# --- Fine-tuning, figures
+
+def test_finetune_rows(tokenizer, text, tmp_path, capsys):
+    rows = bench.finetune_rows(2048)
+    assert len({(row.name, row.percent) for row, _ in rows}) == len(rows)
+    raw = LLAMA | {"num_hidden_layers": 5}
+    checkpoint = write_checkpoint(tmp_path / "five", random_model(raw), tokenizer, raw)
+    variants = ["with balancing", "in the paper's order", "router learned from nothing"]
+    names = ["dense", "joint", *(f"joint, {variant}" for variant in variants)]
+    recipe = {"samples": 56, "length": 32, "rate": 0.01, "distill": 0.2, "eval_tokens": 512}
+    file = tmp_path / "finetune.json"
+    argv = arguments("finetune", checkpoint, text, file, **recipe, only=names)
+    assert bench.main(argv) == 0
+    rows = rows_of(file)
+    assert len(rows) == 7
+    for row in rows.values():
+        assert row["after"] < row["before"] and row["loss"][1] < row["loss"][0]
+        assert row["tokens"] == 56 * 32
+    joint, balanced, in_order, blank = (rows[name, 50] for name in names[1:])
+    assert joint["before"] == balanced["before"] != blank["before"]
+    assert balanced["imbalance"][1] < joint["imbalance"][1]
+    # This one begins with the dense model as it was; the others with the fine-tuned one.
+    assert in_order["before"] > 1.5 * joint["before"]
+    dense, tokenizer = load_model(checkpoint)
+    ids = tokenizer.encode(text.read_text()).ids[:512]
+    before = pytest.approx(perplexity(dense, ids, 128), rel=1e-6)
+    assert rows["dense", 100]["before"] == before
+    table = file.with_suffix(".md").read_text()
+    assert f"({joint['after'] / rows['dense', 100]['after']:.2f})" in table
+    assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    content = file.read_text()
+    assert bench.main(argv) == 0 and file.read_text() == content  # nothing is done again
+    # A row that is missing is measured again, with a teacher that is made again.
+    done = json.loads(content)
+    done["rows"] = [row for row in done["rows"] if row["key"]["name"] in ("dense", "joint")]
+    file.write_text(json.dumps(done))
+    assert bench.main(arguments("finetune", checkpoint, text, file, **recipe, only=names[2])) == 0
+    assert rows_of(file)[names[2], 50]["after"] == balanced["after"]
+
+def test_the_bias_evens_the_load(case):
+    ffn, x = case
+    moe, x = ffn2moe.joint_layer(ffn, x, SPLIT), x + 1  # so that some are chosen more often
+    before, after = bench.balanced_load(moe, x)
+    counts = moe.route(x)[0].flatten().bincount(minlength=6)
+    assert torch.equal(before, counts / 400) and after.sum().item() == pytest.approx(2)
+    assert after.max() < 1.1 * 2 / 6 < 1.3 * 2 / 6 < before.max()
+
+def test_figures(checkpoint, text, tmp_path, capsys):
+    settings = {"layers": [0, 2], "layer": 2, "show": "The old river", "out": tmp_path / "f"}
+    settings |= {"experts": "S1A2E8", "window": 128}
+    argv = arguments("figures", checkpoint, text, tmp_path / "x", **settings)
+    assert bench.main(argv) == 0
+    assert "expert  6 is for" in capsys.readouterr().out
+    for name in ("activation_rates", "partition", "expert_load", "words"):
+        assert (tmp_path / "f" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert bench.main([*argv, "--layer", "3"]) == bench.main([*argv, "--layers", "3"]) == 2

@@ -1,152 +1,169 @@
-"""The command line: the whole job on a tiny checkpoint, and every bad input ending in one sentence and exit code 2."""
+"""The command line: the whole job on a tiny checkpoint; every bad input ends in one sentence and
+exit code 2."""
 
 import json
-import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
 from conftest import LLAMA, TEXT
 
 import ffn2moe
-import model as lm
+from model import generate, load_model, perplexity
 
-ROOT = Path(ffn2moe.__file__).parent
-
+JOBS = [("joint", "S2A2E8", "auto"), ("paper", "S3A3E8", "none")]
 
 @pytest.fixture
 def argv(checkpoint, text):
-    tokens = ["--calib-tokens", "512", "--eval-tokens", "640", "--window", "128"]
-    return ["--model", str(checkpoint), "--calib", str(text), "--eval", str(text), *tokens, "--dense", "0"]
+    tokens = ["--calib-tokens", "512", "--eval-tokens", "640", "--window", "128", "--dense", "0"]
+    return ["--model", str(checkpoint), "--calib", str(text), "--eval", str(text), *tokens]
 
-
-@pytest.mark.parametrize("method, experts, dense_layers", [("joint", "S2A2E8", "0"), ("paper", "S3A3E8", "none")])
+@pytest.mark.parametrize("method, experts, dense_layers", JOBS)
 def test_the_main_job(method, experts, dense_layers, argv, checkpoint, tmp_path, capsys):
-    argv[-1] = dense_layers
-    out, table, plots = tmp_path / "out", tmp_path / "new/table.json", tmp_path / "out/plots"
-    assert ffn2moe.main([*argv, "--out", str(out), "--json", str(table), "--plot", str(plots), "--k-act", "6", "--method", method]) == 0
-    printed = capsys.readouterr()
-    result = json.loads(table.read_text())
-    dense, tokenizer = lm.load_model(checkpoint)
-    ids = torch.tensor(tokenizer.encode(TEXT).ids)
-    assert result["dense_perplexity"] == pytest.approx(lm.perplexity(dense, ids[:640], 128), rel=1e-6)
-    loaded, _ = lm.load_model(out)
-    assert result["moe_perplexity"] == pytest.approx(lm.perplexity(loaded, ids[:640], 128), rel=1e-6)
+    out, table = tmp_path / "out", tmp_path / "new/table.json"
+    argv += ["--dense", dense_layers, "--k-act", "6", "--method", method]
+    template = checkpoint / "chat_template.jinja"  # small files are carried along
+    template.write_text("{{ messages }}")
+    assert ffn2moe.main([*argv, "--out", str(out), "--json", str(table)]) == 0
+    printed, result = capsys.readouterr(), json.loads(table.read_text())
+    dense, tokenizer = load_model(checkpoint)
+    loaded, _ = load_model(out)
+    ids = tokenizer.encode(TEXT).ids[:640]
+    assert result["dense_perplexity"] == pytest.approx(perplexity(dense, ids, 128), rel=1e-6)
+    assert result["moe_perplexity"] == pytest.approx(perplexity(loaded, ids, 128), rel=1e-6)
     assert result["moe_perplexity"] != result["dense_perplexity"]
-    assert result["experts"] == experts and result["dense"] == dense_layers
-    assert (result["active_ffn_parameters"], result["active_parameters"]) == lm.active_parameters(loaded)
-    assert result["active_ffn_fraction"] == result["active_ffn_parameters"] / lm.active_parameters(dense)[0]
-    assert result["conversion_seconds"] > 0
-    assert result["prefill_speedup"] == result["dense_prefill_ms"] / result["moe_prefill_ms"] > 0
-    assert result["decode_speedup"] == result["dense_decode_ms"] / result["moe_decode_ms"] > 0
-    settings = {"method": method, "k_act": 6, "seed": 0, "calib_tokens": 512, "eval_tokens": 640, "window": 128, "dtype": "float32"}
-    assert settings.items() <= result.items()
+    ffn, router = 3 * 32 * 64, {"joint": 6 * (32 + 2), "paper": 5 * (2 * 32 + 2)}[method]
+    active = {"joint": ffn + 2 * (ffn / 2 + router), "paper": 3 * (3 / 4 * ffn + router)}[method]
+    assert result["active_ffn_parameters"] == active
+    assert result["active_ffn_fraction"] == active / (3 * ffn)
+    assert result["dense_parameters"] - result["active_parameters"] == 3 * ffn - active
+    for what in ("prefill", "decode"):
+        speedup = result[f"dense_{what}_ms"] / result[f"moe_{what}_ms"]
+        assert result[f"{what}_speedup"] == speedup
+    assert result["dense"] in ({"0", "1", "2"} if dense_layers == "auto" else {"none"})
+    settings = {"experts": experts, "method": method, "window": 128}
+    settings |= {"seed": 0, "calib_tokens": 512, "eval_tokens": 640, "dtype": "float32"}
+    assert settings.items() <= result.items() and result["conversion_seconds"] > 0
     prompt = tokenizer.encode("The capital of France is").ids
-    continued = " ".join(tokenizer.decode(prompt + lm.generate(loaded, prompt, 24)).split())
-    for expected in ("dense", f"MoE {experts}", f"{result['moe_perplexity']:.2f}", continued):
+    continued = " ".join(tokenizer.decode(prompt + generate(loaded, prompt, 24)).split())
+    for expected in (f"MoE {experts}", f"{result['moe_perplexity']:.2f}", continued):
         assert expected in printed.out
     assert "converting" in printed.err and "3/3" in printed.err
-    for name in ("activation_rates.png", "expert_load.png"):
-        image = (plots / name).read_bytes()
-        width, height = struct.unpack(">II", image[16:24])
-        assert image[:4] == b"\x89PNG" and width > 300 and height > 200
-    # The checkpoint is evaluated as it is.
-    again = tmp_path / "again.json"
-    assert ffn2moe.main([*argv[2:], "--model", str(out), "--json", str(again)]) == 0
-    again = json.loads(again.read_text())
-    assert again["moe_perplexity"] == result["moe_perplexity"] and again["dense_perplexity"] is None
-    assert again["active_ffn_fraction"] == result["active_ffn_fraction"]
-
+    assert (out / template.name).read_text() == "{{ messages }}"
+    # A model that can be a standard checkpoint is one; a note says why another is not.
+    kind = json.loads((out / "config.json").read_text())["model_type"]
+    assert kind == {"joint": "qwen2_moe", "paper": "ffn2moe"}[method]
+    assert ("note: " in printed.err) == (method == "paper")
+    # The checkpoint is evaluated as it is; where --experts says so, its experts are split.
+    again = ["--model", str(out), *argv[2:], "--json", str(table)]
+    assert ffn2moe.main(again) == 0 and "is an MoE already" in capsys.readouterr().err
+    second = json.loads(table.read_text())
+    assert second["dense_perplexity"] is None and second["experts"] is None
+    assert second["moe_perplexity"] == result["moe_perplexity"]
+    assert ffn2moe.main([*again, "--experts", "S1A1E2"]) == 0
+    assert "MoE of MoEs" in capsys.readouterr().out
 
 def test_seed_picks_the_calibration_windows_and_all_text_is_evaluated(argv, tmp_path):
-    results = []
+    found = []
     for seed in ("0", "0", "1"):
-        extra = ["--seed", seed, "--eval-tokens", "0", "--json", str(tmp_path / "t.json"), "--experts", "S1A1E8"]
-        assert ffn2moe.main([*argv, *extra]) == 0
-        results.append(json.loads((tmp_path / "t.json").read_text()))
-    for result in results:
-        for name in [name for name in result if name.endswith(("_seconds", "_ms", "_speedup"))]:
-            result.pop(name)
-    assert results[0] == results[1] and results[0]["moe_perplexity"] != results[2]["moe_perplexity"]
-    assert results[0]["eval_tokens"] > 2000
+        extra = ["--seed", seed, "--eval-tokens", "0", "--experts", "S1A1E8"]
+        assert ffn2moe.main([*argv, *extra, "--json", str(tmp_path / "t.json")]) == 0
+        found.append(json.loads((tmp_path / "t.json").read_text()))
+    first, same, other = (result["moe_perplexity"] for result in found)
+    assert first == same != other
+    model, tokenizer = load_model(argv[1])
+    whole = perplexity(model, tokenizer.encode(TEXT).ids, 128)
+    assert found[0]["dense_perplexity"] == pytest.approx(whole, rel=1e-6)
 
+def test_explain(argv, capsys):
+    argv += ["--experts", "S1A2E8", "--explain", "The old house", "--layer"]
+    assert ffn2moe.main([*argv, "2"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in printed if line and set(line.split()[-1]) == {"#", "."}]
+    assert "".join(word for word, _ in rows) == "Theoldhouse"
+    assert all(len(marks) == 7 and marks.count("#") == 2 for _, marks in rows)
+    assert sum(line.startswith("expert ") for line in printed) == 7
+    assert not any("perplexity" in line for line in printed)
+    for layer in ("0", "3", "-1"):
+        assert ffn2moe.main([*argv, layer]) == 2
+        assert f"layer {layer} is no MoE; these are: 1, 2" in capsys.readouterr().err
 
 def change_config(**change):
-    return lambda path: (path / "config.json").write_text(json.dumps(LLAMA | change))
+    def damage(path):
+        (path / "config.json").write_text(json.dumps(LLAMA | change))
 
+    return damage
 
-def cut(name):
-    return lambda path: (path / name).write_bytes((path / name).read_bytes()[:-100])
+def cut_weights(path):
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
 
+def add_token(path):
+    tokenizer = ffn2moe.Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_special_tokens(["The red"])  # id 300
+    tokenizer.save(str(path / "tokenizer.json"))
 
-@pytest.mark.parametrize(
-    "damage, extra, message",
-    [
-        (cut("model.safetensors"), [], "truncated"),
-        (lambda path: (path / "model.safetensors").unlink(), [], "no .safetensors file"),
-        (change_config(intermediate_size=65), [], "gate_proj.weight' is [64, 32]"),
-        (change_config(num_hidden_layers=4), [], "layer 3"),
-        (change_config(vocab_size=200), [], "embed_tokens.weight"),
-        (change_config(model_type="phi"), [], "'phi'"),
-        (None, ["--experts", "S3A3E7"], "not divisible by E = 7"),
-        (None, ["--experts", "S6A3E8"], "S + A = 9 is more than E = 8"),
-        (None, ["--experts", "S0A3E8"], "S >= 1"),
-        (None, ["--experts", "S3A0E8"], "A >= 1"),
-        (None, ["--experts", "three"], "S3A3E8"),
-        (None, ["--k-act", "65"], "k_act = 65"),
-        (None, ["--dense", "0-2"], "leave none of the 3 layers"),
-        (None, ["--dense", "3"], "the model has 3"),
-        (None, ["--dense", "2-"], "numbers and ranges"),
-        (None, ["--active", "0"], "--active must be more than 0"),
-        (None, ["--calib", "{short}"], "less than one window of 128"),
-        (None, ["--eval", "{short}"], "less than one window of 128"),
-        (None, ["--eval", "{none}"], "no.txt: No such file"),
-        (None, ["--prompt", ""], "prompt is empty"),
-        (None, ["--prompt", "\udcff"], "cannot encode"),
-        (None, ["--calib-tokens", "100"], "--calib-tokens at least --window"),
-        (None, ["--seed", str(2**64)], "--seed"),
-        (None, ["--plot", "{short}"], "of another kind"),
-        (None, ["--json", "{checkpoint}"], "of another kind"),
-        (None, ["--out", "{checkpoint}"], "not empty; --force"),
-        (None, ["--out", "{checkpoint}/config.json"], "not a directory"),
-        (None, ["--model", "{none}"], "no such file"),
-        (None, ["--model", "{short}"], "neither a checkpoint directory nor a .gguf file"),
-        (None, ["--json", "{short}/table.json"], "cannot write"),
-        (None, ["--device", "abacus"], "device 'abacus' is not usable"),
-        (None, ["--window", "1"], "--window must be at least 2"),
-    ],
-)
+DAMAGE = [
+    (cut_weights, "truncated"),
+    (lambda path: (path / "model.safetensors").unlink(), "no .safetensors file"),
+    (change_config(intermediate_size=65), "gate_proj.weight' is [64, 32]"),
+    (change_config(num_hidden_layers=4), "layer 3"),
+    (change_config(vocab_size=200), "embed_tokens.weight"),
+    (change_config(model_type="phi"), "'phi'"),
+    (add_token, "outside the model's vocabulary of 300"),
+]
+ARGUMENTS = [
+    ("--experts S3A3E7", "not divisible by E = 7"),
+    ("--experts S6A3E8", "S + A = 9 is more than E = 8"),
+    ("--experts S0A3E8", "S >= 1"),
+    ("--experts S3A0E8", "A >= 1"),
+    ("--experts three", "S3A3E8"),
+    ("--k-act 65", "k_act = 65"),
+    ("--k-act 0", "k_act = 0"),
+    ("--dense 0-2", "some must be converted"),
+    ("--dense 3", "the model has 3"),
+    ("--dense 2-", "expected, for example"),
+    ("--active 0", "--active must be more than 0"),
+    ("--calib {short}", "less than one window of 128"),
+    ("--eval {short}", "less than one window of 128"),
+    ("--eval {none}", "no.txt: No such file"),
+    ("--prompt=", "prompt is empty"),
+    ("--prompt \udcff", "cannot encode"),
+    ("--calib-tokens 100", "--calib-tokens must be at least --window"),
+    (f"--seed {2**64}", "--seed"),
+    ("--window 1", "--window must be at least 2"),
+    ("--json {checkpoint}", "of another kind"),
+    ("--json {short}/table.json", "cannot write"),
+    ("--out {checkpoint}", "not empty; --force"),
+    ("--out {checkpoint}/config.json", "not a directory"),
+    ("--model {none}", "no such file"),
+    ("--model {short}", "neither a checkpoint directory nor a .gguf file"),
+    ("--device abacus", "device 'abacus' is not usable"),
+]
+BAD = [(damage, "", message) for damage, message in DAMAGE]
+BAD += [(None, arguments, message) for arguments, message in ARGUMENTS]
+
+@pytest.mark.parametrize("damage, extra, message", BAD)
 def test_bad_input_ends_in_one_sentence(damage, extra, message, argv, checkpoint, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("hello")
-    places = {"short": tmp_path / "short.txt", "none": tmp_path / "no.txt", "checkpoint": checkpoint}
+    places = {"short": tmp_path / "short.txt", "none": tmp_path / "no.txt"}
     if damage:
         damage(checkpoint)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    extra = ["--out", str(tmp_path / "out"), *(e.format(**places) for e in extra)]
-    assert ffn2moe.main([*argv, *extra]) == 2
+    extra = [word.format(**places, checkpoint=checkpoint) for word in extra.split()]
+    assert ffn2moe.main([*argv, "--out", str(tmp_path / "out"), *extra]) == 2
     complaint = capsys.readouterr().err.splitlines()[-1]
     assert complaint.startswith("ffn2moe: ") and message in complaint
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert not (tmp_path / "out").exists()
 
-
-def test_tokens_outside_the_vocabulary(argv, checkpoint, tokenizer, capsys):
-    tokenizer = type(tokenizer).from_str(tokenizer.to_str())
-    tokenizer.add_special_tokens(["The red"])  # id 300
-    tokenizer.save(str(checkpoint / "tokenizer.json"))
-    assert ffn2moe.main(argv) == 2
-    assert "outside the model's vocabulary of 300" in capsys.readouterr().err
-
-
 def test_as_a_process(argv):
-    def run(*args):
-        command = [sys.executable, "ffn2moe.py", *args]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    def run(*arguments):
+        command = [sys.executable, ffn2moe.__file__, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
 
     done = run(*argv, "--k-act", "1000")
     assert done.returncode == 2 and "Traceback" not in done.stderr and "k_act = 1000" in done.stderr
     help_text = run("--help").stdout
-    options = "model calib eval method experts dense active k-act calib-tokens eval-tokens window dtype device seed prompt out force json plot"
-    assert all(f"--{option} " in help_text for option in options.split())
+    for option in vars(ffn2moe.parse_args([])):
+        assert f"--{option.replace('_', '-')} " in help_text
