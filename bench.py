@@ -7,8 +7,8 @@
     python bench.py all         all of these in order, then `readme`
     python bench.py readme      put the tables of results/ into README.md
 
-Each command writes raw results to a JSON file after each row, and goes on from the rows in it.
-Tables and plots are made from that file. Each row says which commit measured it, and where.
+Results go to a JSON file after each row; quality and finetune go on from the rows in it. Tables and
+plots are made from that file. Each row says which commit measured it, and where.
 """
 
 import argparse
@@ -326,8 +326,8 @@ def ablation_rows() -> list[Row]:
         Row("paper, 16 calibration windows", 50, paper_layer, "S2A2E8"),
         Row("paper, layers dense", 50, paper_layer, "S1A2E8", "auto"),
         Row("paper, no shared expert", 50, unified_layer, "S2A2E8", calib_windows=8),
-        Row("joint + WINA", 50, partial(wina_layer, keep=2 / 3), "S10A10E32", "auto"),
-        Row("joint + WINA", 25, partial(wina_layer, keep=1 / 2), "S7A7E32", "auto"),
+        Row("joint + WINA", 50, partial(wina_layer, keep=4 / 5), "S10A10E32", "auto"),
+        Row("joint + WINA", 25, partial(wina_layer, keep=4 / 7), "S7A7E32", "auto"),
         Row("joint, more shared", 50, joint_layer, "S11A3E32", "auto"),
         Row("joint, more routed", 50, joint_layer, "S3A11E32", "auto"),
         Row("joint, one level", 77.5, joint_layer, "S2A4E8", "0-2"),
@@ -406,6 +406,8 @@ def read_results(file: Path, settings: dict) -> dict:
     done = read_json(file) if file.exists() else {"settings": settings, "rows": []}
     if done["settings"] != settings:
         raise InputError(f"{file} was made with other settings, {done['settings']}")
+    if not all("origin" in row for row in done["rows"]):
+        raise InputError(f"{file} is of an older version: move it away")
     return done
 
 def is_done(done: dict, key: dict, again: bool, device: str) -> bool:
@@ -500,13 +502,11 @@ def measure_row(model: Decoder, row: Row, calib: Tensor, texts: list[Text], titl
         "calib_tokens": calib[: row.calib_windows].numel(),
         "seconds": time.perf_counter() - start,
     }
-    computes_all = any(isinstance(ffn, Masked) for ffn in model.ffns)
-    if row.layer and row.texts == "whole" or row.name.startswith("joint, E = "):
+    if row.layer and (row.name in MAIN or row.name.startswith("joint, E = ")):
         versions = {"dense": dense_ffns, "row": model.ffns}
         times = ffn2moe.time_in_turns(model, texts[0].windows.flatten(), versions, turns)
         for i, what in enumerate(("prefill", "decode")):
             result[f"dense_{what}_ms"], result[f"{what}_ms"] = times["dense"][i], times["row"][i]
-    assert not (computes_all and "prefill_ms" in result)
     result["texts"] = {}
     for text in texts if row.texts != "first" else texts[:1]:
         bar = partial(tqdm, desc=f"{title}: {text.name}", unit="window")
@@ -526,6 +526,8 @@ def quality(args: argparse.Namespace):
     settings |= {"seed": args.seed, "eval_tokens": args.eval_tokens, "window": args.window}
     done = read_results(file, settings)
     rows = [row for row in rows if not args.only or row.name in args.only]
+    if not args.whole:
+        rows = [replace(row, texts=row.texts.replace("whole", "all")) for row in rows]
     rows = [row for row in rows if not is_done(done, row.key(), args.again, args.device)]
     if rows:
         measure_rows(args, rows, done, file)
@@ -848,12 +850,15 @@ class SpeedRow:
         return (self.what, self.shape, self.tokens, self.batch, self.dtype, self.experts,
                 self.dense_layers, self.origin["machine"])  # fmt: skip
 
-def share_read(ffn: int | MoESpec, batch: int) -> float:
-    """The neurons whose weights a batch of single tokens reads: R (1 - (1 - A / R)^B) experts."""
+def neurons_read(ffn: int | MoESpec, batch: int, chance: float = 1.0) -> float:
+    """The neurons whose weights a batch of B single tokens reads, on average: those of the shared
+    expert, and of R (1 - (1 - A / R)^B) routed ones. chance: that a token comes to this FFN."""
     if isinstance(ffn, int):
-        return ffn
-    experts = ffn.num_experts * (1 - (1 - ffn.active / ffn.num_experts) ** batch)
-    return ffn.shared_size + experts * ffn.expert_size
+        return ffn * (1 - (1 - chance) ** batch)
+    shared = neurons_read(ffn.expert_spec(ffn.shared_size), batch, chance)
+    chance *= ffn.active / ffn.num_experts
+    expert = neurons_read(ffn.expert_spec(ffn.expert_size), batch, chance)
+    return shared + ffn.num_experts * expert
 
 def make_row(times: dict, ffns: list, rest_ms: float, read: dict, **about) -> SpeedRow:
     """ffns: int or spec of each layer; rest_ms: time of a model without FFNs; read: bytes."""
@@ -861,7 +866,7 @@ def make_row(times: dict, ffns: list, rest_ms: float, read: dict, **about) -> Sp
     low, middle, high = np.quantile(times["dense"] / times["MoE"], [0.25, 0.5, 0.75])
     neurons = sum(map(neurons_of, ffns))
     ideal = neurons / sum(map(active_neurons, ffns))
-    by_reading = neurons / sum(share_read(ffn, about["batch"]) for ffn in ffns)
+    by_reading = neurons / sum(neurons_read(ffn, about["batch"]) for ffn in ffns)
     bound = dense / (rest_ms + (dense - rest_ms) / ideal)
     read_bound = dense / (rest_ms + (dense - rest_ms) / by_reading)
     peers = {name: float(np.median(ms)) for name, ms in times.items() if name in PEERS}
@@ -941,7 +946,7 @@ def model_speed(models: dict[str, Decoder], what: str, ids: Tensor, turns: int) 
     steps = half if what == "decode" else 1
     used = {name: active_parameters(model)[1] for name, model in models.items()}
     rows = []
-    for name in models.keys() - {"dense"}:
+    for name in [name for name in models if name != "dense"]:
         read = {"dense": used["dense"] * weight.itemsize, "MoE": used[name] * weight.itemsize}
         rows.append(make_row(
             {"dense": times["dense"] / steps, "MoE": times[name] / steps},
@@ -1348,9 +1353,10 @@ def readme(args: argparse.Namespace):
 def everything(args: argparse.Namespace):
     """All measurements of the README, in order; those that are done are not repeated."""
     texts = ["--calib", args.calib, "--eval", args.eval[0]]
+    second = ["manual"] * (args.eval[0] != "manual")
     common = ["--dtype", *args.dtype, *["--again"] * args.again]
     jobs = [
-        ["quality", *texts, "manual", *common, "--json", str(RESULTS / "quality.json")],
+        ["quality", *texts, *second, *common, "--whole", "--json", str(RESULTS / "quality.json")],
         ["speed", "--turns", "9", "--json", str(RESULTS / "speed.json")],
         ["finetune", *texts, *common, "--json", str(RESULTS / "finetune.json")],
         ["figures", *texts, *common],
@@ -1376,6 +1382,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help=f"evaluation texts; {HELD_BACK}: the end of the calibration text")  # fmt: skip
     add("--eval-tokens", type=int, metavar="N", help="first N of each (quality: 20480); 0: all")
     add("--window", type=int, default=2048, metavar="N", help="tokens per sequence")
+    add("--whole", action="store_true", help="quality: the main rows on all of the first text too")
     add("--only", nargs="+", metavar="ROW", help="only the rows of these names")
     add("--again", action="store_true", help="measure rows of other commits again")
     add("--dtype", nargs="+", choices=["float32", "bfloat16"], help="(bfloat16; speed: both)")

@@ -243,7 +243,7 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
     text.write_text(text.read_text()[:8000])
     (tmp_path / "other.txt").write_text(text.read_text()[::-1])
     texts = [text, tmp_path / "other.txt"]
-    argv = arguments("quality", checkpoint, text, file, eval=texts, **sizes)
+    argv = [*arguments("quality", checkpoint, text, file, eval=texts, **sizes), "--whole"]
     monkeypatch.setattr(bench, "write_json", stop_after_two)
     assert bench.main(argv) == 130
     done = json.loads(file.read_text())
@@ -317,8 +317,8 @@ def test_the_weights_that_a_batch_reads(R, A, batch):
     """The mean over all choices that the tokens can make."""
     choices = list(itertools.combinations(range(R), A))
     counts = [len(set().union(*tokens)) for tokens in itertools.product(choices, repeat=batch)]
-    found = bench.share_read(MoESpec(20, R, 7, A), batch)
-    assert found == pytest.approx(20 + 7 * np.mean(counts)) and bench.share_read(64, batch) == 64
+    found = bench.neurons_read(MoESpec(20, R, 7, A), batch)
+    assert found == pytest.approx(20 + 7 * np.mean(counts)) and bench.neurons_read(64, batch) == 64
 
 def test_speed_rows(tmp_path, monkeypatch):
     monkeypatch.setattr("kernels.can_compile", lambda device: False)
