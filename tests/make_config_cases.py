@@ -102,7 +102,6 @@ PAIRS = [  # several keys at once
     {"mlp_only_layers": [1], "decoder_sparse_step": 2},
 ]  # fmt: skip
 
-
 def changes(raw: dict):
     moe_keys = list(VALUES)[list(VALUES).index("num_experts_per_tok") :]
     for key, values in VALUES.items():
@@ -115,14 +114,11 @@ def changes(raw: dict):
         if "num_experts_per_tok" in raw or not pair.keys() & set(moe_keys):
             yield pair
 
-
 def changed(raw: dict, change: dict) -> dict:
     return {key: value for key, value in {**raw, **change}.items() if value != ABSENT}
 
-
 def some_logits(logits) -> list[float]:
     return [round(value, 4) for value in logits[0, -1, :3].tolist()]
-
 
 def refused_word(change: dict, message: str) -> str:
     """The key that the refusal names: one of those changed, or of an object in their place."""
@@ -131,7 +127,6 @@ def refused_word(change: dict, message: str) -> str:
         words += value if isinstance(value, dict) else []
     words += ["rope_type", "factor", "tokens are more"]
     return next((word for word in words if word in message), message)
-
 
 def theirs(raw: dict, model, tokenizer, folder: Path):
     """transformers' logits, or the name of its error; None if it wants other tensors."""
@@ -148,7 +143,6 @@ def theirs(raw: dict, model, tokenizer, folder: Path):
             return found.eval()(IDS).logits
     except Exception as error:  # noqa: BLE001
         return f"{type(error).__name__}: {str(error).splitlines()[:1]}"
-
 
 def main():
     tokenizer, cases = Tokenizer(tokenizer_models.BPE()), {}
@@ -177,7 +171,6 @@ def main():
         parts.append(f'"{kind}": [\n{lines}\n]')
     text = "{\n" + ",\n".join(parts) + "\n}\n"
     (Path(__file__).parent / "config_cases.json").write_text(text)
-
 
 if __name__ == "__main__":
     main()

