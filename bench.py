@@ -1,5 +1,6 @@
 """Measure what a conversion costs in quality and what it gains in time.
 
+    python bench.py default     the job of the README's first command, for its table
     python bench.py quality     perplexity of every method and control
     python bench.py speed       FFN layers and the whole model against the dense ones
     python bench.py finetune    the fine-tune of train.py after each method
@@ -35,7 +36,8 @@ from tqdm import tqdm
 import ffn2moe
 import kernels
 import train
-from ffn2moe import SAMPLE_TOKENS, balanced_assignment, build_moe, contribution_energy
+from ffn2moe import SAMPLE_TOKENS, atopk_markers, balanced_assignment, build_moe
+from ffn2moe import contribution_energy
 from ffn2moe import expert_norms, hidden, joint_layer, members, neuron_markers, neuron_weights
 from ffn2moe import paper_layer, partition_and_router, partition_neurons, refit_down, refit_moe
 from ffn2moe import representative_neurons, ridge_router, running_bins, sample_rows
@@ -47,7 +49,9 @@ from model import split_spec, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
-# --- 1. Controls: each takes an FFN, its inputs x [T, D] and a split, and returns what stands for it
+# ------------------------------------------------------------------------------------ 1. Controls
+#
+# Each takes an FFN, its inputs x [T, D] and a split, and returns what stands for the FFN.
 
 def static_layer(ffn: FFN, x: Tensor, split: Split, refit: bool = True) -> FFN:
     """Static pruning: the S + A slices of neurons with the most energy, the same for all tokens."""
@@ -110,7 +114,7 @@ def representative_router(ffn: FFN, x: Tensor, bin_of: Tensor, split: Split) -> 
 @torch.enable_grad()
 def mlp_scores(x: Tensor, norms: Tensor, width: int = 128, epochs: int = 20) -> nn.Module:
     """MoEfication's learned router: a small MLP that predicts each expert's norm from the token;
-    its logarithm, or else a few huge tokens would own the loss. x [T, D], norms [T, R] -> a module
+    its logarithm, because a few huge tokens would dominate the loss. x [T, D], norms [T, R] -> a module
     [t, D] -> [t, R]."""
     torch.manual_seed(0)
     x, target = x.float(), norms.clamp_min(1e-6 * norms.median()).log()
@@ -165,7 +169,7 @@ def two_level_layer(ffn: FFN, x: Tensor, split: Split, inner: str) -> MoE:
 class Masked(nn.Module):
     """An FFN of which, for each token, only some neurons count: y = W_down (h * weights(h, x)).
 
-    It computes all of h: something to compare with, not to use. share: of neurons that count.
+    It computes all of h: a reference, not a method. share: of the neurons that count.
     """
 
     def __init__(self, ffn: FFN, weights: Callable, share: float, down: Tensor | None = None):
@@ -190,16 +194,12 @@ def oracle_router_layer(ffn: FFN, x: Tensor, split: Split) -> Masked:
     down = refit_down(ffn, x, lambda block: weights(hidden(ffn, block), block))
     return Masked(ffn, weights, split.share, down)
 
-def largest(values: Tensor, n: int) -> Tensor:
-    """1 for the n largest of each row: [T, q] -> [T, q]."""
-    return torch.zeros_like(values).scatter_(1, values.topk(n, dim=-1).indices, 1.0)
-
 def oracle_neurons_layer(ffn: FFN, x: Tensor, split: Split) -> Masked:
     """For each token the neurons that contribute most: no experts, no refit."""
     n = round(split.share * ffn.down_proj.shape[1])
 
     def weights(h, rows):
-        return largest(contribution_energy(h, ffn.down_proj), n)
+        return atopk_markers(contribution_energy(h, ffn.down_proj), n)
 
     return Masked(ffn, weights, split.share)
 
@@ -216,7 +216,7 @@ def wina_layer(ffn: FFN, x: Tensor, split: Split, keep: float) -> Masked:
 
     def weights(h, rows):
         running = neuron_weights(moe, rows)
-        return running * largest(contribution_energy(h * running, down), n)
+        return running * atopk_markers(contribution_energy(h * running, down), n)
 
     return Masked(ffn, weights, keep * split.share, down)
 
@@ -240,16 +240,13 @@ class Row:
         fields = ("name", "percent", "experts", "dense", "calib_windows", "texts", "seed")
         return {name: getattr(self, name) for name in fields}
 
-# Splits by percent of the FFN that runs: of the paper's rows; of the joint row and its dense layers
-# "auto", for quality with E = 32, then for speed with E = 16 and 8
-SPLITS = {
-    87.5: ("S4A3E8", "S10A10E32"),
-    75: ("S3A3E8", "S10A10E32", "S6A4E16", "S2A2E8"),
-    62.5: ("S3A2E8", "S8A8E32"),
-    50: ("S2A2E8", "S7A7E32", "S3A3E16", "S1A2E8"),
-    37.5: ("S2A1E8", "S5A5E32"),
-    25: ("S2A2E16", "S4A3E32", "S2A1E16", "S1A1E8"),
-}
+# Splits by percent of the FFN that runs. The joint rows leave some layers dense ("auto") and cut the
+# others deeper, in slices for quality (E = 32) or for speed (16 and 8).
+PAPER = {87.5: "S4A3E8", 75: "S3A3E8", 62.5: "S3A2E8", 50: "S2A2E8", 37.5: "S2A1E8", 25: "S2A2E16"}
+JOINT = {87.5: "S10A10E32", 75: "S10A10E32", 62.5: "S8A8E32", 50: "S7A7E32", 37.5: "S5A5E32",
+         25: "S4A3E32"}  # fmt: skip
+JOINT_E16 = {75: "S6A4E16", 50: "S3A3E16", 25: "S2A1E16"}
+JOINT_E8 = {75: "S2A2E8", 50: "S1A2E8", 25: "S1A1E8"}
 MAIN = ["paper", "static pruning, refit", "joint"]
 GROUPINGS = {
     "random": random_bins,
@@ -267,24 +264,23 @@ CELLS = {
 def main_rows(percent: float, seed: int = 0) -> list[Row]:
     """The three methods that everything else is compared with."""
     texts = "whole" if percent in (75, 50, 25) and not seed else "first"
-    paper, joint, *_ = SPLITS[percent]
     even, same = all_alike(percent), {"texts": texts, "seed": seed}
     return [
-        Row("paper", percent, paper_layer, paper, calib_windows=8, **same),
+        Row("paper", percent, paper_layer, PAPER[percent], calib_windows=8, **same),
         Row("static pruning, refit", percent, static_layer, even, **same),
-        Row("joint", percent, joint_layer, joint, "auto", **same),
+        Row("joint", percent, joint_layer, JOINT[percent], "auto", **same),
     ]
 
 def control_rows(percent: float) -> list[Row]:
-    _, joint, coarse, coarser = SPLITS[percent]
+    joint = JOINT[percent]
     static, no_refit = partial(static_layer, refit=False), partial(joint_layer, refit=False)
     return [
         Row("static pruning", percent, static, all_alike(percent), texts="all"),
         Row("static pruning, refit, same layers dense", percent, static_layer, joint, "auto"),
         Row("joint, all layers alike", percent, joint_layer, all_alike(percent)),
         Row("joint, no refit", percent, no_refit, joint, "auto", texts="all"),
-        Row("joint, E = 16", percent, joint_layer, coarse, "auto"),
-        Row("joint, E = 8", percent, joint_layer, coarser, "auto"),
+        Row("joint, E = 16", percent, joint_layer, JOINT_E16[percent], "auto"),
+        Row("joint, E = 8", percent, joint_layer, JOINT_E8[percent], "auto"),
         Row("oracle router", percent, oracle_router_layer, joint, "auto"),
         Row("oracle neurons", percent, oracle_neurons_layer, all_alike(percent)),
     ]
@@ -301,7 +297,7 @@ def grid_rows() -> list[Row]:
         layer = partial(grid_layer, group=bins, router=router, refit=refit)
         name = cell_name(group, router, refit)
         if name != "joint":  # a row already
-            rows.append(Row(name, 50, layer, SPLITS[50][1], "auto"))
+            rows.append(Row(name, 50, layer, JOINT[50], "auto"))
     return rows
 
 def cell_name(group: str, router: str, refit: bool) -> str:
@@ -321,7 +317,7 @@ WATERFALL = [
 ]
 
 def ablation_rows() -> list[Row]:
-    joint = SPLITS[50][1]
+    joint = JOINT[50]
     rows = [
         Row("paper, 16 calibration windows", 50, paper_layer, "S2A2E8"),
         Row("paper, layers dense", 50, paper_layer, "S1A2E8", "auto"),
@@ -364,9 +360,8 @@ def origin(device: str) -> dict:
     """What a result comes from: the commit that last changed the code, and the machine."""
 
     def git(*command):
-        done = subprocess.run(["git", *command, "--", "*.py"], capture_output=True, text=True,
-                              cwd=Path(__file__).parent, check=False)  # fmt: skip
-        return done.stdout.strip()
+        command = ["git", "-C", Path(__file__).parent, *command, "--", ":(glob)*.py"]  # no tests
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
     return {
         "commit": git("log", "-1", "--format=%h") or "unknown",
@@ -390,16 +385,13 @@ def machine_name(device: str) -> str:
 
 def describe_origin(rows: list[dict]) -> str:
     """One line under a table that says where its rows come from."""
-    places = {}
+    places = set()
     for row in rows:
         of = row["origin"]
         commit = of["commit"] + ("" if of["clean"] else " with changes")
-        place = f"{of['machine']}, {of['threads']} threads, torch {of['torch']}, commit {commit}"
-        places[place] = places.get(place, 0) + 1
-    if len(places) == 1:
-        return f"Measured on {next(iter(places))}.\n"
-    parts = [f"{count} rows on {place}" for place, count in places.items()]
-    return "Measured: " + "; ".join(parts) + ".\n"
+        machine = f"{of['machine']}, {of['threads']} threads, torch {of['torch']}"
+        places.add(f"{machine}, commit {commit}")
+    return f"Measured on {'; and on '.join(sorted(places))}.\n"
 
 def read_results(file: Path, settings: dict) -> dict:
     """The rows that an earlier run with the same settings left in the file, or none yet."""
@@ -651,7 +643,7 @@ def quality_tables(done: dict) -> str:
     parts["How neurons are grouped x how tokens are routed x refit"] = grid_table(results)
     steps = [[change, name, results.cell(name, 50)] for change, name in WATERFALL]
     parts["One change at a time, at 50 %"] = markdown(["", "row", "perplexity"], steps)
-    parts["More sizes"] = pivot(results, MAIN, [*SPLITS])
+    parts["More sizes"] = pivot(results, MAIN, [*PAPER])
     parts["Seeds"] = seeds_table(results)
     for text in results.others:
         title = f"Calibrated on {done['settings']['calib']}, evaluated on {text}"
@@ -1060,7 +1052,7 @@ def plot_speed(rows: list[SpeedRow], file: Path):
 RECIPE = ("samples", "length", "rate", "distill", "dropout", "scale_rate", "bias_step")
 
 def blank_router_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
-    """The joint method's experts under a router that has everything to learn."""
+    """The joint method's experts under a router with random weights."""
     moe = joint_layer(ffn, x, split)
     weight = torch.randn(moe.router_weight.shape, generator=torch.Generator().manual_seed(0))
     moe.router_weight.copy_(ffn2moe.ROUTER_SCALE * weight / x.shape[1] ** 0.5)
@@ -1073,7 +1065,7 @@ def finetune_rows(samples: int) -> list[tuple[Row, dict]]:
     Rows without a teacher (distill = 0) are in the paper's order: the dense model is converted, and
     the result learns the text.
     """
-    joint = Row("joint", 50, joint_layer, SPLITS[50][1], "auto")
+    joint = Row("joint", 50, joint_layer, JOINT[50], "auto")
     unified = Row("paper, no shared expert", 50, unified_layer, "S2A2E8", calib_windows=8)
     blank = replace(joint, name="joint, router learned from nothing", layer=blank_router_layer)
     rows = [(Row("dense", 100, None, "S1A1E2"), {})]
@@ -1314,7 +1306,7 @@ def figures(args: argparse.Namespace):
     words = ffn2moe.words_of_experts(model, tokenizer, test[:20], args.layer)
     shown = as_ids(model, encode(tokenizer, args.show))
     plot_words(model, tokenizer, shown, words, args.layer, out / "words.png")
-    print(ffn2moe.explain(model, tokenizer, args.show, test[:20], args.layer))
+    print(ffn2moe.explain(model, tokenizer, shown, test[:20], args.layer))
 
 # ---------------------------------------------------------------------- 8. README and command line
 
@@ -1350,12 +1342,16 @@ def readme(args: argparse.Namespace):
     text = with_tables(file.read_text(encoding="utf-8"), readme_tables())
     file.write_text(text, encoding="utf-8")
 
+def default(args: argparse.Namespace):
+    ffn2moe.main(["--json", str(RESULTS / "default.json")])
+
 def everything(args: argparse.Namespace):
-    """All measurements of the README, in order; those that are done are not repeated."""
+    """All measurements of the README, in order; rows that are done are not repeated."""
     texts = ["--calib", args.calib, "--eval", args.eval[0]]
     second = ["manual"] * (args.eval[0] != "manual")
     common = ["--dtype", *args.dtype, *["--again"] * args.again]
     jobs = [
+        ["default"],
         ["quality", *texts, *second, *common, "--whole", "--json", str(RESULTS / "quality.json")],
         ["speed", "--turns", "9", "--json", str(RESULTS / "speed.json")],
         ["finetune", *texts, *common, "--json", str(RESULTS / "finetune.json")],
@@ -1364,8 +1360,8 @@ def everything(args: argparse.Namespace):
     ]
     for i, job in enumerate(jobs):
         print(f"--- {i + 1} of {len(jobs)}: bench.py {' '.join(job)}", flush=True)
-        args = parse_args(job)
-        COMMANDS[args.command](args)
+        job_args = parse_args(job)
+        COMMANDS[job_args.command](job_args)
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """One set of flags; each command uses those that concern it."""
@@ -1412,6 +1408,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 COMMANDS = {
+    "default": default,
     "quality": quality,
     "speed": speed,
     "finetune": finetune,

@@ -98,20 +98,20 @@ def split_shared(rates: Tensor, num_shared_neurons: int) -> tuple[Tensor, Tensor
 def balanced_assignment(cost: np.ndarray, capacity: Sequence[int]) -> np.ndarray:
     """Put n items into k bins at the least total cost, exactly capacity[b] of them into bin b.
 
-    Every item starts in its cheapest bin: the cheapest assignment of all, but for its loads. While
-    a bin has too many items, one item moves on along the cheapest chain of moves that ends in a bin
-    with room: bin a gives an item to b, b gives another one to c, and so on. A move costs
+    Start with every item in its cheapest bin. Then move items out of bins that have too many, one
+    at a time, along the cheapest chain of moves that ends in a bin with room: bin a gives an item
+    to b, b gives another one to c, and so on. A move costs
 
         move[a, b] = min over items i in a of cost[i, b] - cost[i, a],
 
     and the chain is a shortest path between the k bins. After each chain the assignment is the
     cheapest one for its loads (successive shortest paths for minimum-cost flow), so the last one
     is optimal. It is as cheap as scipy's linear_sum_assignment(np.repeat(cost, capacity, axis=1)),
-    which needs an n x n matrix; both up to the rounding of the largest cost in float64.
+    which needs an n x n matrix; up to a rounding of costs to 2^-40 of the largest.
 
     cost [n, k], finite; capacity [k], whole numbers with the sum n -> bin of each item, int64 [n].
     """
-    cost, capacity = np.array(cost, dtype=np.float64), np.asarray(capacity)
+    cost, capacity = np.asarray(cost, dtype=np.float64), np.asarray(capacity)
     n, k = cost.shape
     if not np.isfinite(cost).all():
         raise ValueError("costs must be finite")
@@ -119,27 +119,25 @@ def balanced_assignment(cost: np.ndarray, capacity: Sequence[int]) -> np.ndarray
         raise ValueError(f"{k} capacities must sum to the {n} items")
     if n == 0 or k == 1:
         return np.zeros(n, dtype=np.int64)
-    tolerance = 4 * k * np.finfo(np.float64).eps * np.abs(cost).max()  # less may be rounding
+    # Sums of whole numbers are exact: rounding cannot make a circle of moves look like a gain.
+    cost = np.rint(cost * (2**40 / max(np.abs(cost).max(), 1e-200))).astype(np.int64)
     add_prices(cost, capacity)
     bin_of = cost.argmin(axis=1)
     load = np.bincount(bin_of, minlength=k)
-    move, mover = np.empty((k, k)), np.empty((k, k), dtype=np.int64)  # price, and the item
+    move, mover = np.full((k, k), FAR), np.zeros((k, k), dtype=np.int64)  # the price, the item
 
     def update_moves(bins):
         for a in bins:
+            move[a] = FAR
             items = np.flatnonzero(bin_of == a)
-            prices = cost[items] - cost[items, a, None]  # [items, k]
-            prices = np.vstack([prices, np.full(k, np.inf)])  # the bin may be empty
-            best = prices.argmin(axis=0)
-            move[a], mover[a] = prices[best, np.arange(k)], np.append(items, -1)[best]
-            move[a, a] = np.inf
+            if len(items):
+                prices = cost[items] - cost[items, a, None]  # [items, k]
+                best = prices.argmin(axis=0)
+                move[a], mover[a] = prices[best, np.arange(k)], items[best]
 
     update_moves(range(k))
     while (load > capacity).any():
-        chain = cheapest_chain(move, load, capacity, tolerance)
-        if chain is None:  # rounding made a circle of moves look like a gain
-            tolerance *= 10
-            continue
+        chain = cheapest_chain(move, load, capacity)
         for giver, taker in pairwise(chain):
             bin_of[mover[giver, taker]] = taker
         load[chain[0]] -= 1
@@ -147,41 +145,36 @@ def balanced_assignment(cost: np.ndarray, capacity: Sequence[int]) -> np.ndarray
         update_moves(chain)
     return bin_of
 
-def add_prices(cost: np.ndarray, capacity: np.ndarray):
-    """Add a price to each bin (a column of cost), in place, so that few items have to move.
+FAR = np.int64(2**60)  # no path, and twice as far: no room
 
-    Capacities are fixed, so a price adds the same to every assignment. The price of a bin lies
-    halfway between what its last customer and the first one turned away would pay for it, rather
-    than take their next best bin.
+def add_prices(cost: np.ndarray, capacity: np.ndarray):
+    """Add a price to each bin (a column of cost), in place: about capacity[b] items then prefer it.
+
+    Capacities are fixed, so a price adds the same to every assignment. `offers` is what each item
+    would pay to be in the bin rather than in its next best one. The price lies between the last
+    offer that gets room and the first one that does not.
     """
-    for _ in range(5):  # a price moves the customers of the other bins
+    for _ in range(5):  # a price moves items from and to the other bins
         for b, room in enumerate(capacity):
             next_best = np.delete(cost, b, axis=1).min(axis=1)
             offers = np.sort(next_best - cost[:, b])[::-1]  # highest first
-            offers = np.concatenate(([offers[0] + 1], offers, [offers[-1] - 1]))
-            cost[:, b] += (offers[room] + offers[room + 1]) / 2  # offers[room]: the last customer
+            offers = np.concatenate(([offers[0] + 2], offers, [offers[-1] - 2]))
+            cost[:, b] += (offers[room] + offers[room + 1]) // 2  # offers[room] gets the last room
 
-def cheapest_chain(
-    move: np.ndarray, load: np.ndarray, capacity: np.ndarray, tolerance: float
-) -> list[int] | None:
-    """The cheapest chain of bins from one with too many items to one with room (Bellman-Ford).
-
-    Gains below the tolerance do not count. None: rounding led into a circle all the same.
-    """
+def cheapest_chain(move: np.ndarray, load: np.ndarray, capacity: np.ndarray) -> list[int]:
+    """The cheapest chain of bins from one with too many items to one with room (Bellman-Ford)."""
     k = len(move)
-    distance = np.where(load > capacity, 0.0, np.inf)
+    distance = np.where(load > capacity, 0, FAR)
     origin = np.full(k, -1)
     for _ in range(k):
         via = distance[:, None] + move
         giver = via.argmin(axis=0)
         shortest = via[giver, np.arange(k)]
-        better = shortest < distance - tolerance
+        better = shortest < distance
         distance[better], origin[better] = shortest[better], giver[better]
-    chain = [int(np.where(load < capacity, distance, np.inf).argmin())]
+    chain = [int(np.where(load < capacity, distance, 2 * FAR).argmin())]
     while origin[chain[0]] >= 0:
         chain.insert(0, int(origin[chain[0]]))
-        if len(chain) > k:
-            return None
     return chain
 
 def l1_distances(markers: Tensor, centroids: Tensor) -> Tensor:
@@ -197,21 +190,18 @@ def l1_distances(markers: Tensor, centroids: Tensor) -> Tensor:
         overlap += m.double().T @ c.double()
     return sizes - 2 * overlap
 
-def group_routed(markers: Tensor, num_routed: int, rounds: int = 1) -> tuple[Tensor, Tensor]:
+def group_routed(markers: Tensor, num_routed: int) -> tuple[Tensor, Tensor]:
     """Balanced k-means on the columns of markers [T, n], which are in falling order of rate.
 
-    The R neurons that fire most are the seeds. In each round, every expert gets n / R neurons, at
-    the least total L1 distance to the centroids; then each centroid becomes the mean of its
-    members. The official code does one round. -> expert of each column [n], centroids [T, R].
+    The R neurons that fire most are the seeds. Every expert gets n / R neurons, at the least total
+    L1 distance to the seeds; its centroid is the mean of its members. As in the official code,
+    there is one round. -> expert of each column [n], centroids [T, R].
     """
-    n = markers.shape[1]
-    centroids = markers[:, :num_routed].float()
-    for _ in range(rounds):
-        cost = l1_distances(markers, centroids)
-        expert = torch.from_numpy(balanced_assignment(cost.numpy(), [n // num_routed] * num_routed))
-        means = [markers[:, expert == e].float().mean(dim=1) for e in range(num_routed)]
-        centroids = torch.stack(means, dim=1)
-    return expert, centroids
+    capacity = [markers.shape[1] // num_routed] * num_routed
+    cost = l1_distances(markers, markers[:, :num_routed].float())
+    expert = torch.from_numpy(balanced_assignment(cost.numpy(), capacity))
+    means = [markers[:, expert == e].float().mean(dim=1) for e in range(num_routed)]
+    return expert, torch.stack(means, dim=1)
 
 # ----------------------------- 4. Analytical router: a representative neuron stands for its expert
 #
@@ -224,11 +214,11 @@ def representative_neurons(markers: Tensor, expert: Tensor, centroids: Tensor) -
     outside = expert[:, None] != torch.arange(centroids.shape[1])
     return distance.masked_fill(outside, torch.inf).argmin(dim=0)
 
-def partition_neurons(markers: Tensor, split: Split, rounds: int = 1) -> tuple[Tensor, Tensor]:
+def partition_neurons(markers: Tensor, split: Split) -> tuple[Tensor, Tensor]:
     """Steps 2 and 3 for one layer: markers [T, q] -> bin_of [q], and the representatives [R]."""
     num_shared = split.shared * split.slice_size(markers.shape[1])
     _, rest = split_shared(activation_rates(markers), num_shared)
-    expert, centroids = group_routed(markers[:, rest], split.routed, rounds)
+    expert, centroids = group_routed(markers[:, rest], split.routed)
     bin_of = torch.zeros(markers.shape[1], dtype=torch.long)
     bin_of[rest] = 1 + expert
     return bin_of, rest[representative_neurons(markers[:, rest], expert, centroids)]
@@ -283,9 +273,9 @@ def build_moe(ffn: FFN, bin_of: Tensor, router: dict[str, Tensor], split: Split)
     moe.bin_of = bin_of
     return moe.requires_grad_(False)
 
-def paper_layer(ffn: FFN, x: Tensor, split: Split, k_act: int = 10, rounds: int = 1) -> MoE:
+def paper_layer(ffn: FFN, x: Tensor, split: Split, k_act: int = 10) -> MoE:
     """The paper's method on one FFN and its inputs x [T, D]."""
-    bin_of, representatives = partition_neurons(neuron_markers(ffn, x, k_act), split, rounds)
+    bin_of, representatives = partition_neurons(neuron_markers(ffn, x, k_act), split)
     return build_moe(ffn, bin_of, analytical_router(ffn, representatives), split)
 
 # ------------------- 5. Joint method: router and partition found together, and W_down fitted again
@@ -315,7 +305,7 @@ def sample_rows(rows: Tensor, n: int, seed: int = 0) -> Tensor:
 @contextmanager
 def fast_products():
     """float32 products on the CPU by oneDNN. With bfloat16 matrix units it rounds factors to
-    bfloat16, which sums over thousands of tokens can bear.
+    bfloat16, which is accurate enough for sums over thousands of tokens.
 
     This is a setting of the whole process: threads that convert at once take turns.
     """
@@ -336,9 +326,10 @@ def ridge_solver(xx: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
 
         W = argmin |X W - Y|^2 + penalty |W|^2,   penalty = strength * median(diag(X'X)).   [n, k]
 
-    The median, because a few neurons that are huge for one token can own the mean. Each neuron's
-    penalty also has a millionth of its own diagonal, about what float32 can tell. Where that is too
-    little for the factorisation, all penalties become ten times as large.
+    The median, because a few neurons that are huge for one token would dominate the mean. Each
+    neuron's penalty also has a millionth of its own diagonal, about what float32 can tell. Where
+    that is too little for the factorisation, all penalties become ten times as large. xx is
+    overwritten.
     """
     check_finite(xx)
     diagonal = xx.diagonal().clone()
@@ -379,8 +370,8 @@ def ridge_router(energy: Tensor, x: Tensor, bin_of: Tensor, num_routed: int) -> 
     return {"router_weight": weight.T.to(x)}
 
 def running_bins(chosen: Tensor, num_routed: int, weights: Tensor | None = None) -> Tensor:
-    """The weight of each bin, 0 if it does not run and 1 for the shared one: chosen experts [T, A],
-    their weights (1 if None) -> float32 [T, 1 + R]."""
+    """Weights of the bins, float32 [T, 1 + R]: 1 for the shared one, the given weights [T, A] (1 if
+    None) for the chosen experts [T, A], 0 for the others."""
     weights = torch.ones_like(chosen) if weights is None else weights
     bins = torch.zeros(len(chosen), 1 + num_routed, device=chosen.device)
     bins.scatter_(1, chosen + 1, weights.float())
@@ -407,18 +398,16 @@ def alternate(
     x, num_routed = x.float(), len(capacity) - 1
     solve = ridge_solver(x.T @ x, ROUTER_RIDGE)
     best, most = bin_of, 0.0
-    for _ in range(rounds):
+    for _ in range(rounds + 1):
         scores = x @ solve(x.T @ expert_norms(energy, bin_of, num_routed))  # [T, R]
         runs = running_bins(scores.topk(active, dim=-1).indices, num_routed)
         gain = energy.T @ runs  # [n, 1 + R], what each neuron contributes in each bin
         captured = gain.gather(1, bin_of[:, None]).sum(dtype=torch.float64).item()
-        if captured <= most:
-            return best
-        if captured < (1 + LEAST_GAIN) * most:
-            return bin_of
+        if captured <= (1 + LEAST_GAIN) * most:
+            break
         best, most = bin_of, captured
         bin_of = best_bins(gain, capacity)
-    return bin_of
+    return best
 
 def first_bins(energy: Tensor, split: Split) -> Tensor:
     """To start with, the neurons of most energy are shared, and the others go to the experts in
@@ -461,7 +450,7 @@ def partition_and_router(
     energy = contribution_energy(h, down)
     capacity = [split.shared * m] + [m] * num_routed
     bin_of = alternate(energy, x, first_bins(energy, split), capacity, split.active, rounds)
-    # Once more among the routed neurons, by what the shared ones cannot make up for
+    # Once more among the routed neurons, by the energy that the shared ones cannot predict
     energy = unpredicted_energy(h, down, bin_of)
     routed, capacity[0] = bin_of > 0, 0
     bin_of[routed] = alternate(energy, x, bin_of[routed], capacity, split.active, rounds)
@@ -470,7 +459,7 @@ def partition_and_router(
 @torch.no_grad()
 @fast_products()
 def refit_down(ffn: FFN, x: Tensor, running: Callable) -> Tensor:
-    """The W_down' that makes the most of the neurons that run. It costs nothing at inference.
+    """The least-squares W_down' for the neurons that run. It costs nothing at inference.
 
     running(x [t, D]) -> [t, q] is the weight of each neuron, 0 for one that does not run. With
     h~ = h * running,
@@ -504,9 +493,8 @@ def refit_moe(ffn: FFN, moe: MoE, x: Tensor) -> MoE:
     shared, routed = members(moe.bin_of, moe.spec.num_experts)
     moe.down_proj.copy_(moe.spec.down_scale * down[:, routed].transpose(0, 1))
     check_finite(moe.down_proj)  # the cast may have overflowed
-    if len(shared):
-        moe.shared_expert.down_proj.copy_(down[:, shared])
-        check_finite(moe.shared_expert.down_proj)
+    moe.shared_expert.down_proj.copy_(down[:, shared])
+    check_finite(moe.shared_expert.down_proj)
     return moe
 
 def joint_layer(ffn: FFN, x: Tensor, split: Split, rounds: int = 8, refit: bool = True) -> MoE:
@@ -570,8 +558,8 @@ def squared_change(ffn: FFN, x: Tensor, g: Tensor) -> float:
     return change.square().sum(dtype=torch.float64).item()
 
 def choose_dense(model: Decoder, calib_ids: Tensor, split: Split, active: float) -> frozenset[int]:
-    """The layers that stay dense: those whose conversion costs most, so many that the share
-    `active` of all FFN neurons runs for a token. calib_ids [B, T]."""
+    """The layers that stay dense: those whose conversion costs most, as many as possible while at
+    most the share `active` of all FFN neurons runs for a token. calib_ids [B, T]."""
     num_layers, saved = model.config.num_layers, 1 - split.share
     if saved == 0:
         return frozenset()
@@ -594,7 +582,7 @@ def parse_layers(text: str) -> frozenset[int]:
     return frozenset(layers)
 
 def format_layers(layers: Iterable[int]) -> str:
-    """The way back: {0, 1, 2, 9} -> "0-2,9"."""
+    """The inverse of `parse_layers`: {0, 1, 2, 9} -> "0-2,9"."""
     ranges = []
     for i in sorted(layers):
         if ranges and ranges[-1][1] == i - 1:
@@ -628,18 +616,21 @@ def convert_ffn(ffn: FFN | MoE, x: Tensor, convert_layer: Callable) -> MoE:
     if isinstance(ffn, FFN):
         return convert_layer(ffn, x)
     chosen, _ = ffn.route(x)
-    experts = nn.ModuleList()
+    experts = []
     for e, weights in enumerate(zip(ffn.gate_up_proj, ffn.down_proj)):
         own = x[(chosen == e).any(dim=-1)]
         enough = len(own) >= ffn.spec.expert_size
         experts.append(convert_layer(FFN.of(*weights), own if enough else x))
-    if ffn.spec.shared_size:
-        ffn.shared_expert = convert_layer(ffn.shared_expert, x)
     inner = experts[0].spec
-    ffn.spec = split_spec(ffn.spec, inner.split, inner.router)
-    ffn.gate_up_proj = ffn.down_proj = None
-    ffn.experts = experts
-    return ffn
+    with torch.device("meta"):
+        moe = MoE(x.shape[1], split_spec(ffn.spec, inner.split, inner.router))
+    moe.experts = nn.ModuleList(experts)
+    if ffn.spec.shared_size:
+        moe.shared_expert = convert_layer(ffn.shared_expert, x)
+    for name, weight in ffn.named_parameters(recurse=False):
+        if "router" in name or name == "shared_expert_gate":
+            setattr(moe, name, weight)
+    return moe
 
 def check_conversion(
     model: Decoder, experts: Split | str | None, method: str, dense, k_act: int
@@ -685,20 +676,16 @@ def replace_ffns(
     x = model.embed_tokens(calib_ids)  # [B, T, D], what flows into the next layer
     last = max(set(range(len(model.layers))) - set(dense))
     for i, layer in enumerate(progress(model.layers[: last + 1])):
-        if i in dense:
-            for sequence in x.split(1):  # one by one, to need little memory
-                sequence.copy_(layer(sequence, rope))
-            continue
         ffn_input = torch.empty_like(x)
-        for sequence, normed in zip(x.split(1), ffn_input.split(1)):
+        for sequence, normed in zip(x.split(1), ffn_input.split(1)):  # to need little memory
             sequence += layer.self_attn(layer.input_layernorm(sequence), rope)
             normed.copy_(layer.post_attention_layernorm(sequence))
         if not ffn_input.isfinite().all():
             raise InputError(f"inputs of the FFN of layer {i} are not finite: choose another dtype")
-        layer.mlp = replacement(i, layer.mlp, ffn_input.flatten(0, 1))
-        if i < last:
-            for sequence, normed in zip(x.split(1), ffn_input.split(1)):
-                sequence += layer.mlp(normed)
+        if i not in dense:
+            layer.mlp = replacement(i, layer.mlp, ffn_input.flatten(0, 1))
+        for sequence, normed in zip(x.split(1), ffn_input.split(1)):
+            sequence += layer.mlp(normed)
 
 @torch.no_grad()
 def convert(
@@ -766,10 +753,11 @@ def chosen_experts(model: Decoder, windows: Tensor, layer: int) -> Tensor:
 def favourite_words(
     words: list[str], chosen: Tensor, num_routed: int, n: int = 8
 ) -> list[list[str]]:
-    """The n words that choose each expert most clearly: words [T], chosen [T, A].
+    """At most n words that choose each expert most clearly: words [T], chosen [T, A].
 
     p_e is the share of all tokens that choose expert e. A word that occurs c times and chooses it
-    c_e times has the score z = (c_e - c p_e) / sqrt(c p_e (1 - p_e)).
+    c_e times has the score z = (c_e - c p_e) / sqrt(c p_e (1 - p_e)), which has to be above 1.
+    Words without letters do not count.
     """
     names = list(dict.fromkeys(words))
     number = {name: i for i, name in enumerate(names)}
@@ -801,11 +789,10 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.decode([token], skip_special_tokens=False).strip()
 
 def explain(
-    model: Decoder, tokenizer: Tokenizer, text: str, windows: Tensor, layer: int
+    model: Decoder, tokenizer: Tokenizer, ids: Tensor, windows: Tensor, layer: int
 ) -> str:
-    """A table of the tokens of a text and the routed experts that run for each in a layer, then the
+    """A table of the tokens ids [T] and the routed experts that run for each in a layer, then the
     words of windows [B, T] that each expert is for."""
-    ids = as_ids(model, encode(tokenizer, text))
     words, spec = words_of_experts(model, tokenizer, windows, layer), model.layers[layer].mlp.spec
     lines = [f"Layer {layer}: {spec.active} of {len(words)} routed experts run for a token (#)", ""]
     for token, experts in zip(ids.tolist(), chosen_experts(model, ids[None], layer).tolist()):
@@ -818,20 +805,19 @@ def explain(
 
 # --------------------------------------------------------------------------------- 9. Command line
 
-TIMED_TOKENS, TIMED_STEPS = 2048, 16  # of a prefill, and decoded after it
+TIMED_TOKENS, TIMED_STEPS = 2048, 16  # of a prefill, and decoded one at a time
 
 @torch.no_grad()
 def time_in_turns(
     model: Decoder, ids: Tensor, versions: dict[str, list[nn.Module]], turns: int = 3
 ) -> dict[str, tuple[float, float]]:
-    """Milliseconds of a prefill of at most TIMED_TOKENS of ids [T], and of one token after it.
+    """Milliseconds of a prefill of at most TIMED_TOKENS of ids [T], and of one token at its end.
 
     versions: the FFNs of all layers, by name. They are timed in turns A B A B, so that what slows
     the machine slows all of them; the result is the median. Without torch.compile.
     """
-    ids = ids[: min(TIMED_TOKENS + TIMED_STEPS, model.config.max_position_embeddings)][None]
-    steps = min(TIMED_STEPS, ids.shape[1] // 2)
-    prompt = ids.shape[1] - steps
+    ids = ids[: min(TIMED_TOKENS, model.config.max_position_embeddings)][None]
+    steps = range(max(0, ids.shape[1] - TIMED_STEPS), ids.shape[1])  # the last tokens once more
     cache, ffns_now = model.new_cache(1, ids.shape[1]), model.ffns
     times = {name: [] for name in versions}
 
@@ -845,12 +831,12 @@ def time_in_turns(
         for name, ffns in versions.items():
             model.ffns = ffns
             start = clock()
-            model.logits(model.hidden_states(ids[:, :prompt], cache)[:, -1])
+            model.logits(model.hidden_states(ids, cache)[:, -1])
             middle = clock()
-            for t in range(prompt, prompt + steps):
+            for t in steps:
                 model(ids[:, t : t + 1], cache, t)
             if turn >= warm_ups:
-                times[name].append((middle - start, (clock() - middle) / steps))
+                times[name].append((middle - start, (clock() - middle) / len(steps)))
     model.ffns = ffns_now
     return {name: tuple(np.median(times[name], axis=0).tolist()) for name in versions}
 
@@ -873,7 +859,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
     text = "a file, 'wikitext2' (from the hub) or 'manual' (the Python manual's topics)"
-    dense = "layers that stay dense: 0-7,24-29, say, or none; auto: those that cost most (joint)"
+    dense = "layers that stay dense, as 0-7,24-29, or none; auto: those that cost most (joint)"
     add("--model", metavar="SOURCE", help="checkpoint directory, .gguf file or hub id")
     add("--calib", metavar="TEXT", default="manual", help=f"calibration text: {text}")
     add("--eval", metavar="TEXT", default="manual", help=f"evaluation text: {text}")
@@ -890,7 +876,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="picks the calibration windows")
     add("--prompt", default="The capital of France is", help="text to continue, before and after")
     add("--explain", metavar="TEXT", help="print which experts run for this text, and why, instead")
-    add("--layer", type=int, metavar="N", help="that --explain looks at; else the middle one")
+    add("--layer", type=int, metavar="N", help="that --explain looks at, or the nearest MoE layer")
     add("--out", metavar="DIR", help="write the converted checkpoint; --model DIR loads it")
     add("--force", action="store_true", help="replace the checkpoint in an --out that is not empty")
     add("--json", metavar="FILE", help="write the final table and the settings")
@@ -926,24 +912,16 @@ def calibration_windows(
         print(f"warning: {found}: the refit may fit the text, not the model", file=sys.stderr)
     return windows
 
-def layer_to_explain(args: argparse.Namespace, moes: set[int]) -> int:
-    """--layer, or the MoE layer in the middle; refused before the long work if it is none."""
-    layer = sorted(moes)[len(moes) // 2] if args.layer is None else args.layer
-    if args.explain is not None and layer not in moes:
-        raise InputError(f"layer {layer} is no MoE; these are: {', '.join(map(str, sorted(moes)))}")
-    return layer
-
-def measure(model: Decoder, tokenizer: Tokenizer, windows: Tensor, prompt: Tensor) -> dict:
-    """A column of the final table, but for the times. windows [B, T], prompt [T]."""
-    continued = generate(model, prompt, 24)  # first: it refuses an empty prompt
-    ffn_parameters, parameters = active_parameters(model)
-    name = describe(model.config.ffns)
+def measure(model: Decoder, tokenizer: Tokenizer, ids: Tensor, window: int, prompt: Tensor) -> dict:
+    """One column of the final table, without the times. ids [T] to evaluate on, prompt [T]."""
+    specs = [spec_of(ffn) for ffn in model.ffns]
+    name, (ffn_parameters, parameters) = describe(specs), active_parameters(model)
     bar = partial(tqdm, desc=f"perplexity, {name}", unit="window")
     return {
         "name": name,
-        "text": " ".join(tokenizer.decode(prompt.tolist() + continued).split()),
-        "perplexity": perplexity(model, windows.flatten(), windows.shape[1], bar),
-        "dense_layers": sum(isinstance(ffn, int) for ffn in model.config.ffns),
+        "text": tokenizer.decode(prompt.tolist() + generate(model, prompt, 24)),
+        "perplexity": perplexity(model, ids, window, bar),
+        "dense_layers": sum(isinstance(spec, int) for spec in specs),
         "ffn_parameters": ffn_parameters,
         "parameters": parameters,
     }
@@ -955,54 +933,51 @@ def run(args: argparse.Namespace):
     window = min(args.window, model.config.max_position_embeddings)
     eval_ids = read_ids(model, tokenizer, args.eval, "test")[: args.eval_tokens or None]
     windows = cut_windows(model, eval_ids, window)
-    prompt = as_ids(model, encode(tokenizer, args.prompt))
-    if args.explain == "":
-        raise InputError("--explain: the text is empty")
+    prompt = as_ids(model, encode(tokenizer, args.prompt if args.explain is None else args.explain))
+    if not 0 < len(prompt) <= model.config.max_position_embeddings - 24:
+        raise InputError(f"the prompt is empty or too long: {len(prompt)} tokens")
     result = vars(args) | {"model": args.model or DEFAULT_MODEL, "torch": torch.__version__}
-    sides, versions = {}, {}  # of the table; the FFNs, to be timed in turns
+    versions = {}  # the FFNs before and after, measured in turns
     if args.experts is not None or describe(model.config.ffns) == "dense":
-        split, dense = check_conversion(model, args.experts, args.method, args.dense, args.k_act)
+        versions["dense"] = model.ffns
         calib = calibration_windows(model, tokenizer, args, window)
-        if args.explain is None:
-            sides["dense"] = measure(model, tokenizer, windows, prompt)
-            versions["dense"] = model.ffns
-        start = time.perf_counter()
-        if dense is None:
-            dense = choose_dense(model, calib, split, args.active or METHODS[args.method].active)
-        layer = layer_to_explain(args, set(range(model.config.num_layers)) - dense)
         bar = partial(tqdm, desc="converting", unit="layer")
-        convert(model, calib, split, args.method, dense, k_act=args.k_act, progress=bar)
-        result |= {"experts": str(split), "dense": format_layers(dense)}
-        result["calib_tokens"] = calib.numel()
+        start = time.perf_counter()
+        convert(model, calib, args.experts, args.method, args.dense, args.active, args.k_act,
+                progress=bar)  # fmt: skip
         result["conversion_seconds"] = time.perf_counter() - start
+        result["experts"] = args.experts or METHODS[args.method].experts
+        result["calib_tokens"] = calib.numel()
+        dense = [i for i, ffn in enumerate(model.config.ffns) if isinstance(ffn, int)]
+        result["dense"] = format_layers(dense)
     else:
         print("the model is an MoE already; --experts would split its experts", file=sys.stderr)
-        moes = {i for i, ffn in enumerate(model.config.ffns) if isinstance(ffn, MoESpec)}
-        layer = layer_to_explain(args, moes)
     if args.out:
         save_model(for_export(model), tokenizer, args.out, args.force)
     if args.explain is not None:
-        print(explain(model, tokenizer, args.explain, windows, layer))
+        moes = [i for i, ffn in enumerate(model.config.ffns) if isinstance(ffn, MoESpec)]
+        wanted = model.config.num_layers // 2 if args.layer is None else args.layer
+        layer = min(moes, key=lambda i: abs(i - wanted))  # or the next one, if it stays dense
+        print(explain(model, tokenizer, prompt, windows, layer))
         return
-    sides["moe"] = measure(model, tokenizer, windows, prompt)
-    versions["moe"] = model.ffns
+    versions["moe"], sides = model.ffns, {}
+    for side, ffns in versions.items():
+        model.ffns = ffns
+        sides[side] = measure(model, tokenizer, eval_ids, window, prompt)
     for side, (prefill, decode) in time_in_turns(model, windows.flatten(), versions).items():
         sides[side] |= {"prefill_ms": prefill, "decode_ms": decode}
     length = min(TIMED_TOKENS, windows.numel(), model.config.max_position_embeddings)
     result["table"] = final_table(sides, length, result.get("conversion_seconds"))
-    print("\n" + result["table"])
-    all_parameters = 3 * model.config.hidden_size * sum(map(neurons_of, model.config.ffns))
-    add_sides(result, sides, all_parameters)
+    print("\n" + result["table"] + (f"\n\nwrote {args.out}" if args.out else ""))
+    add_sides(result, sides, 3 * model.config.hidden_size * sum(map(neurons_of, model.config.ffns)))
     if args.json:
         write_json(Path(args.json), result)
-    if args.out:
-        print(f"\nwrote {args.out}")
 
 def final_table(sides: dict[str, dict], prefill: int, seconds: float | None) -> str:
-    """Perplexity, times and parameters of the sides, and their ratio; then what they say."""
+    """Perplexity, times and parameters of the sides, and their ratio; then how they continue."""
     rows = [
         ("perplexity", "perplexity", "{:.2f}"),
-        (f"prefill, up to {prefill:,} tokens", "prefill_ms", "{:,.0f} ms"),
+        (f"prefill, {prefill:,} tokens", "prefill_ms", "{:,.0f} ms"),
         ("decode, one token", "decode_ms", "{:.1f} ms"),
         ("layers with a dense FFN", "dense_layers", "{}"),
         ("active FFN parameters", "ffn_parameters", "{:,}"),
@@ -1018,7 +993,7 @@ def final_table(sides: dict[str, dict], prefill: int, seconds: float | None) -> 
         lines.append(f"{title:<28}" + "".join(f"{cell:>15}" for cell in cells))
     if seconds:
         lines.append(f"conversion: {seconds:.1f} seconds")
-    lines += ["", *(f"{side['name']}: {side['text']}" for side in sides.values())]
+    lines += ["", *(f"{side['name']}: {' '.join(side['text'].split())}" for side in sides.values())]
     return "\n".join(lines)
 
 def add_sides(result: dict, sides: dict[str, dict], all_ffn_parameters: int):

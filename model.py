@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import struct
@@ -1047,17 +1046,17 @@ def save_model(model: Decoder, tokenizer: Tokenizer, out: str | Path, force: boo
     """Write the model in safetensors of up to 5 GB (with an index, if there is more than one),
     config.json, tokenizer.json and the SMALL_FILES to the directory `out`, or nothing.
 
-    The files are written to a scratch directory first. An `out` that is new then appears by one
-    rename. Into one that exists they are moved one by one, after its old config.json is gone and
-    their own last: without it nothing loads.
+    The files are written to a scratch directory first. A new `out` appears by one rename. In one
+    that exists, config.json is deleted first and written last, so that a half-replaced checkpoint
+    does not load.
     """
     check_output(out, force)
     out = Path(out)
     new = not out.exists()
     home = out.parent if new else out
     home.mkdir(parents=True, exist_ok=True)
-    remove_stale(home, out)
-    scratch = home / scratch_name(out, os.getpid())
+    scratch = home / f".{out.name}.saving"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a save that was killed
     try:
         with refusing(f"could not write {out}"):
             scratch.mkdir()
@@ -1076,27 +1075,6 @@ def save_model(model: Decoder, tokenizer: Tokenizer, out: str | Path, force: boo
         for file in sorted(scratch.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, out / file.name)
         scratch.rmdir()
-
-def scratch_name(out: Path, process: int | str) -> str:
-    return f".{out.name}.saving-{platform.node()}-{process}"
-
-def remove_stale(home: Path, out: Path):
-    """Remove the scratch directories of saves that were killed. Their names tell the machine and
-    the process: where that runs no more, or is this one, no process uses the directory."""
-    start = scratch_name(out, "")
-    for old in [path for path in home.iterdir() if path.name.startswith(start)]:
-        process = old.name.removeprefix(start)
-        if process.isdigit() and (int(process) == os.getpid() or not is_running(int(process))):
-            shutil.rmtree(old, ignore_errors=True)
-
-def is_running(process: int) -> bool:
-    if os.name != "posix":
-        return True  # elsewhere there is no harmless signal to ask with
-    try:
-        os.kill(process, 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)
-    return True
 
 def write_files(model: Decoder, tokenizer: Tokenizer, out: Path):
     """The files of a checkpoint, written through to the disk."""

@@ -188,7 +188,7 @@ def test_results_remember_their_rows_and_their_origin(tmp_path, monkeypatch):
         bench.read_results(file, {"seed": 1})
     assert bench.describe_origin(done["rows"]).count("commit abc") == 1
     done["rows"][0]["origin"] = commit | {"clean": False}
-    assert "2 rows on" in bench.describe_origin(done["rows"])
+    assert "commit abc with changes" in bench.describe_origin(done["rows"])
     assert "with changes" in bench.describe_origin(done["rows"])
 
 def test_tables_are_put_between_their_markers():
@@ -208,13 +208,13 @@ def test_the_tables_of_the_readme_are_those_of_the_results():
 
 def test_all_commands_run_in_order(monkeypatch):
     seen = []
-    for name in ("quality", "speed", "finetune", "figures", "readme"):
+    for name in ("default", "quality", "speed", "finetune", "figures", "readme"):
         monkeypatch.setitem(bench.COMMANDS, name, seen.append)
     assert bench.main(["all", "--calib", "a", "--eval", "b", "--again"]) == 0
-    assert [args.command for args in seen] == [*bench.COMMANDS][:4] + ["readme"]
-    assert seen[0].eval == ["b", "manual"] and seen[2].eval == ["b"] and seen[2].again
+    assert [args.command for args in seen] == [*bench.COMMANDS][:5] + ["readme"]
+    assert seen[1].eval == ["b", "manual"] and seen[3].eval == ["b"] and seen[3].again
     assert bench.main(["all"]) == 0
-    assert len(set(seen[5].eval)) == len(seen[5].eval)  # `quality` refuses one text twice
+    assert len(set(seen[7].eval)) == len(seen[7].eval)  # `quality` refuses one text twice
 
 def arguments(command, checkpoint, text, file, **more) -> list[str]:
     argv = [command, "--model", str(checkpoint), "--calib", str(text), "--json", str(file)]

@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import LLAMA, TEXT
+from tokenizers import processors
 
 import ffn2moe
 from model import generate, load_model, perplexity
@@ -62,6 +64,26 @@ def test_the_main_job(method, experts, dense_layers, argv, checkpoint, tmp_path,
     assert second["moe_perplexity"] == result["moe_perplexity"]
     assert ffn2moe.main([*again, "--experts", "S1A1E2"]) == 0
     assert "MoE of MoEs" in capsys.readouterr().out
+    third = json.loads(table.read_text())
+    assert third["dense_perplexity"] == second["moe_perplexity"] != third["moe_perplexity"]
+
+def test_every_window_begins_with_the_token_that_begins_texts(argv, checkpoint, tmp_path):
+    tokenizer = ffn2moe.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    ids = tokenizer.encode(TEXT).ids
+    bos, eos = tokenizer.id_to_token(7), "<end>"
+    tokens = [(bos, 7), (eos, tokenizer.token_to_id(eos))]
+    template = f"{bos}:0 $A:0 {eos}:0"
+    tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=tokens)
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    assert ffn2moe.main([*argv, "--json", str(tmp_path / "t.json")]) == 0
+    model, _ = load_model(checkpoint)
+    losses = []
+    for start in range(0, 639 - 126, 127):  # 640 tokens, the first of which is the start
+        window = torch.tensor([[7, *ids[start : start + 127]]])
+        logits = model(window)[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, window[0, 1:]).item())
+    found = json.loads((tmp_path / "t.json").read_text())["dense_perplexity"]
+    assert found == pytest.approx(torch.tensor(losses).mean().exp().item(), rel=1e-5)
 
 def test_seed_picks_the_calibration_windows_and_all_text_is_evaluated(argv, tmp_path):
     found = []
@@ -84,9 +106,8 @@ def test_explain(argv, capsys):
     assert all(len(marks) == 7 and marks.count("#") == 2 for _, marks in rows)
     assert sum(line.startswith("expert ") for line in printed) == 7
     assert not any("perplexity" in line for line in printed)
-    for layer in ("0", "3", "-1"):
-        assert ffn2moe.main([*argv, layer]) == 2
-        assert f"layer {layer} is no MoE; these are: 1, 2" in capsys.readouterr().err
+    assert ffn2moe.main([*argv, "0"]) == 0  # which stays dense: the nearest MoE layer
+    assert capsys.readouterr().out.startswith("Layer 1: 2 of 7")
 
 def change_config(**change):
     def damage(path):
@@ -127,7 +148,7 @@ ARGUMENTS = [
     ("--calib {short}", "less than one window of 128"),
     ("--eval {short}", "less than one window of 128"),
     ("--eval {none}", "no.txt: No such file"),
-    ("--prompt=", "prompt is empty"),
+    ("--prompt=", "the prompt is empty"),
     ("--prompt \udcff", "cannot encode"),
     ("--calib-tokens 100", "--calib-tokens must be at least --window"),
     (f"--seed {2**64}", "--seed"),

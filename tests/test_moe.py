@@ -43,13 +43,14 @@ def test_experts_are_converted_on_their_own_tokens_or_if_few_on_all(tokens, even
         seen.append(inputs)
         return ffn2moe.joint_layer(ffn, inputs, Split(1, 3, 4))
 
-    ffn2moe.convert_ffn(layer, x, convert_layer)
+    split = ffn2moe.convert_ffn(layer, x, convert_layer)
     own = [x[[e in row for row in chosen.tolist()]] for e in range(6)]
     few = [len(rows) < 16 for rows in own]  # experts have 16 neurons
     assert any(few) == (tokens == 30) and not all(few)
     expected = [x if is_few else rows for rows, is_few in zip(own, few, strict=True)] + [x]
     assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
-    assert layer.spec.inner == Split(1, 3, 4) and torch.allclose(layer(x), before, atol=1e-4)
+    assert split.spec.inner == Split(1, 3, 4) and torch.allclose(split(x), before, atol=1e-4)
+    assert torch.equal(layer(x), before)  # the old layer is left as it was
 
 @pytest.mark.parametrize("method", ["joint", "paper"])
 def test_our_own_model_is_split_again(method, tmp_path, tokenizer, capsys):
