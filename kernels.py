@@ -45,7 +45,7 @@ SCRATCH_BYTES = 24 * 2**20  # glibc maps larger buffers anew each time, and page
 SETTINGS_LOCK = threading.RLock()  # held while a setting of the whole process is changed
 
 def widened(x: Tensor) -> Tensor:
-    """At least float32, so that sums are."""
+    """Convert to at least float32, for sums."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -83,7 +83,7 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 def swiglu(both: Tensor) -> Tensor:
-    """silu(gate) * up, of a product [T, 2m] that holds both and is not needed after -> [T, m]."""
+    """silu(gate) * up: both [T, 2m] is gate and up side by side, and may be overwritten -> [T, m]."""
     gate, up = both.chunk(2, dim=-1)
     if both.requires_grad or torch.compiler.is_compiling():
         return F.silu(gate) * up
@@ -93,7 +93,7 @@ def swiglu(both: Tensor) -> Tensor:
 
 @functools.cache
 def compiled_swiglu() -> Callable:
-    """`swiglu` in one pass over memory. Made when it is wanted: the import is slow."""
+    """`swiglu` in one pass over memory. Made on first use, because the import is slow."""
 
     def fused(both):
         gate, up = both.chunk(2, dim=-1)
@@ -117,7 +117,7 @@ def ffn(x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor | None = None) 
         return torch.cat([ffn(block, gate_up, down, w) for block, w in blocks]).view(x.shape)
     h = swiglu(linear(x, gate_up))  # [..., q]
     if weight is not None:
-        h = h * weight  # cheaper than after the product: an expert's q is smaller than D
+        h = h * weight  # usually cheaper than after the product, since q < D
     return linear(h, down)
 
 # ------------------------------------------------------------------------------- 1. The definition

@@ -3,10 +3,10 @@
     python train.py                                  convert SmolLM2; the dense model teaches it
     python train.py --model DIR [--teacher DENSE]    fine-tune the checkpoint in DIR
 
-Training on text mostly teaches the text, and helps a dense model too. So this order works best:
-fine-tune the dense model, convert it, and let it teach the result. The paper's gate scales and its
-balance are off by default. Balance costs perplexity (README), gate scales did not help on held-back
-text, and a Qwen2-MoE checkpoint has no place for them.
+Fine-tuning mostly adapts to the text, and helps a dense model too. So this order works best
+(README): fine-tune the dense model, convert it, and let it teach the result. The paper's gate
+scales and its balance are off by default: they did not help on held-back text, and a Qwen2-MoE
+checkpoint has no place for them.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def prepare(model: Decoder, settings: SimpleNamespace) -> list[dict]:
     return [{"params": loras, "lr": settings.rate}, {"params": scales, "lr": settings.scale_rate}]
 
 def merge(model: Decoder):
-    """Make an ordinary model again: W += scale B A."""
+    """Merge LoRA into the weights: W += scale B A."""
     model.eval()  # no dropout in the merged weights
     for module in list(model.modules()):
         for name in list(getattr(module, "parametrizations", ())):
@@ -161,7 +161,7 @@ def rate_factor(step: int, steps: int) -> float:
     return rise * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 def make_batches(model: Decoder, ids: Tensor, settings: SimpleNamespace) -> Tensor:
-    """-> [steps, batch, length]: all windows of the text in random order, then in another one."""
+    """-> [steps, batch, length]: windows in random order, anew each time the text runs out."""
     model.rope(0, settings.length)  # raises InputError if the model cannot run so many tokens
     windows = cut_windows(model, ids, settings.length)
     count = math.ceil(settings.samples / settings.batch) * settings.batch
