@@ -114,8 +114,8 @@ def representative_router(ffn: FFN, x: Tensor, bin_of: Tensor, split: Split) -> 
 @torch.enable_grad()
 def mlp_scores(x: Tensor, norms: Tensor, width: int = 128, epochs: int = 20) -> nn.Module:
     """MoEfication's learned router: a small MLP that predicts each expert's norm from the token;
-    its logarithm, because a few huge tokens would dominate the loss. x [T, D], norms [T, R] -> a module
-    [t, D] -> [t, R]."""
+    its logarithm, because a few huge tokens would dominate the loss.
+    x [T, D], norms [T, R] -> a module [t, D] -> [t, R]."""
     torch.manual_seed(0)
     x, target = x.float(), norms.clamp_min(1e-6 * norms.median()).log()
     target = (target - target.mean(dim=1, keepdim=True)) / target.std()
@@ -240,7 +240,7 @@ class Row:
         fields = ("name", "percent", "experts", "dense", "calib_windows", "texts", "seed")
         return {name: getattr(self, name) for name in fields}
 
-# Splits by percent of the FFN that runs. The joint rows leave some layers dense ("auto") and cut the
+# Splits by percent of the FFN that runs. Joint rows leave some layers dense ("auto") and cut the
 # others deeper, in slices for quality (E = 32) or for speed (16 and 8).
 PAPER = {87.5: "S4A3E8", 75: "S3A3E8", 62.5: "S3A2E8", 50: "S2A2E8", 37.5: "S2A1E8", 25: "S2A2E16"}
 JOINT = {87.5: "S10A10E32", 75: "S10A10E32", 62.5: "S8A8E32", 50: "S7A7E32", 37.5: "S5A5E32",
@@ -556,11 +556,14 @@ def measure_rows(args: argparse.Namespace, rows: list[Row], done: dict, file: Pa
 
 # -------------------------------------------------------------------- 4. Quality: tables and plots
 
+def by_name(done: dict) -> dict[tuple, dict]:
+    return {(row["key"]["name"], row["key"]["percent"]): row for row in done["rows"]}
+
 class Results:
     """The rows of a quality file by name and percent."""
 
     def __init__(self, done: dict):
-        self.rows = {(r["key"]["name"], r["key"]["percent"]): r for r in done["rows"]}
+        self.rows = by_name(done)
         self.text, *self.others = done["settings"]["eval"]
 
     def perplexity(self, name: str, percent: float, text: str | None = None, key="perplexity"):
@@ -695,24 +698,20 @@ def plot_quality(done: dict, file: Path):
 def plot_waterfall(done: dict, file: Path):
     """From the paper's method to ours at 50 %, one change at a time."""
     results = Results(done)
-    steps = [(change, results.perplexity(name, 50)) for change, name in WATERFALL]
-    steps = [(change, value) for change, value in steps if value]
-    figure = Figure(figsize=(6.4, 0.6 + 0.42 * max(1, len(steps))), layout="constrained")
-    ax, before = figure.subplots(), None
-    for i, (_, value) in enumerate(steps):
-        start = before if before else 1
-        worse = before is not None and value > before
-        colour = "#999999" if before is None else "#b03a2e" if worse else "#1f6fb4"
-        ax.barh(i, value - start, left=start, color=colour)
-        ax.text(max(value, start) * 1.03, i, f"{value:.1f}", va="center", fontsize=9)
-        before = value
-    ax.set_yticks(range(len(steps)), [change for change, _ in steps])
-    ax.invert_yaxis()
+    values = [results.perplexity(name, 50) for _, name in WATERFALL]
     dense = results.perplexity("dense", 100)
-    if dense and steps:
-        ax.axvline(dense, color="black", linewidth=0.8)
-        values = [value for _, value in steps]
-        ax.set(xscale="log", xlim=(dense * 0.9, max(values) * 1.4))
+    if None in (dense, *values):
+        return
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    ax = figure.subplots()
+    for i, (before, value) in enumerate(zip([dense, *values[:-1]], values, strict=True)):
+        colour = "#999999" if i == 0 else "#b03a2e" if value > before else "#1f6fb4"
+        ax.barh(i, value - before, left=before, color=colour)
+        ax.text(max(value, before) * 1.03, i, f"{value:.1f}", va="center", fontsize=9)
+    ax.set_yticks(range(len(values)), [change for change, _ in WATERFALL])
+    ax.invert_yaxis()
+    ax.axvline(dense, color="black", linewidth=0.8)
+    ax.set(xscale="log", xlim=(dense * 0.9, max(values) * 1.4))
     ax.set_xlabel(f"perplexity, {results.text}, half of the FFN active (line: dense)")
     figure.savefig(file, dpi=120)
 
@@ -1150,14 +1149,14 @@ def finetune_cell(rows: dict, name: str, percent: float) -> str:
 
 def finetune_table(done: dict) -> str:
     """The table of the README."""
-    rows = {(r["key"]["name"], r["key"]["percent"]): r for r in done["rows"]}
+    rows = by_name(done)
     lines = [["dense", *[finetune_cell(rows, "dense", 100)] * 3]]
     for name in MAIN:
         lines.append([name, *(finetune_cell(rows, name, percent) for percent in (75, 50, 25))])
     return markdown(["active FFN", "75 %", "50 %", "25 %"], lines)
 
 def finetune_tables(done: dict) -> str:
-    rows = {(r["key"]["name"], r["key"]["percent"]): r for r in done["rows"]}
+    rows = by_name(done)
     lines = []
     for (name, percent), row in rows.items():
         load = " → ".join(f"{value:.2f}" for value in row["imbalance"] if value)

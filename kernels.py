@@ -83,7 +83,7 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 def swiglu(both: Tensor) -> Tensor:
-    """silu(gate) * up: both [T, 2m] is gate and up side by side, and may be overwritten -> [T, m]."""
+    """silu(gate) * up: both [T, 2m] has gate and up side by side; overwritten -> [T, m]."""
     gate, up = both.chunk(2, dim=-1)
     if both.requires_grad or torch.compiler.is_compiling():
         return F.silu(gate) * up
