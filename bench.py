@@ -830,8 +830,9 @@ class SpeedRow:
     ideal: float  # neurons / active neurons
     of_ideal: float
     bound: float  # the speedup of the whole if FFNs were ideal
-    read_bound: float  # the same if a batch reads every expert that one of its tokens chose
-    gflops_per_token: float
+    read_bound: float  # the same if each expert that a token chose is read once: for few tokens
+    dense_gflops_per_token: float
+    moe_gflops_per_token: float
     dense_weight_bytes_per_token: int
     moe_weight_bytes_per_token: int
     peers_ms: dict  # the same by other means
@@ -851,13 +852,16 @@ def neurons_read(ffn: int | MoESpec, batch: int, chance: float = 1.0) -> float:
     expert = neurons_read(ffn.expert_spec(ffn.expert_size), batch, chance)
     return shared + ffn.num_experts * expert
 
+def tokens_at_once(row: dict) -> int:
+    return row["batch"] if row["what"] == "decode" else row["batch"] * row["tokens"]
+
 def make_row(times: dict, ffns: list, rest_ms: float, read: dict, **about) -> SpeedRow:
     """ffns: int or spec of each layer; rest_ms: time of a model without FFNs; read: bytes."""
     dense, moe = float(np.median(times["dense"])), float(np.median(times["MoE"]))
     low, middle, high = np.quantile(times["dense"] / times["MoE"], [0.25, 0.5, 0.75])
     neurons = sum(map(neurons_of, ffns))
     ideal = neurons / sum(map(active_neurons, ffns))
-    by_reading = neurons / sum(neurons_read(ffn, about["batch"]) for ffn in ffns)
+    by_reading = neurons / sum(neurons_read(ffn, tokens_at_once(about)) for ffn in ffns)
     bound = dense / (rest_ms + (dense - rest_ms) / ideal)
     read_bound = dense / (rest_ms + (dense - rest_ms) / by_reading)
     peers = {name: float(np.median(ms)) for name, ms in times.items() if name in PEERS}
@@ -903,8 +907,9 @@ def ffn_speed(
     times = faster(interleave(functions, device, turns))
     read = {"dense": size, "MoE": int(3 * D * active_neurons(spec)) * kind.itemsize}
     return make_row(
-        times, [spec], 0.0, read, what="ffn", shape=shape, tokens=tokens, batch=tokens,
-        dtype=dtype, experts=experts, device=device, gflops_per_token=6e-9 * D * width,
+        times, [spec], 0.0, read, what="ffn", shape=shape, tokens=tokens, batch=1,
+        dtype=dtype, experts=experts, device=device, dense_gflops_per_token=6e-9 * D * q,
+        moe_gflops_per_token=6e-9 * D * width,
     )  # fmt: skip
 
 def model_speed(models: dict[str, Decoder], what: str, ids: Tensor, turns: int) -> list[SpeedRow]:
@@ -944,7 +949,8 @@ def model_speed(models: dict[str, Decoder], what: str, ids: Tensor, turns: int) 
             models[name].config.ffns, float(np.median(times["bare"])) / steps, read, what=what,
             shape="smollm2-135m",
             tokens=half if what == "decode" else length, batch=batch, experts=name, device=device,
-            dtype=str(weight.dtype).removeprefix("torch."), gflops_per_token=2e-9 * used[name],
+            dtype=str(weight.dtype).removeprefix("torch."), moe_gflops_per_token=2e-9 * used[name],
+            dense_gflops_per_token=2e-9 * used["dense"],
         ))  # fmt: skip
     return rows
 
@@ -1012,13 +1018,16 @@ def speed_table(rows: list[SpeedRow]) -> str:
     for r in rows:
         cells = [workload(r), r.experts, str(r.dense_layers), milliseconds(r.dense_ms)]
         cells += [milliseconds(r.moe_ms), f"{r.speedup:.2f}x", f"{r.spread:.1%}"]
-        cells += [f"{r.ideal:.2f}x", f"{r.of_ideal:.1%}", f"{r.bound:.2f}x", f"{r.read_bound:.2f}x"]
-        cells.append(f"{r.gflops_per_token:.3f}")
+        cells += [f"{r.ideal:.2f}x", f"{r.of_ideal:.1%}", f"{r.bound:.2f}x"]
+        cells.append(f"{r.read_bound:.2f}x" if tokens_at_once(asdict(r)) <= 8 else "")
+        cells.append(f"{r.dense_gflops_per_token:.3f} → {r.moe_gflops_per_token:.3f}")
+        per_ms = 1e3 * tokens_at_once(asdict(r))
+        cells.append(f"{per_ms / r.dense_ms:,.0f} → {per_ms / r.moe_ms:,.0f}")
         cells += [f"{r.dense_ms / r.peers_ms[p]:.2f}x" if p in r.peers_ms else "" for p in PEERS]
         before, after = r.dense_weight_bytes_per_token, r.moe_weight_bytes_per_token
         lines.append([*cells, f"{before / 1e6:,.0f} → {after / 1e6:,.0f}"])
     head = ["", "split", "dense layers", "dense, ms", "MoE, ms", "speedup", "spread", "ideal"]
-    head += ["of ideal", "bound", "bound by reading", "GFLOP per token", *PEERS]
+    head += ["of ideal", "bound", "bound by reading", "GFLOP per token", "tokens/s", *PEERS]
     return markdown([*head, "weights read per token, MB"], lines)
 
 def speed_tables(rows: list[SpeedRow]) -> str:
