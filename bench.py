@@ -1322,7 +1322,8 @@ def readme_tables() -> dict[str, str]:
     """The tables of the README, by the names in its markers, from the files in results/."""
     tables = {}
     if (RESULTS / "default.json").exists():
-        tables["default"] = "```\n" + read_json(RESULTS / "default.json")["table"] + "\n```\n"
+        done = read_json(RESULTS / "default.json")
+        tables["default"] = f"```\n{done['table']}\n```\n\n{describe_origin([done])}"
     if (RESULTS / "quality.json").exists():
         done = read_json(RESULTS / "quality.json")
         results, measured = Results(done), describe_origin(done["rows"])
@@ -1351,7 +1352,9 @@ def readme(args: argparse.Namespace):
     file.write_text(text, encoding="utf-8")
 
 def default(args: argparse.Namespace):
-    ffn2moe.main(["--json", str(RESULTS / "default.json")])
+    file = RESULTS / "default.json"
+    if ffn2moe.main(["--json", str(file)]) == 0:
+        write_json(file, read_json(file) | {"origin": origin("cpu")})
 
 def everything(args: argparse.Namespace):
     """All measurements of the README, in order; rows that are done are not repeated."""
