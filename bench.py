@@ -1096,15 +1096,12 @@ def finetune_rows(samples: int) -> list[tuple[Row, dict]]:
     return rows
 
 def finetune(args: argparse.Namespace):
-    file = Path(args.json)
+    file, rows = Path(args.json), finetune_rows(args.samples)
     recipe = {name: getattr(args, name) for name in (*RECIPE, "seed")}
     settings = {"model": args.model or DEFAULT_MODEL, "dtype": args.dtype[0]}
     settings |= {"device": args.device, "text": Path(args.calib).stem}
     settings |= {"eval": Path(args.eval[0]).stem, "eval_tokens": args.eval_tokens, **recipe}
     done = read_results(file, settings)
-    rows = finetune_rows(args.samples)
-    if args.only:
-        rows = [(row, changes) for row, changes in rows if row.name in args.only]
     dense, tokenizer = load_model(args.model, args.dtype[0], args.device)
     ids = read_ids(dense, tokenizer, args.calib, "train")
     window = min(args.window, dense.config.max_position_embeddings)
@@ -1116,13 +1113,12 @@ def finetune(args: argparse.Namespace):
     calib = sample_rows(windows, len(windows), args.seed)
     measure = partial(perplexity, ids=eval_ids[: args.eval_tokens or None], window=window)
     teachers = {}  # the dense model after its own fine-tune, by the number of samples
-    for n, (row, changes) in enumerate(rows):
+    for row, changes in rows:
         key = row.key() | changes
-        if is_done(done, key, args.again, args.device):
+        if args.only and row.name not in args.only or is_done(done, key, args.again, args.device):
             continue
-        title = f"{n + 1}/{len(rows)} {row.name}, {row.percent:g} %"
-        row_settings = train.settings(**recipe | changes)
-        samples, teacher = row_settings.samples, None
+        row_settings, teacher = train.settings(**recipe | changes), None
+        samples = row_settings.samples
         if row.layer and row_settings.distill:
             if samples not in teachers:
                 teachers[samples] = copy.deepcopy(dense)
@@ -1130,23 +1126,32 @@ def finetune(args: argparse.Namespace):
                 train.finetune(teachers[samples], ids, own_settings)
             teacher = teachers[samples]
         model = copy.deepcopy(teacher or dense)
-        if row.layer:
-            convert_by_row(model, row, calib[: row.calib_windows], title)
-        result = {"key": key, "origin": origin(args.device), "before": measure(model)}
+        result = {"key": key} | finetune_row(model, row, row_settings, ids, calib, teacher, measure)
         result["active_ffn"] = active_share(model, active_parameters(dense)[0])
-        start = time.perf_counter()
-        log = train.finetune(model, ids, row_settings, teacher=teacher)
-        result |= {"seconds": time.perf_counter() - start, "after": measure(model)}
-        result["tokens"] = samples * row_settings.length
-        tenth = len(log["loss"]) // 10 + 1
-        for name in ("loss", "imbalance"):
-            result[name] = [float(np.mean(log[name][:tenth])), float(np.mean(log[name][-tenth:]))]
         if not row.layer:
             teachers[samples] = model
         add_row(file, done, result)
-        print(f"{title}: {result['before']:.2f} -> {result['after']:.2f}", flush=True)
+        print(f"{row.name}, {row.percent:g} %: {result['before']:.2f} -> {result['after']:.2f}")
     plot_tokens(done, file.with_suffix(".png"))
     publish(file, finetune_tables(done))
+
+def finetune_row(model, row: Row, settings, ids: Tensor, calib: Tensor, teacher, measure) -> dict:
+    """Convert the model as the row says and fine-tune it, both in place -> the result."""
+    if row.layer:
+        convert_by_row(model, row, calib[: row.calib_windows], row.name)
+    before, start = measure(model), time.perf_counter()
+    log = train.finetune(model, ids, settings, teacher=teacher)
+    seconds, tenth = time.perf_counter() - start, len(log["loss"]) // 10 + 1
+    result = {
+        "origin": origin(ids.device.type),
+        "before": before,
+        "after": measure(model),
+        "seconds": seconds,
+        "tokens": settings.samples * settings.length,
+    }
+    for name in ("loss", "imbalance"):  # at first and at last
+        result[name] = [float(np.mean(log[name][:tenth])), float(np.mean(log[name][-tenth:]))]
+    return result
 
 def finetune_cell(rows: dict, name: str, percent: float) -> str:
     """Perplexity before → after, in brackets over that of the equally fine-tuned dense model."""
