@@ -670,11 +670,14 @@ PLOTTED = {
     "oracle neurons": ("#6a9e5c", "^"),
 }
 
+PERPLEXITIES = [20, 30, 50, 100, 200, 500, 1000]  # on axes
+
 def plot_quality(done: dict, file: Path):
     """Perplexity on the first text: against the share of the FFN that runs, and against time."""
     results = Results(done)
-    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    has_times = any("prefill_ms" in row for row in done["rows"])
+    figure = Figure(figsize=(5 + 4.6 * has_times, 4.2), layout="constrained")
+    panels = figure.subplots(1, 1 + has_times, sharey=True, squeeze=False)[0]
     for ax, timed in zip(panels, (False, True)):
         for name, (colour, marker) in PLOTTED.items():
             points = []
@@ -689,9 +692,12 @@ def plot_quality(done: dict, file: Path):
         if dense:
             ax.axhline(dense, color="black", linewidth=0.8, label="dense")
         ax.set(yscale="log", xlabel="active FFN parameters / dense")
-        ax.grid(alpha=0.3, which="both")
+        ax.set_yticks(PERPLEXITIES, PERPLEXITIES)
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
     panels[0].set_ylabel(f"perplexity, {results.text}")
-    panels[1].set_xlabel("time of a prefill / dense")
+    if has_times:
+        panels[1].set_xlabel("time of a prefill / dense")
     panels[0].legend(fontsize=8)
     figure.savefig(file, dpi=120)
 
@@ -712,6 +718,9 @@ def plot_waterfall(done: dict, file: Path):
     ax.invert_yaxis()
     ax.axvline(dense, color="black", linewidth=0.8)
     ax.set(xscale="log", xlim=(dense * 0.9, max(values) * 1.4))
+    ticks = [tick for tick in PERPLEXITIES if dense * 0.9 < tick < max(values) * 1.4]
+    ax.set_xticks(ticks, ticks)
+    ax.minorticks_off()
     ax.set_xlabel(f"perplexity, {results.text}, half of the FFN active (line: dense)")
     figure.savefig(file, dpi=120)
 
