@@ -20,8 +20,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache, partial
 from itertools import cycle, product
 from pathlib import Path
 
@@ -44,7 +44,7 @@ from ffn2moe import representative_neurons, ridge_router, running_bins, sample_r
 from ffn2moe import unpredicted_energy
 from model import DEFAULT_MODEL, FFN, Decoder, InputError, MoE, MoESpec, Split, active_neurons
 from model import active_parameters, as_ids, check_writable, cut_windows, encode, load_model
-from model import make_ffn, neurons_of, perplexity, read_ids, read_json, run_command
+from model import make_ffn, neurons_of, perplexity, read_ids, read_json, run_command, spec_of
 from model import split_spec, write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -402,11 +402,11 @@ def read_results(file: Path, settings: dict) -> dict:
         raise InputError(f"{file} is of an older version: move it away")
     return done
 
-def is_done(done: dict, key: dict, again: bool, device: str) -> bool:
+def is_done(done: dict, key: dict, again: bool) -> bool:
     """Whether the results hold this row; with `again`, measured by this very code."""
     for row in done["rows"]:
         if row["key"] == key:
-            return not again or row["origin"]["commit"] == origin(device)["commit"]
+            return not again or row["origin"]["commit"] == origin("cpu")["commit"]
     return False
 
 def add_row(file: Path, done: dict, row: dict):
@@ -429,6 +429,26 @@ class Text:
     name: str
     windows: Tensor  # [N, T]
     dense: list[Tensor] = field(default_factory=list)  # last hidden states of the dense model
+
+def settings_of(args: argparse.Namespace, *more: str) -> dict:
+    """What must be equal for rows to stand in one file; these names of flags too."""
+    common = ("device", "seed", "eval_tokens", "window")
+    found = {name: getattr(args, name) for name in (*common, *more)}
+    found |= {"model": args.model or DEFAULT_MODEL, "dtype": args.dtype[0]}
+    found["calib"] = Path(args.calib).stem
+    return found | {"eval": [Path(text).stem for text in args.eval]}
+
+def read_texts(args: argparse.Namespace, model: Decoder, tokenizer) -> tuple[Tensor, dict]:
+    """Token ids to calibrate or train on [T], and those of each evaluation text, by its name."""
+    calib, texts = read_ids(model, tokenizer, args.calib, "train"), {}
+    for text in args.eval:
+        if text == HELD_BACK:
+            calib, texts[text] = hold_back(calib, args.window)
+        else:
+            texts[Path(text).stem] = read_ids(model, tokenizer, text, "test")
+    if len(texts) < len(args.eval):
+        raise InputError("two evaluation texts have the same name")
+    return calib, texts
 
 def hold_back(ids: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Token ids [T] -> those to calibrate on, and the last 8 windows. The 4 windows between are
@@ -496,9 +516,8 @@ def measure_row(model: Decoder, row: Row, calib: Tensor, texts: list[Text], titl
     }
     if row.layer and (row.name in MAIN or row.name.startswith("joint, E = ")):
         versions = {"dense": dense_ffns, "row": model.ffns}
-        times = ffn2moe.time_in_turns(model, texts[0].windows.flatten(), versions, turns)
-        for i, what in enumerate(("prefill", "decode")):
-            result[f"dense_{what}_ms"], result[f"{what}_ms"] = times["dense"][i], times["row"][i]
+        times = ffn2moe.model_times(model, versions, texts[0].windows.flatten(), turns)
+        result |= times["row"] | {f"dense_{what}": ms for what, ms in times["dense"].items()}
     result["texts"] = {}
     for text in texts if row.texts != "first" else texts[:1]:
         bar = partial(tqdm, desc=f"{title}: {text.name}", unit="window")
@@ -508,19 +527,13 @@ def measure_row(model: Decoder, row: Row, calib: Tensor, texts: list[Text], titl
 
 def quality(args: argparse.Namespace):
     rows, file = quality_rows(), Path(args.json)
-    names = [Path(text).stem for text in args.eval]
     if args.only and set(args.only) - {row.name for row in rows}:
         raise InputError(f"--only: no such row; there are {sorted({row.name for row in rows})}")
-    if len(set(names)) < len(names):
-        raise InputError("two evaluation texts have the same name")
-    settings = {"model": args.model or DEFAULT_MODEL, "dtype": args.dtype[0]}
-    settings |= {"device": args.device, "calib": Path(args.calib).stem, "eval": names}
-    settings |= {"seed": args.seed, "eval_tokens": args.eval_tokens, "window": args.window}
-    done = read_results(file, settings)
+    done = read_results(file, settings_of(args))
     rows = [row for row in rows if not args.only or row.name in args.only]
     if not args.whole:
         rows = [replace(row, texts=row.texts.replace("whole", "all")) for row in rows]
-    rows = [row for row in rows if not is_done(done, row.key(), args.again, args.device)]
+    rows = [row for row in rows if not is_done(done, row.key(), args.again)]
     if rows:
         measure_rows(args, rows, done, file)
     plot_quality(done, file.with_suffix(".png"))
@@ -530,16 +543,12 @@ def quality(args: argparse.Namespace):
 def measure_rows(args: argparse.Namespace, rows: list[Row], done: dict, file: Path):
     """Measure each row on a fresh model, and write the file after each."""
     model, tokenizer = load_model(args.model, args.dtype[0], args.device)
-    window = min(args.window, model.config.max_position_embeddings)
-    calib = read_ids(model, tokenizer, args.calib, "train")
-    if HELD_BACK in args.eval:
-        calib, held_back = hold_back(calib, window)
-    calib = cut_windows(model, calib, window)
-    texts = []
-    for name in args.eval:
-        ids = held_back if name == HELD_BACK else read_ids(model, tokenizer, name, "test")
-        text = Text(Path(name).stem, cut_windows(model, ids, window))
-        first = max(1, args.eval_tokens // window) if args.eval_tokens else len(text.windows)
+    calib, found = read_texts(args, model, tokenizer)
+    calib, texts = cut_windows(model, calib, args.window), []
+    for name, ids in found.items():
+        text = Text(name, cut_windows(model, ids, args.window))
+        first, size = len(text.windows), text.windows.shape[1]
+        first = max(1, args.eval_tokens // size) if args.eval_tokens else first
         for one in tqdm(text.windows[:first], desc=f"dense, {text.name}", unit="window"):
             with torch.no_grad():
                 text.dense.append(model.hidden_states(one[None])[0, :-1])
@@ -725,29 +734,6 @@ def plot_waterfall(done: dict, file: Path):
     figure.savefig(file, dpi=120)
 
 # ---------------------------------------------------------------------------------------- 5. Speed
-#
-# What is compared runs in turns, A B A B, so that what slows the machine down slows all of it.
-
-def interleave(functions: dict[str, Callable], device: str, turns: int) -> dict[str, np.ndarray]:
-    """Call the functions in turns, each for at least 20 ms -> milliseconds per call and turn."""
-
-    def run(function, calls=1):
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return 1e3 * (time.perf_counter() - start) / calls
-
-    calls = {}
-    for name, function in functions.items():
-        first = run(function)  # warm up
-        calls[name] = max(1, round(20 / (first if first > 1000 else run(function))))
-    times = {name: [] for name in functions}
-    for _ in range(turns):
-        for name, function in functions.items():
-            times[name].append(run(function, calls[name]))
-    return {name: np.array(ms) for name, ms in times.items()}
 
 def faster(times: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Where something was timed compiled too, the faster of the two, for dense and MoE alike."""
@@ -820,37 +806,6 @@ def transformers_layer(moe: MoE) -> nn.Module | None:
     })  # fmt: skip
     return layer
 
-@dataclass
-class SpeedRow:
-    """A workload and a split; times are medians in milliseconds."""
-
-    what: str  # ffn, prefill or decode
-    shape: str
-    tokens: int
-    batch: int
-    dtype: str
-    experts: str
-    dense_layers: int
-    device: str
-    dense_ms: float
-    moe_ms: float
-    speedup: float
-    spread: float  # of the speedup over turns: interquartile range / median
-    ideal: float  # neurons / active neurons
-    of_ideal: float
-    bound: float  # the speedup of the whole if FFNs were ideal
-    read_bound: float  # the same if each expert that a token chose is read once: for few tokens
-    dense_gflops_per_token: float
-    moe_gflops_per_token: float
-    dense_weight_bytes_per_token: int
-    moe_weight_bytes_per_token: int
-    peers_ms: dict  # the same by other means
-    origin: dict
-
-    def key(self) -> tuple:
-        return (self.what, self.shape, self.tokens, self.batch, self.dtype, self.experts,
-                self.dense_layers, self.origin["machine"])  # fmt: skip
-
 def neurons_read(ffn: int | MoESpec, batch: int, chance: float = 1.0) -> float:
     """The neurons whose weights a batch of B single tokens reads, on average: those of the shared
     expert, and of R (1 - (1 - A / R)^B) routed ones. chance: that a token comes to this FFN."""
@@ -861,196 +816,199 @@ def neurons_read(ffn: int | MoESpec, batch: int, chance: float = 1.0) -> float:
     expert = neurons_read(ffn.expert_spec(ffn.expert_size), batch, chance)
     return shared + ffn.num_experts * expert
 
-def tokens_at_once(row: dict) -> int:
-    return row["batch"] if row["what"] == "decode" else row["batch"] * row["tokens"]
+def speed_key(**about) -> dict:
+    """What a row is of: what (ffn, prefill or decode), shape, tokens, batch, experts, dense (layers
+    that stay so), dtype, device."""
+    names = (workload(about), about["experts"], about["dense"], about["device"])
+    return {"name": ", ".join(names), "percent": None, **about}
 
-def make_row(times: dict, ffns: list, rest_ms: float, read: dict, **about) -> SpeedRow:
-    """ffns: int or spec of each layer; rest_ms: time of a model without FFNs; read: bytes."""
+def workload(key: dict) -> str:
+    if key["what"] == "ffn":
+        tokens = "1 token" if key["tokens"] == 1 else f"{key['tokens']:,} tokens"
+        return f"FFN {key['shape']}, {tokens}, {key['dtype']}"
+    return f"SmolLM2 {key['what']}, batch {key['batch']}, {key['dtype']}"
+
+def speed_row(key: dict, times: dict, ffns: list, parameters: tuple, rest_ms=0.0) -> dict:
+    """Medians in milliseconds, and what to compare the speedup with.
+
+    times: milliseconds of each turn; ffns: int or spec of each layer; parameters: those that one
+    token uses in the dense model and in the MoE; rest_ms: the time of a model without FFNs.
+
+    spread      of the speedup over turns: interquartile range / median
+    ideal       neurons / neurons that run
+    bound       the speedup of the whole if its FFNs were ideal
+    read_bound  the same if each expert that a token of the batch chose is read once
+    """
     dense, moe = float(np.median(times["dense"])), float(np.median(times["MoE"]))
     low, middle, high = np.quantile(times["dense"] / times["MoE"], [0.25, 0.5, 0.75])
+    tokens = key["batch"] * (1 if key["what"] == "decode" else key["tokens"])
     neurons = sum(map(neurons_of, ffns))
     ideal = neurons / sum(map(active_neurons, ffns))
-    by_reading = neurons / sum(neurons_read(ffn, tokens_at_once(about)) for ffn in ffns)
-    bound = dense / (rest_ms + (dense - rest_ms) / ideal)
-    read_bound = dense / (rest_ms + (dense - rest_ms) / by_reading)
-    peers = {name: float(np.median(ms)) for name, ms in times.items() if name in PEERS}
-    return SpeedRow(
-        **about, dense_layers=sum(isinstance(ffn, int) for ffn in ffns), dense_ms=dense,
-        moe_ms=moe, speedup=dense / moe, spread=(high - low) / middle, ideal=ideal,
-        of_ideal=dense / moe / ideal, bound=bound, read_bound=read_bound,
-        dense_weight_bytes_per_token=read["dense"], moe_weight_bytes_per_token=read["MoE"],
-        peers_ms=peers, origin=origin(about["device"]),
-    )  # fmt: skip
+    by_reading = neurons / sum(neurons_read(ffn, tokens) for ffn in ffns)
+    return {
+        "key": key,
+        "origin": origin(key["device"]),
+        "tokens_at_once": tokens,
+        "dense_ms": dense,
+        "moe_ms": moe,
+        "speedup": dense / moe,
+        "spread": (high - low) / middle,
+        "ideal": ideal,
+        "bound": dense / (rest_ms + (dense - rest_ms) / ideal),
+        "read_bound": dense / (rest_ms + (dense - rest_ms) / by_reading),
+        "parameters": parameters,
+        "peers_ms": {name: float(np.median(ms)) for name, ms in times.items() if name in PEERS},
+    }
 
-def ffn_speed(
-    shape: str, tokens: int, experts: str, dtype: str, device: str, turns: int
-) -> SpeedRow:
-    """An FFN alone. For one token, as many copies as a large cache does not hold take turns, as the
-    layers of a model do."""
-    D, q = map(int, shape.split("x"))
-    kind, spec = getattr(torch, dtype), spec_from(experts, q)
-    size = 3 * D * q * kind.itemsize
-    num_copies = max(1, min(60, 2**28 // size)) if tokens == 1 else 1
-    x = torch.randn(tokens, D).to(device, kind)
+def ffn_speed(key: dict, turns: int) -> dict:
+    """An FFN alone -> a row. For one token, as many copies as a large cache does not hold take
+    turns, as the layers of a model do."""
+    D, q = map(int, key["shape"].split("x"))
+    dtype, spec = getattr(torch, key["dtype"]), spec_from(key["experts"], q)
+    tokens, device = key["tokens"], key["device"]
+    num_copies = max(1, min(60, 2**28 // (3 * D * q * dtype.itemsize))) if tokens == 1 else 1
+    x = torch.randn(tokens, D).to(device, dtype)
     width = round(active_neurons(spec))
-    layers = {"dense": q, "MoE": spec, "static": width}
     calls = {}
-    for name, of in layers.items():
-        calls[name] = [partial(random_ffn(D, of, kind, device), x) for _ in range(num_copies)]
+    for name, of in {"dense": q, "MoE": spec, "static": width}.items():
+        calls[name] = [partial(random_ffn(D, of, dtype, device), x) for _ in range(num_copies)]
     ffns, moes = ([call.func for call in calls[name]] for name in ("dense", "MoE"))
+    can_compile = tokens == 1 and kernels.can_compile(device) and not spec.inner
+    if can_compile:
+        torch.compiler.reset()
+        compiled = torch.compile(lambda layer: layer())
+        for name in list(calls):
+            calls[f"{name}, compiled"] = [partial(compiled, call) for call in calls[name]]
     calls["plain"] = [partial(plain_ffn, ffn, x) for ffn in ffns]
     if not spec.inner:
-        if spec.expert_size * kind.itemsize % 16 == 0:  # what grouped_mm can do
+        if spec.expert_size * dtype.itemsize % 16 == 0:  # what grouped_mm can do
             calls["grouped_mm"] = [partial(moe_by_grouped_mm, moe, x) for moe in moes]
         if transformers_layer(moes[0]):
             peers = [transformers_layer(moe) for moe in moes]
             calls["transformers"] = [partial(peer, x[None]) for peer in peers]
-    if tokens == 1 and kernels.can_compile(device) and not spec.inner:
-        torch.compiler.reset()
-        compiled = torch.compile(lambda layer: layer())
-        for name in layers:
-            calls[f"{name}, compiled"] = [partial(compiled, call) for call in calls[name]]
-            calls[f"{name}, compiled"][0]()  # the first takes as long as compiling does
     turn = {name: cycle(copies) for name, copies in calls.items()}
     functions = {name: lambda name=name: next(turn[name])() for name in calls}
-    times = faster(interleave(functions, device, turns))
-    read = {"dense": size, "MoE": int(3 * D * active_neurons(spec)) * kind.itemsize}
-    return make_row(
-        times, [spec], 0.0, read, what="ffn", shape=shape, tokens=tokens, batch=1,
-        dtype=dtype, experts=experts, device=device, dense_gflops_per_token=6e-9 * D * q,
-        moe_gflops_per_token=6e-9 * D * width,
-    )  # fmt: skip
+    times = faster(ffn2moe.time_in_turns(functions, turns, device))
+    return speed_row(key, times, [spec], (3 * D * q, 3 * D * width))
 
-def model_speed(models: dict[str, Decoder], what: str, ids: Tensor, turns: int) -> list[SpeedRow]:
-    """The default model on ids [B, T], a row for each split. prefill: to the logits of the last
-    token; decode: a token at a time with a KV cache, the second half of ids after the first."""
-    weight, (batch, length) = models["dense"].embed_tokens.weight, ids.shape
-    half, device = length // 2, str(ids.device)
+@lru_cache(maxsize=1)
+def model_versions(dtype: str, device: str, experts: str, dense: str):
+    """The default model, its FFNs as they were, converted, and left out, and a text [T]."""
+    model, tokenizer = load_model(None, dtype, device)
+    versions = {"dense": model.ffns, "bare": [nn.Identity() for _ in model.layers]}
+    ffn2moe.convert(model, read_ids(model, tokenizer, "manual", "train")[:2048], experts, dense=dense)
+    versions["MoE"] = model.ffns
+    return model, versions, read_ids(model, tokenizer, "manual", "test")
 
-    def prefill(model):
-        return model.logits(model.hidden_states(ids)[:, -1])
+DECODED = 32  # tokens of a sequence
 
-    def decode(model, kv_cache, compiled=False):
-        model.compiled = compiled
-        for t in range(half, 2 * half):
-            model(ids[:, t : t + 1], kv_cache, t)
-
-    bare = copy.deepcopy(models["dense"])  # without FFNs: what no conversion can make faster
-    bare.ffns = [nn.Identity() for _ in bare.layers]
-    functions = {}
-    for name, model in {**models, "bare": bare}.items():
-        functions[name] = partial(prefill, model)
-        if what == "decode":
-            kv_cache = model.new_cache(batch, 2 * half)
-            model(ids[:, :half], kv_cache)
-            functions[name] = partial(decode, model, kv_cache)
+def model_speed(key: dict, turns: int) -> dict:
+    """The default model -> a row. prefill: to the logits of the last token; decode: the last
+    DECODED tokens, one at a time with a KV cache."""
+    batch, device, names = key["batch"], key["device"], ("dtype", "device", "experts", "dense")
+    model, versions, text = model_versions(*(key[name] for name in names))
+    ids = text[: batch * key["tokens"]].view(batch, -1)
+    functions, parameters, steps = {}, {}, 1
+    for name, ffns in versions.items():
+        if name != "bare":
+            model.ffns = ffns
+            parameters[name] = active_parameters(model)[1]
+        functions[name] = partial(ffn2moe.prefill, model, ffns, ids)
+        if key["what"] == "decode":
+            steps = min(DECODED, ids.shape[1])
+            decode = partial(ffn2moe.decode, model, ffns, ids, model.new_cache(*ids.shape),
+                             ids.shape[1] - steps)  # fmt: skip
+            functions[name] = decode
             if batch <= kernels.FEW_TOKENS and kernels.can_compile(device):
-                functions[f"{name}, compiled"] = partial(decode, model, kv_cache, True)
-                decode(model, kv_cache, True)  # the first takes as long as compiling does
-    times = faster(interleave(functions, device, turns))
-    steps = half if what == "decode" else 1
-    used = {name: active_parameters(model)[1] for name, model in models.items()}
-    rows = []
-    for name in [name for name in models if name != "dense"]:
-        read = {"dense": used["dense"] * weight.itemsize, "MoE": used[name] * weight.itemsize}
-        rows.append(make_row(
-            {"dense": times["dense"] / steps, "MoE": times[name] / steps},
-            models[name].config.ffns, float(np.median(times["bare"])) / steps, read, what=what,
-            shape="smollm2-135m",
-            tokens=half if what == "decode" else length, batch=batch, experts=name, device=device,
-            dtype=str(weight.dtype).removeprefix("torch."), moe_gflops_per_token=2e-9 * used[name],
-            dense_gflops_per_token=2e-9 * used["dense"],
-        ))  # fmt: skip
-    return rows
+                functions[f"{name}, compiled"] = partial(decode, compiled=True)
+    times = faster(ffn2moe.time_in_turns(functions, turns, device))
+    times = {name: ms / steps for name, ms in times.items()}
+    pair, rest_ms = (parameters["dense"], parameters["MoE"]), float(np.median(times["bare"]))
+    return speed_row(key, times, list(map(spec_of, versions["MoE"])), pair, rest_ms)
+
+def speed_keys(args: argparse.Namespace) -> list[dict]:
+    """All workloads."""
+    keys = []
+    for dtype, shape in product(args.dtype, args.shape):
+        about = {"shape": shape, "dtype": dtype, "device": args.device}
+        if shape == "smollm2-135m":
+            for experts, batch in product(args.experts, args.batch):
+                for what, tokens in (("prefill", 2048 // batch), ("decode", 128)):
+                    more = {"what": what, "tokens": tokens, "batch": batch, "experts": experts}
+                    keys.append(speed_key(**about, **more, dense=args.dense))
+            continue
+        two_levels = ["S2A4E8+S3A3E8"] * (shape == "2048x8192")
+        for tokens, experts in product(args.tokens, args.experts + two_levels):
+            slices = Split.parse(experts.partition("+")[0]).total
+            if int(shape.split("x")[1]) % slices == 0:
+                more = {"what": "ffn", "tokens": tokens, "batch": 1, "experts": experts}
+                keys.append(speed_key(**about, **more, dense="none"))
+    return keys
 
 @torch.no_grad()
 def speed(args: argparse.Namespace):
-    file, rows = Path(args.json), {}
-    for found in read_json(file) if file.exists() else []:  # of another machine, say
-        row = SpeedRow(**found)
-        rows[row.key()] = row
-
-    def add(row):
-        rows[row.key()] = row
-        print(speed_table([row]).splitlines()[-1], flush=True)
-        write_json(file, [asdict(row) for row in rows.values()])
-
+    file, keys = Path(args.json), speed_keys(args)
+    done = read_results(file, {})
     torch.manual_seed(0)
-    for dtype in args.dtype:
-        for shape, tokens, experts in product(args.shape, args.tokens, args.experts):
-            if shape == "smollm2-135m":
-                continue
-            if int(shape.split("x")[1]) % Split.parse(experts).total == 0:
-                add(ffn_speed(shape, tokens, experts, dtype, args.device, args.turns))
-            if shape == "2048x8192" and tokens > 1 and experts == args.experts[0]:
-                add(ffn_speed(shape, tokens, "S2A4E8+S3A3E8", dtype, args.device, args.turns))
-        if "smollm2-135m" not in args.shape:
-            continue
-        models = {"dense": load_model(None, dtype, args.device)[0]}
-        for experts in args.experts:
-            model, tokenizer = load_model(None, dtype, args.device)
-            ids = read_ids(model, tokenizer, "manual", "train")[:2048]
-            models[experts] = ffn2moe.convert(model, ids, experts, dense=args.dense)
-        text = read_ids(model, tokenizer, "manual", "test")
-        for batch, (what, length) in product(args.batch, (("prefill", 2048), ("decode", 256))):
-            ids = text[: batch * length].view(batch, length)
-            for row in model_speed(models, what, ids, args.turns):
-                add(row)
-    plot_speed(list(rows.values()), file.with_suffix(".png"))
-    publish(file, speed_tables(list(rows.values())))
+    for key in keys:
+        if not is_done(done, key, args.again):
+            measure = ffn_speed if key["what"] == "ffn" else model_speed
+            row = measure(key, args.turns)
+            add_row(file, done, row)
+            print(speed_table([row]).splitlines()[-1], flush=True)
+    order = {key["name"]: i for i, key in enumerate(keys)}
+    done["rows"].sort(key=lambda row: order.get(row["key"]["name"], len(order)))
+    plot_speed(done["rows"], file.with_suffix(".png"))
+    publish(file, speed_tables(done["rows"]))
 
 def milliseconds(ms: float) -> str:
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
 
-def workload(row: SpeedRow) -> str:
-    tokens = "1 token" if row.tokens == 1 else f"{row.tokens:,} tokens"
-    if row.what == "ffn":
-        return f"FFN {row.shape}, {tokens}, {row.dtype}"
-    return f"SmolLM2 {row.what}, batch {row.batch}, {row.dtype}"
-
-def speed_overview(rows: list[SpeedRow]) -> str:
+def speed_overview(rows: list[dict]) -> str:
     """The table of the README: a line for each workload, a column for each split."""
     columns, lines = {}, {}
     for row in rows:
-        if "+" not in row.experts:
-            columns[row.experts] = row.experts
-            cell = f"{row.speedup:.2f}x of {row.ideal if row.what == 'ffn' else row.bound:.2f}x"
-            lines.setdefault(workload(row), {})[row.experts] = cell
+        split = row["key"]["experts"]
+        if "+" not in split:  # one level
+            columns[split] = split
+            cell = f"{row['speedup']:.2f}x of {row['bound']:.2f}x"
+            lines.setdefault(workload(row["key"]), {})[split] = cell
     table = []
     for name, cells in lines.items():
         table.append([name, *(cells.get(column, "") for column in columns)])
     return markdown(["speedup of ideal", *columns], table)
 
-def speed_table(rows: list[SpeedRow]) -> str:
+def speed_table(rows: list[dict]) -> str:
     """All rows. Peers are given as speedups over dense too."""
     lines = []
     for r in rows:
-        cells = [workload(r), r.experts, str(r.dense_layers), milliseconds(r.dense_ms)]
-        cells += [milliseconds(r.moe_ms), f"{r.speedup:.2f}x", f"{r.spread:.1%}"]
-        cells += [f"{r.ideal:.2f}x", f"{r.of_ideal:.1%}", f"{r.bound:.2f}x"]
-        cells.append(f"{r.read_bound:.2f}x" if tokens_at_once(asdict(r)) <= 8 else "")
-        cells.append(f"{r.dense_gflops_per_token:.3f} → {r.moe_gflops_per_token:.3f}")
-        per_ms = 1e3 * tokens_at_once(asdict(r))
-        cells.append(f"{per_ms / r.dense_ms:,.0f} → {per_ms / r.moe_ms:,.0f}")
-        cells += [f"{r.dense_ms / r.peers_ms[p]:.2f}x" if p in r.peers_ms else "" for p in PEERS]
-        before, after = r.dense_weight_bytes_per_token, r.moe_weight_bytes_per_token
-        lines.append([*cells, f"{before / 1e6:,.0f} → {after / 1e6:,.0f}"])
+        key, dense, moe, tokens = r["key"], r["dense_ms"], r["moe_ms"], r["tokens_at_once"]
+        cells = [workload(key), key["experts"], key["dense"], milliseconds(dense)]
+        cells += [milliseconds(moe), f"{r['speedup']:.2f}x", f"{r['spread']:.1%}"]
+        cells += [f"{r['ideal']:.2f}x", f"{r['speedup'] / r['ideal']:.1%}", f"{r['bound']:.2f}x"]
+        cells.append(f"{r['read_bound']:.2f}x" if tokens <= kernels.FEW_TOKENS else "")
+        before, after = r["parameters"]
+        cells.append(f"{2e-9 * before:.3f} → {2e-9 * after:.3f}")
+        cells.append(f"{1e3 * tokens / dense:,.0f} → {1e3 * tokens / moe:,.0f}")
+        cells += [f"{dense / r['peers_ms'][p]:.2f}x" if p in r["peers_ms"] else "" for p in PEERS]
+        lines.append(cells)
     head = ["", "split", "dense layers", "dense, ms", "MoE, ms", "speedup", "spread", "ideal"]
     head += ["of ideal", "bound", "bound by reading", "GFLOP per token", "tokens/s", *PEERS]
-    return markdown([*head, "weights read per token, MB"], lines)
+    return markdown(head, lines)
 
-def speed_tables(rows: list[SpeedRow]) -> str:
-    origins = describe_origin([{"origin": row.origin} for row in rows])
+def speed_tables(rows: list[dict]) -> str:
+    origins = describe_origin(rows)
     return f"# Speed\n\n{origins}\n{speed_overview(rows)}\n## All rows\n\n{speed_table(rows)}"
 
-def plot_speed(rows: list[SpeedRow], file: Path):
+def plot_speed(rows: list[dict], file: Path):
     """Speedup against the active share of the FFN: FFNs alone, and the whole model."""
     figure = Figure(figsize=(10.4, 4.2), layout="constrained")
     for ax, whole in zip(figure.subplots(1, 2), (False, True)):
         series = {}
         for row in rows:
-            if (row.what != "ffn") == whole:
-                series.setdefault(workload(row), []).append((1 / row.ideal, row.speedup))
+            if (row["key"]["what"] != "ffn") == whole:
+                points = series.setdefault(workload(row["key"]), [])
+                points.append((1 / row["ideal"], row["speedup"]))
         for i, (name, points) in enumerate(series.items()):
             ax.plot(*zip(*points), "osD^v<>p"[i % 8], label=name, markersize=5)
         share = np.linspace(0.2, 1, 100)
@@ -1107,24 +1065,17 @@ def finetune_rows(samples: int) -> list[tuple[Row, dict]]:
 def finetune(args: argparse.Namespace):
     file, rows = Path(args.json), finetune_rows(args.samples)
     recipe = {name: getattr(args, name) for name in (*RECIPE, "seed")}
-    settings = {"model": args.model or DEFAULT_MODEL, "dtype": args.dtype[0]}
-    settings |= {"device": args.device, "text": Path(args.calib).stem}
-    settings |= {"eval": Path(args.eval[0]).stem, "eval_tokens": args.eval_tokens, **recipe}
-    done = read_results(file, settings)
+    done = read_results(file, settings_of(args, *RECIPE))
     dense, tokenizer = load_model(args.model, args.dtype[0], args.device)
-    ids = read_ids(dense, tokenizer, args.calib, "train")
-    window = min(args.window, dense.config.max_position_embeddings)
-    if args.eval[0] == HELD_BACK:
-        ids, eval_ids = hold_back(ids, window)
-    else:
-        eval_ids = read_ids(dense, tokenizer, args.eval[0], "test")
-    windows = cut_windows(dense, ids, window)
+    ids, texts = read_texts(args, dense, tokenizer)
+    eval_ids = next(iter(texts.values()))[: args.eval_tokens or None]
+    windows = cut_windows(dense, ids, args.window)
     calib = sample_rows(windows, len(windows), args.seed)
-    measure = partial(perplexity, ids=eval_ids[: args.eval_tokens or None], window=window)
+    measure = partial(perplexity, ids=eval_ids, window=args.window)
     teachers = {}  # the dense model after its own fine-tune, by the number of samples
     for row, changes in rows:
         key = row.key() | changes
-        if args.only and row.name not in args.only or is_done(done, key, args.again, args.device):
+        if args.only and row.name not in args.only or is_done(done, key, args.again):
             continue
         row_settings, teacher = train.settings(**recipe | changes), None
         samples = row_settings.samples
@@ -1205,7 +1156,7 @@ def plot_tokens(done: dict, file: Path):
             ax.plot(*zip(*sorted(points)), "o-", color=colour, label=method)
     ax.axvline(4.2e6, color="#999999", linewidth=0.8, linestyle="--")
     ax.set(xscale="log", yscale="log", xlabel="training tokens (dashed: the paper's 4.2 M)")
-    ax.set_ylabel(f"perplexity, {done['settings']['eval']}")
+    ax.set_ylabel(f"perplexity, {done['settings']['eval'][0]}")
     ax.grid(alpha=0.3, which="both")
     if ax.lines[1:]:
         ax.legend(fontsize=8)
@@ -1273,14 +1224,16 @@ def plot_words(model: Decoder, tokenizer, shown: Tensor, words: list[list[str]],
 
 def balanced_load(moe: MoE, x: Tensor, steps: int = 400) -> tuple[Tensor, Tensor]:
     """The share of the tokens x [T, D] of each routed expert, before and after the paper's adaptive
-    bias: after each step, b_e moves by a constant against experts above the mean. -> [R], [R]."""
-    p = kernels.widened(moe.scores(x)).softmax(dim=-1)
-    step, bias, loads = 0.02 * p.std(), torch.zeros(p.shape[1]), []
-    for _ in range(steps):
-        chosen = (p + bias).topk(moe.spec.active, dim=-1).indices
-        loads.append(chosen.flatten().bincount(minlength=p.shape[1]) / len(x))
-        bias -= step * (loads[-1] - loads[-1].mean()).sign()
-    return loads[0], loads[-1]
+    bias (`train.balance`): [R], [R]."""
+    bias, loads = moe.router_bias.clone(), []
+    for count in (0, steps):
+        for _ in range(count):
+            moe.last_input = x
+            train.balance([moe], 0.02)
+        chosen, _ = moe.route(x)
+        loads.append(chosen.flatten().bincount(minlength=len(bias)) / len(x))
+    moe.router_bias.copy_(bias)
+    return tuple(loads)
 
 def plot_load(loads: dict[int, tuple[Tensor, Tensor]], even: float, file: Path):
     """The load of routed experts over an even share, as in the paper's Figure 5."""
@@ -1301,9 +1254,9 @@ def figures(args: argparse.Namespace):
     out, split = Path(args.out), Split.parse(args.experts[0])
     check_writable(out / "x.png")
     model, tokenizer = load_model(args.model, args.dtype[0], args.device)
-    window = min(args.window, model.config.max_position_embeddings)
-    calib = cut_windows(model, read_ids(model, tokenizer, args.calib, "train"), window)
-    test = cut_windows(model, read_ids(model, tokenizer, args.eval[0], "test"), window)
+    calib, texts = read_texts(args, model, tokenizer)
+    calib = cut_windows(model, calib, args.window)
+    test = cut_windows(model, next(iter(texts.values())), args.window)
     if not {args.layer, *args.layers} <= set(range(len(model.layers))):
         raise InputError(f"--layer and --layers: the model has {len(model.layers)}")
     out.mkdir(parents=True, exist_ok=True)
@@ -1318,7 +1271,7 @@ def figures(args: argparse.Namespace):
         if i == args.layer:
             plot_partition(ffn, x, split, out / "partition.png")
         moe = joint_layer(ffn, x, split)
-        loads[i] = balanced_load(moe, sample_rows(x, SAMPLE_TOKENS))
+        loads[i] = balanced_load(moe, sample_rows(x, 2048))
         return moe
 
     windows, bar = sample_rows(calib, 32), partial(tqdm, desc="converting", unit="layer")
@@ -1345,8 +1298,8 @@ def readme_tables() -> dict[str, str]:
         tables["grid"] = grid_table(results)
         tables["seeds"] = seeds_table(results)
     if (RESULTS / "speed.json").exists():
-        rows = [SpeedRow(**row) for row in read_json(RESULTS / "speed.json")]
-        tables["speed"] = speed_overview(rows) + "\n" + describe_origin([asdict(r) for r in rows])
+        rows = read_json(RESULTS / "speed.json")["rows"]
+        tables["speed"] = f"{speed_overview(rows)}\n{describe_origin(rows)}"
     if (RESULTS / "finetune.json").exists():
         done = read_json(RESULTS / "finetune.json")
         tables["finetune"] = f"{finetune_table(done)}\n{describe_origin(done['rows'])}"
@@ -1378,7 +1331,7 @@ def everything(args: argparse.Namespace):
     jobs = [
         ["default"],
         ["quality", *texts, *second, *common, "--whole", "--json", str(RESULTS / "quality.json")],
-        ["speed", "--turns", "9", "--json", str(RESULTS / "speed.json")],
+        ["speed", "--turns", "5", *common, "--json", str(RESULTS / "speed.json")],
         ["finetune", *texts, *common, "--json", str(RESULTS / "finetune.json")],
         ["figures", *texts, *common],
         ["readme"],

@@ -43,9 +43,8 @@ from tqdm import tqdm
 # isort: off
 from kernels import SETTINGS_LOCK, swiglu
 from model import DEFAULT_MODEL, FFN, Decoder, InputError, MoE, MoESpec, Split, active_parameters
-from model import as_ids, check_output, check_writable, cut_windows, encode, for_export, generate
-from model import load_model, native_raw, neurons_of, perplexity, read_ids, run_command
-from model import save_model, spec_of, split_spec, write_json
+from model import as_ids, check_output, check_writable, cut_windows, encode, generate, load_model
+from model import perplexity, read_ids, run_command, save_model, spec_of, split_spec, write_json
 
 # Settings of the joint method, chosen by perplexity on training text held back from calibration
 SAMPLE_TOKENS = 8192  # for partition and router; the refit uses all calibration tokens
@@ -714,7 +713,6 @@ def convert(
     split, dense = check_conversion(model, experts, method, dense, k_act)
     calib_ids = as_ids(model, calib_ids)
     if calib_ids.dim() == 1:
-        window = min(window, model.config.max_position_embeddings)
         calib_ids = cut_windows(model, calib_ids, window)
     if not calib_ids.numel():
         raise InputError("there are no calibration tokens")
@@ -729,7 +727,6 @@ def convert(
 
     replace_ffns(model, calib_ids, replacement, dense, progress)
     model.config.ffns = [spec_of(layer.mlp) for layer in model.layers]
-    model.config.raw = native_raw(model.config)
     return model
 
 # ------------------------------------------------- 8. Explain: the words that each expert runs for
@@ -805,40 +802,66 @@ def explain(
 
 # --------------------------------------------------------------------------------- 9. Command line
 
-TIMED_TOKENS, TIMED_STEPS = 2048, 16  # of a prefill, and decoded one at a time
+def time_in_turns(functions: dict[str, Callable], turns: int, device: str) -> dict[str, np.ndarray]:
+    """Milliseconds per call, of each turn. The functions are called in turns A B A B, so that what
+    slows the machine slows all of them; in each turn for at least 20 ms."""
+
+    def run(function: Callable, calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start) / calls
+
+    calls = {}
+    for name, function in functions.items():
+        first = run(function, 1)  # it may compile, and map memory
+        calls[name] = max(1, round(20 / (first if first > 1000 else run(function, 1))))
+    times = {name: [] for name in functions}
+    for _ in range(turns):
+        for name, function in functions.items():
+            times[name].append(run(function, calls[name]))
+    return {name: np.array(ms) for name, ms in times.items()}
 
 @torch.no_grad()
-def time_in_turns(
-    model: Decoder, ids: Tensor, versions: dict[str, list[nn.Module]], turns: int = 3
-) -> dict[str, tuple[float, float]]:
-    """Milliseconds of a prefill of at most TIMED_TOKENS of ids [T], and of one token at its end.
+def prefill(model: Decoder, ffns: list[nn.Module], ids: Tensor):
+    """One pass over ids [B, T] with these FFNs, to the logits of the last token."""
+    model.ffns = ffns
+    model.logits(model.hidden_states(ids)[:, -1])
 
-    versions: the FFNs of all layers, by name. They are timed in turns A B A B, so that what slows
-    the machine slows all of them; the result is the median. Without torch.compile.
-    """
+@torch.no_grad()
+def decode(model: Decoder, ffns: list[nn.Module], ids: Tensor, cache: list, start: int,
+           compiled=False):  # fmt: skip
+    """One token of ids [B, T] at a time with these FFNs; `start` tokens are in the cache."""
+    model.ffns, model.compiled = ffns, compiled
+    for t in range(start, ids.shape[1]):
+        model(ids[:, t : t + 1], cache, t)
+
+TIMED_TOKENS, TIMED_STEPS = 2048, 16  # of a prefill, and decoded at its end
+
+def model_times(
+    model: Decoder, versions: dict[str, list[nn.Module]], ids: Tensor, turns: int = 3
+) -> dict[str, dict[str, float]]:
+    """For each version of all FFNs, the milliseconds of a prefill of at most TIMED_TOKENS of ids
+    [T], and of one token at its end. Medians, without torch.compile."""
     ids = ids[: min(TIMED_TOKENS, model.config.max_position_embeddings)][None]
-    steps = range(max(0, ids.shape[1] - TIMED_STEPS), ids.shape[1])  # the last tokens once more
-    cache, ffns_now = model.new_cache(1, ids.shape[1]), model.ffns
-    times = {name: [] for name in versions}
-
-    def clock() -> float:
-        if ids.is_cuda:
-            torch.cuda.synchronize()
-        return 1e3 * time.perf_counter()
-
-    warm_ups = int(ids.is_cuda)  # the first run on a GPU compiles kernels
-    for turn in range(turns + warm_ups):
-        for name, ffns in versions.items():
-            model.ffns = ffns
-            start = clock()
-            model.logits(model.hidden_states(ids, cache)[:, -1])
-            middle = clock()
-            for t in steps:
-                model(ids[:, t : t + 1], cache, t)
-            if turn >= warm_ups:
-                times[name].append((middle - start, (clock() - middle) / len(steps)))
-    model.ffns = ffns_now
-    return {name: tuple(np.median(times[name], axis=0).tolist()) for name in versions}
+    device, start = ids.device.type, max(0, ids.shape[1] - TIMED_STEPS)
+    cache, steps = model.new_cache(1, ids.shape[1]), ids.shape[1] - start
+    prefills = {name: partial(prefill, model, ffns, ids) for name, ffns in versions.items()}
+    decodes = {}
+    for name, ffns in versions.items():
+        decodes[name] = partial(decode, model, ffns, ids, cache, start)
+    ffns_now = model.ffns
+    prefill_ms = time_in_turns(prefills, turns, device)
+    decode_ms = time_in_turns(decodes, turns, device)
+    model.ffns, times = ffns_now, {}
+    for name in versions:
+        times[name] = {
+            "prefill_ms": float(np.median(prefill_ms[name])),
+            "decode_ms": float(np.median(decode_ms[name])) / steps,
+        }
+    return times
 
 def describe(ffns: list[int | MoESpec]) -> str:
     """In a word or two, what the FFNs of a model are."""
@@ -897,12 +920,10 @@ def check_args(args: argparse.Namespace):
     if args.calib == args.eval and Path(args.calib).exists():
         print("warning: calibrating and evaluating on the same file", file=sys.stderr)
 
-def calibration_windows(
-    model: Decoder, tokenizer: Tokenizer, args: argparse.Namespace, window: int
-) -> Tensor:
+def calibration_windows(model: Decoder, tokenizer: Tokenizer, args: argparse.Namespace) -> Tensor:
     """Random windows of the calibration text, as many as the method and the model need."""
-    windows = cut_windows(model, read_ids(model, tokenizer, args.calib, "train"), window)
-    needed = 0
+    windows = cut_windows(model, read_ids(model, tokenizer, args.calib, "train"), args.window)
+    window, needed = windows.shape[1], 0
     if args.method == "joint":
         needed = TOKENS_PER_NEURON * model.config.intermediate_size
     tokens = args.calib_tokens or max(METHODS[args.method].calib_tokens, needed + window)
@@ -930,9 +951,8 @@ def run(args: argparse.Namespace):
     check_args(args)
     # Everything is read and checked before the long work starts.
     model, tokenizer = load_model(args.model, args.dtype, args.device)
-    window = min(args.window, model.config.max_position_embeddings)
     eval_ids = read_ids(model, tokenizer, args.eval, "test")[: args.eval_tokens or None]
-    windows = cut_windows(model, eval_ids, window)
+    windows = cut_windows(model, eval_ids, args.window)
     prompt = as_ids(model, encode(tokenizer, args.prompt if args.explain is None else args.explain))
     if not 0 < len(prompt) <= model.config.max_position_embeddings - 24:
         raise InputError(f"the prompt is empty or too long: {len(prompt)} tokens")
@@ -940,7 +960,7 @@ def run(args: argparse.Namespace):
     versions = {}  # the FFNs before and after, measured in turns
     if args.experts is not None or describe(model.config.ffns) == "dense":
         versions["dense"] = model.ffns
-        calib = calibration_windows(model, tokenizer, args, window)
+        calib = calibration_windows(model, tokenizer, args)
         bar = partial(tqdm, desc="converting", unit="layer")
         start = time.perf_counter()
         convert(model, calib, args.experts, args.method, args.dense, args.active, args.k_act,
@@ -953,7 +973,7 @@ def run(args: argparse.Namespace):
     else:
         print("the model is an MoE already; --experts would split its experts", file=sys.stderr)
     if args.out:
-        save_model(for_export(model), tokenizer, args.out, args.force)
+        save_model(model, tokenizer, args.out, args.force)
     if args.explain is not None:
         moes = [i for i, ffn in enumerate(model.config.ffns) if isinstance(ffn, MoESpec)]
         wanted = model.config.num_layers // 2 if args.layer is None else args.layer
@@ -963,21 +983,21 @@ def run(args: argparse.Namespace):
     versions["moe"], sides = model.ffns, {}
     for side, ffns in versions.items():
         model.ffns = ffns
-        sides[side] = measure(model, tokenizer, eval_ids, window, prompt)
-    for side, (prefill, decode) in time_in_turns(model, windows.flatten(), versions).items():
-        sides[side] |= {"prefill_ms": prefill, "decode_ms": decode}
+        sides[side] = measure(model, tokenizer, eval_ids, args.window, prompt)
+    for side, times in model_times(model, versions, windows.flatten()).items():
+        sides[side] |= times
     length = min(TIMED_TOKENS, windows.numel(), model.config.max_position_embeddings)
     result["table"] = final_table(sides, length, result.get("conversion_seconds"))
     print("\n" + result["table"] + (f"\n\nwrote {args.out}" if args.out else ""))
-    add_sides(result, sides, 3 * model.config.hidden_size * sum(map(neurons_of, model.config.ffns)))
+    add_sides(result, sides)
     if args.json:
         write_json(Path(args.json), result)
 
-def final_table(sides: dict[str, dict], prefill: int, seconds: float | None) -> str:
+def final_table(sides: dict[str, dict], length: int, seconds: float | None) -> str:
     """Perplexity, times and parameters of the sides, and their ratio; then how they continue."""
     rows = [
         ("perplexity", "perplexity", "{:.2f}"),
-        (f"prefill, {prefill:,} tokens", "prefill_ms", "{:,.0f} ms"),
+        (f"prefill, {length:,} tokens", "prefill_ms", "{:,.0f} ms"),
         ("decode, one token", "decode_ms", "{:.1f} ms"),
         ("layers with a dense FFN", "dense_layers", "{}"),
         ("active FFN parameters", "ffn_parameters", "{:,}"),
@@ -996,18 +1016,15 @@ def final_table(sides: dict[str, dict], prefill: int, seconds: float | None) -> 
     lines += ["", *(f"{side['name']}: {' '.join(side['text'].split())}" for side in sides.values())]
     return "\n".join(lines)
 
-def add_sides(result: dict, sides: dict[str, dict], all_ffn_parameters: int):
-    """Add the table to what --json writes; dense_... is None if nothing was converted."""
-    dense, moe = sides.get("dense"), sides["moe"]
-    for key in ("perplexity", "prefill_ms", "decode_ms"):
-        result[f"dense_{key}"] = dense[key] if dense else None
-        result[f"moe_{key}"] = moe[key] if math.isfinite(moe[key]) else None  # not in JSON
-    for key in ("prefill", "decode"):
-        result[f"{key}_speedup"] = dense[f"{key}_ms"] / moe[f"{key}_ms"] if dense else None
-    for key in ("ffn_parameters", "parameters"):
-        result[f"dense_{key}"] = dense[key] if dense else None
-        result[f"active_{key}"] = moe[key]  # the router included
-    result["active_ffn_fraction"] = moe["ffn_parameters"] / all_ffn_parameters
+def add_sides(result: dict, sides: dict[str, dict]):
+    """Add the numbers of the table to what --json writes: dense_perplexity, moe_prefill_ms, ..."""
+    for side, values in sides.items():
+        for key, value in values.items():
+            number = isinstance(value, str) or math.isfinite(value)
+            result[f"{side}_{key}"] = value if number else None  # JSON has no infinity
+    if "dense" in sides:
+        for what in ("prefill", "decode"):
+            result[f"{what}_speedup"] = result[f"dense_{what}_ms"] / result[f"moe_{what}_ms"]
 
 def main(argv: list[str] | None = None) -> int:
     return run_command("ffn2moe", lambda: run(parse_args(argv)))

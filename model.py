@@ -4,7 +4,7 @@
    Qwen2-MoE and Qwen3-MoE apart. `MoESpec`: one MoE layer in numbers.
 2. The decoder: RoPE, grouped-query attention, the SwiGLU FFN, dense (`FFN`) or sparse (`MoE`).
 3. `generate` with a KV cache, and `perplexity`.
-4. Checkpoints: `load_model`, `for_export`, `save_model`.
+4. Checkpoints: `load_model`, `export`, `save_model`.
 5. GGUF files; the default model is one.
 6. Text to calibrate and to evaluate on.
 
@@ -230,7 +230,7 @@ class Config:
     eos_ids: list[int]  # of config.json and of generation_config.json
     bos_id: int | None  # what the tokenizer puts before a text; set by load_model
     ffns: list[int | MoESpec]  # of each layer
-    raw: dict  # the config.json this was read from, written back by save_model
+    raw: dict  # the config.json of the model that it was at first
     files: dict[str, bytes]  # the SMALL_FILES beside it, written back too
 
 # What the absence of a key means in transformers. A null means something else: no window, as many
@@ -282,8 +282,12 @@ def parse_config(raw: dict) -> Config:
     """Read a Hugging Face config.json, or our own. Raises InputError for what this decoder would
     run wrongly, by name."""
     require(isinstance(raw, dict), "config.json does not hold a JSON object")
-    native = raw.get("model_type") == "ffn2moe"  # the first model's, and what its FFNs are now
-    kind = str(raw.get("base_model_type" if native else "model_type"))
+    ffns = None
+    if raw.get("model_type") == "ffn2moe":  # our own form: the first model's, and its FFNs now
+        ffns = setting(raw, "ffns", list)
+        raw = {key: value for key, value in raw.items() if key != "ffns"}
+        raw["model_type"] = raw.pop("base_model_type", None)
+    kind = str(raw.get("model_type"))
     known = ", ".join(DEFAULTS)
     require(kind in DEFAULTS, f"model_type is {kind!r}, and only {known} are implemented")
     full = DEFAULTS[kind] | {"num_experts": raw.get("num_local_experts")} | raw  # Mixtral's name
@@ -316,7 +320,7 @@ def parse_config(raw: dict) -> Config:
         qk_norm=kind in ("qwen3", "qwen3_moe"),
         eos_ids=parse_eos(full),
         bos_id=None,
-        ffns=parse_ffns("ffn2moe" if native else kind, get),
+        ffns=parse_ffns(kind, get) if ffns is None else list(map(spec_from_json, ffns)),
         raw=raw,
         files={},
     )
@@ -366,9 +370,7 @@ def parse_rope(raw: dict, rope: dict) -> tuple[float, dict]:
     return theta, {"rope_type": kind, **numbers}
 
 def parse_ffns(kind: str, get: Callable) -> list[int | MoESpec]:
-    """The FFN of each layer, of our own form (listed in `ffns`) or of a Hugging Face model."""
-    if kind == "ffn2moe":
-        return [spec_from_json(entry) for entry in get("ffns", list)]
+    """The FFN of each layer of a Hugging Face model."""
     num_layers, dense = get("num_hidden_layers", int), get("intermediate_size", int)
     if kind not in ("mixtral", "qwen2_moe", "qwen3_moe"):
         return [dense] * num_layers
@@ -696,10 +698,11 @@ def read_ids(model: Decoder, tokenizer: Tokenizer, source: str, split: str) -> T
 def cut_windows(model: Decoder, ids: Tensor | list[int], window: int) -> Tensor:
     """Token ids [T] -> windows that do not overlap, [N, window]; the rest of the text is dropped.
 
-    Every window begins with config.bos_id, if there is one, as every text does in training.
-    Raises InputError if the text does not fill one window.
+    A window is at most as long as the model can run. Every one begins with config.bos_id, if there
+    is one, as every text does in training. Raises InputError if the text does not fill one window.
     """
     ids, bos = as_ids(model, ids), model.config.bos_id
+    window = min(window, model.config.max_position_embeddings)
     size = window if bos is None else window - 1  # tokens of text in each
     if bos is not None and len(ids) and ids[0] == bos:
         ids = ids[1:]
@@ -750,7 +753,7 @@ def perplexity(model: Decoder, ids: Tensor | list[int], window: int,
         for part, target in zip(x.split(256), one[1:].split(256), strict=True):
             # All logits at once would be large.
             total += F.cross_entropy(model.logits(part).float(), target, reduction="sum").item()
-        count += window - 1
+        count += len(one) - 1
     return float(np.exp(total / count))  # inf rather than an exception, for a broken model
 
 def used_parameters(ffn: FFN | MoE) -> int:
@@ -953,28 +956,16 @@ def standard_name(name: str, kind: str) -> str:
             name = name.replace(f".{ours}.", f".{theirs}.")
     return name if name.startswith("lm_head.") else f"model.{name}"
 
-def base_raw(c: Config) -> dict:
-    """The config.json of the model that it was at first."""
-    raw = {key: value for key, value in c.raw.items() if key not in ("base_model_type", "ffns")}
-    return {**raw, "model_type": c.raw.get("base_model_type", c.raw["model_type"])}
-
-def native_raw(c: Config) -> dict:
-    """The config.json of our own form: that of the first model, and what its FFNs are now."""
-    raw, ffns = base_raw(c), [spec_to_json(ffn) for ffn in c.ffns]
-    return {**raw, "model_type": "ffn2moe", "base_model_type": raw["model_type"], "ffns": ffns}
-
-def for_export(model: Decoder) -> Decoder:
-    """The model in a form that other engines run, if there is one: as the first model, if nothing
-    was converted, or as a Qwen2-MoE (which shares the weights that need no change). Else it is in
-    our own form, and a line on stderr says why."""
-    c = model.config
-    routers = [w for name, w in model.named_parameters() if re.search("router_(scale|bias)$", name)]
-    trained = any(weight.any() for weight in routers)
-    if not trained and parse_config(base_raw(c)).ffns == c.ffns:
-        c.raw = base_raw(c)
-        return model
+def export(model: Decoder) -> tuple[dict, dict[str, Tensor]]:
+    """config.json and the parameters to save, in a form that other engines run, if there is one:
+    as the first model, if nothing was converted, or as a Qwen2-MoE. Else they are in our own form,
+    and a line on stderr says why."""
+    c, state = model.config, model.state_dict()
+    standard = {n: w for n, w in state.items() if not n.endswith(("router_scale", "router_bias"))}
+    trained = any(weight.any() for name, weight in state.items() if name not in standard)
+    if not trained and parse_config(c.raw).ffns == c.ffns:
+        return c.raw, standard
     moes = [ffn for ffn in c.ffns if isinstance(ffn, MoESpec)]
-    why = None
     if any(moe.router == "neurons" for moe in moes):
         why = "the paper's router is not a linear one (that of --method joint is)"
     elif trained:
@@ -983,20 +974,27 @@ def for_export(model: Decoder) -> Decoder:
         why = "it is a mixture in two levels, or was no dense model at first"
     elif c.qk_norm or c.o_bias or c.head_dim * c.num_heads != c.hidden_size:
         why = "its attention is not Qwen2's"
-    if why is None:
-        return as_qwen2_moe(model, moes[0])
+    else:
+        return as_qwen2_moe(c, moes[0], standard)
     note = "this model has no Qwen2-MoE form, which other engines run, only our own"
     print(f"note: {note}: {why}", file=sys.stderr)
-    c.raw = native_raw(c)
-    return model
+    about = {"model_type": "ffn2moe", "base_model_type": c.raw["model_type"]}
+    return {**c.raw, **about, "ffns": list(map(spec_to_json, c.ffns))}, state
 
-def as_qwen2_moe(model: Decoder, spec: MoESpec) -> Decoder:
+def as_qwen2_moe(c: Config, spec: MoESpec, state: dict[str, Tensor]) -> tuple[dict, dict]:
     """Our routers and experts are Qwen2-MoE's already. What it has besides: biases of q, k and v,
     0 here if there are none; and a gate on the shared expert, which with weights of 0 is
     sigmoid(0) = 1/2, so that the shared W_down is stored twice as large."""
-    c = model.config
-    dense = [i for i, ffn in enumerate(c.ffns) if isinstance(ffn, int)]
-    eos = c.eos_ids[0] if len(c.eos_ids) == 1 else c.eos_ids or None
+    for i, ffn in enumerate(c.ffns):
+        heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
+        for part, count in heads.items():
+            zeros = state["norm.weight"].new_zeros(count * c.head_dim)
+            state.setdefault(f"layers.{i}.self_attn.{part}_proj.bias", zeros)
+        if isinstance(ffn, MoESpec):
+            gate = state["norm.weight"].new_zeros(1, c.hidden_size)
+            state[f"layers.{i}.mlp.shared_expert_gate"] = gate
+            down = f"layers.{i}.mlp.shared_expert.down_proj"
+            state[down] = 2 * state[down]
     raw = {
         "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "hidden_act": "silu",
         "vocab_size": c.vocab_size, "hidden_size": c.hidden_size, "num_hidden_layers": c.num_layers,
@@ -1005,23 +1003,14 @@ def as_qwen2_moe(model: Decoder, spec: MoESpec) -> Decoder:
         "max_position_embeddings": c.max_position_embeddings, "use_sliding_window": False,
         "rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling or None, "qkv_bias": True,
         "tie_word_embeddings": c.tie_word_embeddings, "num_experts": spec.num_experts,
-        "num_experts_per_tok": spec.active, "norm_topk_prob": True, "mlp_only_layers": dense,
+        "num_experts_per_tok": spec.active, "norm_topk_prob": True,
+        "mlp_only_layers": [i for i, ffn in enumerate(c.ffns) if isinstance(ffn, int)],
         "moe_intermediate_size": spec.expert_size,
-        "shared_expert_intermediate_size": spec.shared_size, "eos_token_id": eos,
+        "shared_expert_intermediate_size": spec.shared_size,
+        "eos_token_id": c.eos_ids[0] if len(c.eos_ids) == 1 else c.eos_ids or None,
         "bos_token_id": c.raw.get("bos_token_id"), "pad_token_id": c.raw.get("pad_token_id"),
     }  # fmt: skip
-    raw = {key: value for key, value in raw.items() if value is not None}
-    with torch.device("meta"):
-        standard = Decoder(replace(parse_config(raw), files=c.files, bos_id=c.bos_id))
-    ours, state = model.state_dict(), {}
-    for name, parameter in standard.state_dict().items():
-        state[name] = ours.get(name)
-        if state[name] is None:
-            state[name] = torch.zeros(parameter.shape).to(model.embed_tokens.weight)
-        if name.endswith("shared_expert.down_proj"):
-            state[name] = 2 * state[name]
-    standard.load_state_dict(state, assign=True)
-    return standard.eval().requires_grad_(False)
+    return {key: value for key, value in raw.items() if value is not None}, state
 
 def check_writable(path: str | Path, is_kind: Callable[[Path], bool] = Path.is_file):
     """Refuse a file (or directory: Path.is_dir) that could not be written, before any work."""
@@ -1077,16 +1066,14 @@ def save_model(model: Decoder, tokenizer: Tokenizer, out: str | Path, force: boo
 
 def write_files(model: Decoder, tokenizer: Tokenizer, out: Path):
     """The files of a checkpoint, written through to the disk."""
-    shards, room, kind = [{}], SHARD_BYTES, model.config.raw["model_type"]
-    for ours, parameter in model.state_dict().items():
-        if ours.endswith(("router_scale", "router_bias")) and kind != "ffn2moe":
-            continue  # no other model has them, and here they are 0
+    (raw, state), shards, room = export(model), [{}], SHARD_BYTES
+    for ours, parameter in state.items():
         for name, tensor in checkpoint_parts(ours, parameter).items():
             if shards[-1] and tensor.nbytes > room:
                 shards.append({})
                 room = SHARD_BYTES
             room -= tensor.nbytes
-            shards[-1][standard_name(name, kind)] = tensor
+            shards[-1][standard_name(name, raw["model_type"])] = tensor
     files = ["model.safetensors"]
     if len(shards) > 1:
         files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
@@ -1099,9 +1086,8 @@ def write_files(model: Decoder, tokenizer: Tokenizer, out: Path):
     for file, content in model.config.files.items():
         (out / file).write_bytes(content)
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    raw = {**model.config.raw, "torch_dtype": dtype}
-    raw.pop("dtype", None)  # the newer name of the same
-    write_json(out / "config.json", raw)
+    raw = {key: value for key, value in raw.items() if key != "dtype"}  # newer name of the next
+    write_json(out / "config.json", raw | {"torch_dtype": dtype})
     tokenizer.save(str(out / "tokenizer.json"))
     for file in out.iterdir():
         with open(file, "rb+") as f:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 # isort: off
 from ffn2moe import METHODS, convert, sample_rows
 from model import Decoder, InputError, Linear, MoE, check_output, check_writable, cut_windows
-from model import first_line, for_export, load_model, perplexity, read_ids, run_command
+from model import first_line, load_model, perplexity, read_ids, run_command
 from model import save_model, write_json
 
 SETTINGS = {  # each is a flag of the command line: name -> (default, help)
@@ -302,21 +302,20 @@ def run(args: argparse.Namespace):
     teacher = load_model(args.teacher, args.dtype, args.device)[0] if args.teacher else None
     if teacher and teacher.config.vocab_size != model.config.vocab_size:
         raise InputError("--teacher has another vocabulary than the model")
-    window = min(2048, model.config.max_position_embeddings)
     ids = read_ids(model, tokenizer, args.text, "train")
     eval_ids = read_ids(model, tokenizer, args.eval, "test")[: args.eval_tokens or None]
     make_batches(model, ids, chosen)  # refuses bad input before the long work
-    measure = partial(perplexity, ids=eval_ids, window=window, progress=tqdm)
+    measure = partial(perplexity, ids=eval_ids, window=2048, progress=tqdm)
     result = {}
     if args.model is None:
         result["dense"] = measure(model)
         teacher = teacher or copy.deepcopy(model)
-        num_windows = METHODS["joint"].calib_tokens // window
-        calib = sample_rows(cut_windows(model, ids, window), num_windows, chosen.seed)
+        windows = cut_windows(model, ids, 2048)
+        num_windows = METHODS["joint"].calib_tokens // windows.shape[1]
+        calib = sample_rows(windows, num_windows, chosen.seed)
         convert(model, calib, progress=partial(tqdm, desc="converting", unit="layer"))
     result["before"] = measure(model)
     log = finetune(model, ids, chosen, state_file, args.save_every, args.resume, teacher)
-    model = for_export(model)
     save_model(model, tokenizer, args.out, args.force)
     state_file.unlink(missing_ok=True)
     result["after"] = measure(model)

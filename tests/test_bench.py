@@ -177,13 +177,13 @@ def test_results_remember_their_rows_and_their_origin(tmp_path, monkeypatch):
     done = bench.read_results(file, settings)
     for name, percent, text in (("a", 50, 1), ("b", 50, 2), ("a", 75, 3), ("a", 50, 4)):
         key = {"name": name, "percent": percent, "text": text}
-        assert not bench.is_done(done, key, False, "cpu")
+        assert not bench.is_done(done, key, False)
         bench.add_row(file, done, {"key": key, "origin": commit})
     done = bench.read_results(file, settings)
     assert [row["key"]["text"] for row in done["rows"]] == [2, 3, 4]  # 1 was defined otherwise
-    assert bench.is_done(done, key, False, "cpu") and bench.is_done(done, key, True, "cpu")
+    assert bench.is_done(done, key, False) and bench.is_done(done, key, True)
     monkeypatch.setattr(bench, "origin", lambda device: commit | {"commit": "def"})
-    assert bench.is_done(done, key, False, "cpu") and not bench.is_done(done, key, True, "cpu")
+    assert bench.is_done(done, key, False) and not bench.is_done(done, key, True)
     with pytest.raises(ValueError, match="other settings"):
         bench.read_results(file, {"seed": 1})
     assert bench.describe_origin(done["rows"]).count("commit abc") == 1
@@ -331,50 +331,44 @@ def test_speed_rows(tmp_path, monkeypatch):
     file = tmp_path / "speed.json"
     argv = ["speed", "--shape", "16x64", "--tokens", "1", "30", "--experts", "S3A3E8", "S2A2E16"]
     argv += ["--dtype", "float32", "--turns", "2", "--device", "cpu", "--json", str(file)]
-    for _ in range(2):  # rows of the same workload are replaced
-        assert bench.main(argv) == 0
-        rows = [bench.SpeedRow(**row) for row in json.loads(file.read_text())]
-        assert len(rows) == 4
+    assert bench.main(argv) == 0
+    content, rows = file.read_text(), json.loads(file.read_text())["rows"]
+    assert bench.main(argv) == 0 and file.read_text() == content  # nothing is measured again
     workloads = itertools.product((1, 30), ("S3A3E8", "S2A2E16"))
     for row, (tokens, experts) in zip(rows, workloads, strict=True):
-        about = (row.what, row.shape, row.tokens, row.batch, row.experts, row.dtype, row.device)
-        assert about == ("ffn", "16x64", tokens, 1, experts, "float32", "cpu")
-        assert row.ideal == pytest.approx({"S3A3E8": 8 / 6, "S2A2E16": 4}[experts])
-        assert row.bound == pytest.approx(row.ideal) and row.spread >= 0
-        assert tokens > 1 or row.read_bound == pytest.approx(row.ideal)
-        assert row.speedup == pytest.approx(row.dense_ms / row.moe_ms)
-        assert row.of_ideal == pytest.approx(row.speedup / row.ideal)
-        assert row.dense_weight_bytes_per_token == 3 * 16 * 64 * 4
-        assert row.moe_weight_bytes_per_token == int(3 * 16 * 64 * 4 / row.ideal)
-        assert {"static", "plain"} <= row.peers_ms.keys() and row.origin["machine"]
-        assert f"{row.speedup:.2f}x of {row.ideal:.2f}x" in bench.readme_tables()["speed"]
+        about = {"what": "ffn", "shape": "16x64", "tokens": tokens, "batch": 1, "device": "cpu"}
+        about |= {"experts": experts, "dtype": "float32"}
+        assert about.items() <= row["key"].items() and row["tokens_at_once"] == tokens
+        assert row["ideal"] == pytest.approx({"S3A3E8": 8 / 6, "S2A2E16": 4}[experts])
+        assert row["bound"] == pytest.approx(row["ideal"]) and row["spread"] >= 0
+        assert tokens > 1 or row["read_bound"] == pytest.approx(row["ideal"])
+        assert row["speedup"] == pytest.approx(row["dense_ms"] / row["moe_ms"])
+        assert row["parameters"] == [3 * 16 * 64, int(3 * 16 * 64 / row["ideal"])]
+        assert {"static", "plain"} <= row["peers_ms"].keys() and row["origin"]["machine"]
+        assert f"{row['speedup']:.2f}x of {row['ideal']:.2f}x" in bench.readme_tables()["speed"]
     assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
-    row = bench.ffn_speed("16x256", 4, "S2A4E8+S3A3E8", "float32", "cpu", turns=1)
-    assert row.ideal == pytest.approx(1 / (6 / 8 * 6 / 8)) and "static" in row.peers_ms
+    key = rows[0]["key"] | {"shape": "16x256", "tokens": 4, "experts": "S2A4E8+S3A3E8"}
+    row = bench.ffn_speed(key, turns=1)
+    assert row["ideal"] == pytest.approx(1 / (6 / 8 * 6 / 8)) and "static" in row["peers_ms"]
 
 def test_speed_of_the_whole_model(tokenizer, tmp_path, monkeypatch):
     raw = LLAMA | {"max_position_embeddings": 2048}
     tiny = write_checkpoint(tmp_path / "long", random_model(raw), tokenizer, raw)
     monkeypatch.setattr("kernels.can_compile", lambda device: False)
     monkeypatch.setattr(bench, "load_model", lambda _, *more: load_model(tiny, *more))
-    argv = ["speed", "--shape", "smollm2-135m", "--experts", "S2A2E8", "--batch", "1"]
+    argv = ["speed", "--shape", "smollm2-135m", "--experts", "S2A2E8", "--batch", "1", "2"]
     argv += ["--dtype", "float32", "--turns", "1", "--device", "cpu", "--dense", "1"]
     assert bench.main([*argv, "--json", str(tmp_path / "speed.json")]) == 0
-    rows = json.loads((tmp_path / "speed.json").read_text())
-    assert [(row["what"], row["tokens"]) for row in rows] == [("prefill", 2048), ("decode", 128)]
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    found = [(row["key"]["what"], row["key"]["tokens"], row["tokens_at_once"]) for row in rows]
+    assert found == [("prefill", 2048, 2048), ("decode", 128, 1),
+                     ("prefill", 1024, 2048), ("decode", 128, 2)]  # fmt: skip
     for row in rows:  # one layer of three is dense, and half of the others runs
-        assert row["dense_layers"] == 1 and row["ideal"] == pytest.approx(3 / 2)
-        assert row["batch"] == 1 and row["of_ideal"] == pytest.approx(row["speedup"] / 1.5)
-        saved = row["dense_weight_bytes_per_token"] - row["moe_weight_bytes_per_token"]
-        assert saved == 4 * 2 * (3 * 32 * 64 / 2 - 6 * (32 + 2))
+        assert row["key"]["dense"] == "1" and row["ideal"] == pytest.approx(3 / 2)
+        before, after = row["parameters"]
+        assert before - after == 2 * (3 * 32 * 64 / 2 - 6 * (32 + 2))
 
-def test_functions_run_in_turns_and_the_faster_of_two_ways_counts(monkeypatch):
-    clock, called = itertools.count(), []
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: 0.03 * next(clock))
-    functions = {name: lambda name=name: called.append(name) for name in "ab"}
-    times = bench.interleave(functions, "cpu", turns=3)
-    assert "".join(called) == "aabb" + "ab" * 3
-    assert all(ms.tolist() == pytest.approx([30] * 3) for ms in times.values())
+def test_the_faster_of_two_ways_counts():
     times = {"dense": 2, "dense, compiled": 1, "MoE": 1, "MoE, compiled": 3, "static": 5}
     found = bench.faster({name: np.array([t, t + 1]) for name, t in times.items()})
     assert {name: t[0] for name, t in found.items()} == {"dense": 1, "MoE": 1, "static": 5}

@@ -490,12 +490,18 @@ def test_favourite_words():
     favourites = ffn2moe.favourite_words(words, chosen, 5, n=2)
     assert favourites == [["cat"], ["dog"], ["the"], [], []]
 
-def test_versions_are_timed_in_turns_and_the_model_is_left_as_it_was():
+def test_versions_are_timed_in_turns_and_the_model_is_left_as_it_was(monkeypatch):
     model, ran = random_model(LLAMA), []
     now = model.ffns
     others = [FFN.of(ffn.gate_up_proj, ffn.down_proj) for ffn in now]
     for name, ffn in (("a", now[0]), ("b", others[0])):
         ffn.register_forward_hook(lambda _, x, y, name=name: ran.append((name, x[0].shape[1])))
-    times = ffn2moe.time_in_turns(model, torch.arange(100), {"a": now, "b": others}, turns=2)
-    turn = [("a", 100), *[("a", 1)] * 16, ("b", 100), *[("b", 1)] * 16]
-    assert ran == 2 * turn and model.ffns == now and times.keys() == {"a", "b"}
+    clock = itertools.count()  # each call takes 30 ms
+    monkeypatch.setattr(ffn2moe.time, "perf_counter", lambda: 0.03 * next(clock))
+    times = ffn2moe.model_times(model, {"a": now, "b": others}, torch.arange(100), turns=3)
+    prefills = [name for name, tokens in ran if tokens == 100]
+    decoded = [name for name, tokens in ran if tokens == 1]
+    assert "".join(prefills) == "aabb" + "ab" * 3  # the first two of each are a warm-up
+    assert "".join(decoded[::16]) == "aabb" + "ab" * 3 and len(decoded) == 16 * 10
+    assert model.ffns == now and times["b"] == pytest.approx(times["a"])
+    assert times["a"] == pytest.approx({"prefill_ms": 30, "decode_ms": 30 / 16})

@@ -28,7 +28,7 @@ import kernels
 import model as model_file
 from model import (
     GGUF_NAMES, WHEEL, WHEEL_MEMBER, Decoder, InputError, MoESpec, Split, active_neurons,
-    active_parameters, blockwise_attention, cut_windows, encode, fetch_default_model, for_export,
+    active_parameters, blockwise_attention, cut_windows, encode, export, fetch_default_model,
     generate, load_model, load_text, neurons_of, parse_config, perplexity, save_model,
     spec_from_json, spec_to_json, split_spec,
 )  # fmt: skip
@@ -326,8 +326,7 @@ def test_export(tmp_path, tokenizer, capsys):
     for name in ("llama", "llama-tied", "llama-3", "mistral", "qwen2"):
         raw = CONFIGS[name] | nulls | native(64, LINEAR, LINEAR, base=CONFIGS[name]["model_type"])
         model = random_model(raw)
-        standard = for_export(model)
-        save_model(standard, tokenizer, tmp_path / name)
+        save_model(model, tokenizer, tmp_path / name)
         found = json.loads((tmp_path / name / "config.json").read_text())
         assert found["model_type"] == "qwen2_moe" and None not in found.values()
         assert torch.allclose(load_model(tmp_path / name)[0](IDS), model(IDS), atol=1e-5)
@@ -338,13 +337,12 @@ def test_export(tmp_path, tokenizer, capsys):
         (LLAMA | native(64, 64, 32), "no dense model at first"),
         (CONFIGS["qwen3"] | native(64, 64, LINEAR, base="qwen3"), "attention is not Qwen2's"),
     ):
-        model = random_model(raw)
-        assert for_export(model) is model and model.config.raw["model_type"] == "ffn2moe"
+        about, state = export(model := random_model(raw))
+        assert about == raw and state.keys() == model.state_dict().keys()
         printed = capsys.readouterr().err
         assert printed.startswith("note: ") and why in printed
     for raw in (LLAMA, QWEN2_MOE):  # nothing was converted
-        model = random_model(raw)
-        assert for_export(model) is model and model.config.raw == raw
+        assert export(random_model(raw))[0] == raw
 
 def test_a_tied_head_that_differs_is_not_tied(checkpoint, tokenizer):
     """As in transformers: equal or absent, the embedding is the head; else the head counts."""

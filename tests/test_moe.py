@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 import ffn2moe
 from ffn2moe import convert
-from model import MoE, Split, active_parameters, for_export, load_model, save_model
+from model import MoE, Split, active_parameters, load_model, save_model
 
 IDS = random_ids(8, 128, seed=3)
 
@@ -61,7 +61,7 @@ def test_our_own_model_is_split_again(method, tmp_path, tokenizer, capsys):
     inner_routers = 2 * (1 + 6 * 4 / 6) * 3 * (32 * (2 if method == "paper" else 1) + 2)
     ffns = 2 * 3 * 32 * 64 * 6 / 8
     assert active_parameters(model)[1] == parameters - ffns / 2 + inner_routers
-    save_model(for_export(model), tokenizer, tmp_path / "out")
+    save_model(model, tokenizer, tmp_path / "out")
     assert kind_of(tmp_path / "out") == "ffn2moe" and "note: " in capsys.readouterr().err
     loaded, _ = load_model(tmp_path / "out", torch.float64)
     assert loaded.config.ffns == model.config.ffns and torch.equal(loaded(IDS), model(IDS))
@@ -75,11 +75,7 @@ def test_what_was_not_converted_is_saved_as_it_came(name, tmp_path, tokenizer):
     raw = MOES.get(name, LLAMA)
     path = write_checkpoint(tmp_path / "in", random_model(raw), tokenizer, raw)
     model, _ = load_model(path)
-    model.config.raw = ffn2moe.native_raw(model.config)
-    save_model(model, tokenizer, tmp_path / "native")
-    again, _ = load_model(tmp_path / "native")
-    assert kind_of(tmp_path / "native") == "ffn2moe" and again(IDS).equal(model(IDS))
-    save_model(for_export(again), tokenizer, tmp_path / "out")
+    save_model(model, tokenizer, tmp_path / "out")
     assert kind_of(tmp_path / "out") == raw["model_type"]
     one, other = path / "model.safetensors", tmp_path / "out/model.safetensors"
     with safe_open(one, "pt") as before, safe_open(other, "pt") as after:

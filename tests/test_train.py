@@ -14,7 +14,7 @@ from conftest import CONFIGS, LLAMA, random_model
 # isort: off
 import ffn2moe
 import train
-from model import Decoder, InputError, for_export, load_model, perplexity, read_ids, save_model
+from model import Decoder, InputError, load_model, perplexity, read_ids, save_model
 
 SMALL = {"samples": 24, "length": 16, "batch": 4, "rate": 2e-3, "rank": 4, "dropout": 0.1}
 SMALL |= {"scale_rate": 1e-3, "bias_step": 0.02}
@@ -222,7 +222,7 @@ def test_a_loss_that_is_not_finite_leaves_a_state_to_go_on_from(tmp_path, monkey
 
 @pytest.fixture
 def argv(tokenizer, text, tmp_path):
-    save_model(for_export(moe_model()), tokenizer, tmp_path / "moe")
+    save_model(moe_model(), tokenizer, tmp_path / "moe")
     argv = [f"--text={text}", f"--eval={text}", "--eval-tokens=256", *FLAGS]
     return [*argv, f"--model={tmp_path / 'moe'}", f"--out={tmp_path / 'tuned'}"]
 
