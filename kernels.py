@@ -69,8 +69,9 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     n, d = weight.shape
     rows = x.numel() // d
     if x.dtype == torch.float32 and n % 8 == 0:
-        y = torch.bmm(weight.view(8, -1, d), x.reshape(-1, d).T.expand(8, d, rows))
-        y = y.view(n, rows).T.contiguous().view(*x.shape[:-1], n)  # from [8, N / 8, rows]
+        slices = weight.view(8, -1, d).transpose(1, 2)  # [8, d, N / 8]
+        y = torch.bmm(x.reshape(1, rows, d).expand(8, rows, d), slices)  # [8, rows, N / 8]
+        y = y.transpose(0, 1).reshape(*x.shape[:-1], n)
         return y if bias is None else y + bias
     if x.dtype == torch.bfloat16 and rows == 1 and not torch.compiler.is_compiling():
         with SETTINGS_LOCK:

@@ -560,11 +560,12 @@ class MoE(nn.Module):
         """x [T, D] -> the chosen experts [T, A] and their weights [T, A]."""
         p = kernels.widened(self.scores(x)).softmax(dim=-1)
         chosen = (p + self.router_bias).topk(self.spec.active, dim=-1).indices
-        weights = 1 + (p * self.router_scale).gather(-1, chosen)
+        p = p.gather(-1, chosen)  # [T, A]
+        weights = 1 + p * self.router_scale[chosen]
         if self.spec.weights != "one":
-            weights = weights * p.gather(-1, chosen)
+            weights = weights * p
         if self.spec.weights == "renormalised":
-            weights = weights / p.gather(-1, chosen).sum(dim=-1, keepdim=True)
+            weights = weights / p.sum(dim=-1, keepdim=True)
         return chosen, weights.to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
