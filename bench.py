@@ -1331,7 +1331,7 @@ def everything(args: argparse.Namespace):
     jobs = [
         ["default"],
         ["quality", *texts, *second, *common, "--whole", "--json", str(RESULTS / "quality.json")],
-        ["speed", "--turns", "5", *common, "--json", str(RESULTS / "speed.json")],
+        ["speed", "--turns", "9", *common, "--json", str(RESULTS / "speed.json")],
         ["finetune", *texts, *common, "--json", str(RESULTS / "finetune.json")],
         ["figures", *texts, *common],
         ["readme"],
@@ -1368,7 +1368,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--tokens", nargs="+", type=int, default=tokens, help="speed: of FFNs")
     add("--batch", nargs="+", type=int, default=[1, 8], help="speed: sequences, for the model")
     add("--experts", nargs="+", metavar="SnAnEn", help="speed, figures: splits",
-        default=["S7A7E32", "S3A3E8", "S2A2E8", "S6A4E16", "S2A2E16"])  # fmt: skip
+        default=["S7A7E32", "S10A10E32", "S6A4E16", "S3A3E8", "S2A2E8"])  # fmt: skip
     add("--dense", default="none", metavar="LAYERS", help="speed: that stay so")
     add("--layer", type=int, default=15, metavar="N", help="figures: partition and words")
     add("--layers", type=int, nargs="+", default=[0, 15, 29], metavar="N", help="figures: rates")
