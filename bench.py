@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
 from itertools import cycle, product
@@ -42,10 +42,10 @@ from ffn2moe import expert_norms, hidden, joint_layer, members, neuron_markers, 
 from ffn2moe import paper_layer, partition_and_router, partition_neurons, refit_down, refit_moe
 from ffn2moe import representative_neurons, ridge_router, running_bins, sample_rows
 from ffn2moe import unpredicted_energy
-from model import DEFAULT_MODEL, FFN, Decoder, InputError, MoE, MoESpec, Split, active_neurons
-from model import active_parameters, as_ids, check_writable, cut_windows, encode, load_model
-from model import make_ffn, neurons_of, perplexity, read_ids, read_json, run_command, spec_of
-from model import split_spec, write_json
+from model import DEFAULT_MODEL, FFN, Decoder, InputError, MoE, MoESpec, Split
+from model import active_parameters, as_ids, cut_windows, encode, has_bfloat16_units, load_model
+from model import make_ffn, perplexity, read_ids, read_json, run_command, spec_of, split_spec
+from model import write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -73,7 +73,7 @@ def random_bins(ffn: FFN, x: Tensor, split: Split) -> Tensor:
     return sample_rows(bins, len(bins)).to(x.device)
 
 def bins_in_order(q: int, split: Split) -> Tensor:
-    """The first neurons are shared, and the others go to the experts in turn: [q]."""
+    """The first slices are shared, and each other one is an expert: [q]."""
     bins = torch.arange(split.total).sub(split.shared - 1).clamp_min(0)
     return bins.repeat_interleave(split.slice_size(q))
 
@@ -155,6 +155,7 @@ def grid_layer(
             norms = expert_norms(energy, bin_of[bin_of > 0], split.routed)
             mlp = mlp_scores(sample, norms)
             moe.scores = lambda rows: mlp(rows.float())
+            moe.extra_parameters = sum(p.numel() for p in mlp.parameters())
     return refit_moe(ffn, moe, x) if refit else moe
 
 def unified_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
@@ -167,10 +168,8 @@ def two_level_layer(ffn: FFN, x: Tensor, split: Split, inner: str) -> MoE:
     return ffn2moe.convert_ffn(joint_layer(ffn, x, split), x, convert_expert)
 
 class Masked(nn.Module):
-    """An FFN of which, for each token, only some neurons count: y = W_down (h * weights(h, x)).
-
-    It computes all of h: a reference, not a method. share: of the neurons that count.
-    """
+    """An FFN of which, for each token, only some neurons count: y = W_down (h * weights(h, x)). It
+    computes all of h: a reference, not a method. share: of the neurons that count."""
 
     def __init__(self, ffn: FFN, weights: Callable, share: float, down: Tensor | None = None):
         super().__init__()
@@ -182,17 +181,18 @@ class Masked(nn.Module):
         h = hidden(self.ffn, rows)
         return F.linear((h * self.weights(h, rows)).to(x), self.down).view(x.shape)
 
-def oracle_router_layer(ffn: FFN, x: Tensor, split: Split) -> Masked:
+def oracle_router_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
     """The joint partition under a router that knows how much energy each expert has, and refit."""
-    bin_of = joint_bins(ffn, x, split)
+    moe = joint_layer(ffn, x, split, refit=False)
+    routed = moe.bin_of[moe.bin_of > 0]
 
-    def weights(h, rows):
-        energy = contribution_energy(h, ffn.down_proj)[:, bin_of > 0]
-        norms = expert_norms(energy, bin_of[bin_of > 0], split.routed)
-        return running_bins(norms.topk(split.active, dim=-1).indices, split.routed)[:, bin_of]
+    def norms(rows):
+        energy = contribution_energy(hidden(ffn, rows), ffn.down_proj)[:, moe.bin_of > 0]
+        return expert_norms(energy, routed, split.routed)
 
-    down = refit_down(ffn, x, lambda block: weights(hidden(ffn, block), block))
-    return Masked(ffn, weights, split.share, down)
+    scale = ffn2moe.ROUTER_SCALE / norms(sample_rows(x, SAMPLE_TOKENS)).max()
+    moe.scores = lambda rows: norms(rows) * scale
+    return refit_moe(ffn, moe, x)
 
 def oracle_neurons_layer(ffn: FFN, x: Tensor, split: Split) -> Masked:
     """For each token the neurons that contribute most: no experts, no refit."""
@@ -232,13 +232,19 @@ class Row:
     experts: str
     dense: str = "none"  # layers that stay so, or "auto": chosen by ffn2moe.choose_dense
     calib_windows: int = 16
-    texts: str = "first"  # evaluated on the first text; on "all"; or all, and the "whole" first
+    quoted: bool = False  # by the README: evaluated on all texts, and on the whole of the first
     seed: int = 0  # added to the seed of the calibration windows
+
+    @property
+    def label(self) -> str:
+        return label(self.name, self.percent)
 
     def key(self) -> dict:
         """What a result must agree in to stand for this row."""
-        fields = ("name", "percent", "experts", "dense", "calib_windows", "texts", "seed")
-        return {name: getattr(self, name) for name in fields}
+        return {name: value for name, value in vars(self).items() if name != "layer"}
+
+def label(name: str, percent: float) -> str:
+    return f"{name}, {percent:g} %"
 
 # Splits by percent of the FFN that runs. Joint rows leave some layers dense ("auto") and cut the
 # others deeper, in slices for quality (E = 32) or for speed (16 and 8).
@@ -263,11 +269,10 @@ CELLS = {
 
 def main_rows(percent: float, seed: int = 0) -> list[Row]:
     """The three methods that everything else is compared with."""
-    texts = "whole" if percent in (75, 50, 25) and not seed else "first"
-    even, same = all_alike(percent), {"texts": texts, "seed": seed}
+    same = {"quoted": percent in (75, 50, 25) and not seed, "seed": seed}
     return [
         Row("paper", percent, paper_layer, PAPER[percent], calib_windows=8, **same),
-        Row("static pruning, refit", percent, static_layer, even, **same),
+        Row("static pruning, refit", percent, static_layer, all_alike(percent), **same),
         Row("joint", percent, joint_layer, JOINT[percent], "auto", **same),
     ]
 
@@ -275,10 +280,10 @@ def control_rows(percent: float) -> list[Row]:
     joint = JOINT[percent]
     static, no_refit = partial(static_layer, refit=False), partial(joint_layer, refit=False)
     return [
-        Row("static pruning", percent, static, all_alike(percent), texts="all"),
+        Row("static pruning", percent, static, all_alike(percent)),
         Row("static pruning, refit, same layers dense", percent, static_layer, joint, "auto"),
         Row("joint, all layers alike", percent, joint_layer, all_alike(percent)),
-        Row("joint, no refit", percent, no_refit, joint, "auto", texts="all"),
+        Row("joint, no refit", percent, no_refit, joint, "auto"),
         Row("joint, E = 16", percent, joint_layer, JOINT_E16[percent], "auto"),
         Row("joint, E = 8", percent, joint_layer, JOINT_E8[percent], "auto"),
         Row("oracle router", percent, oracle_router_layer, joint, "auto"),
@@ -322,8 +327,8 @@ def ablation_rows() -> list[Row]:
         Row("paper, 16 calibration windows", 50, paper_layer, "S2A2E8"),
         Row("paper, layers dense", 50, paper_layer, "S1A2E8", "auto"),
         Row("paper, no shared expert", 50, unified_layer, "S2A2E8", calib_windows=8),
-        Row("joint + WINA", 50, partial(wina_layer, keep=4 / 5), "S10A10E32", "auto"),
-        Row("joint + WINA", 25, partial(wina_layer, keep=4 / 7), "S7A7E32", "auto"),
+        Row("joint + WINA", 50, partial(wina_layer, keep=4 / 5), "S10A10E32"),
+        Row("joint + WINA", 25, partial(wina_layer, keep=4 / 7), "S7A7E32"),
         Row("joint, more shared", 50, joint_layer, "S11A3E32", "auto"),
         Row("joint, more routed", 50, joint_layer, "S3A11E32", "auto"),
         Row("joint, one level", 77.5, joint_layer, "S2A4E8", "0-2"),
@@ -343,7 +348,7 @@ def ablation_rows() -> list[Row]:
 
 def quality_rows() -> list[Row]:
     """All rows, those that the README quotes first."""
-    rows = [Row("dense", 100, None, "S1A1E2", texts="whole")]
+    rows = [Row("dense", 100, None, "", quoted=True)]
     for percent in (75, 50, 25):
         rows += main_rows(percent)
     rows += control_rows(75) + control_rows(50) + control_rows(25) + grid_rows() + ablation_rows()
@@ -383,7 +388,7 @@ def machine_name(device: str) -> str:
     units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {unit} " in text]
     return f"{name[1] if name else platform.machine()} ({units[-1] if units else 'no avx2'})"
 
-def describe_origin(rows: list[dict]) -> str:
+def describe_origin(rows: Iterable[dict]) -> str:
     """One line under a table that says where its rows come from."""
     places = set()
     for row in rows:
@@ -395,30 +400,37 @@ def describe_origin(rows: list[dict]) -> str:
 
 def read_results(file: Path, settings: dict) -> dict:
     """The rows that an earlier run with the same settings left in the file, or none yet."""
-    done = read_json(file) if file.exists() else {"settings": settings, "rows": []}
+    done = read_json(file) if file.exists() else {"settings": settings, "rows": {}}
     if done["settings"] != settings:
-        raise InputError(f"{file} was made with other settings, {done['settings']}")
-    if not all("origin" in row for row in done["rows"]):
-        raise InputError(f"{file} is of an older version: move it away")
+        raise InputError(f"{file} was made with other settings, {done['settings']}: move it away")
     return done
 
-def is_done(done: dict, key: dict, again: bool) -> bool:
+def is_done(done: dict, name: str, key: dict, again: bool) -> bool:
     """Whether the results hold this row; with `again`, measured by this very code."""
-    for row in done["rows"]:
-        if row["key"] == key:
-            return not again or row["origin"]["commit"] == origin("cpu")["commit"]
-    return False
+    row = done["rows"].get(name)
+    if row is None or row["key"] != key:
+        return False
+    here, there = origin("cpu"), row["origin"]
+    return not again or (there["commit"] == here["commit"] and there["clean"] and here["clean"])
 
-def add_row(file: Path, done: dict, row: dict):
-    """Put a row into the results and their file, in place of one of its name and size."""
-    same = (row["key"]["name"], row["key"]["percent"])
-    done["rows"] = [r for r in done["rows"] if (r["key"]["name"], r["key"]["percent"]) != same]
-    done["rows"].append(row)
+def add_row(file: Path, done: dict, name: str, row: dict):
+    done["rows"][name] = row
     write_json(file, done)
 
-def markdown(head: list[str], lines: list[list[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in [head, rule, *lines])
+def chosen_rows(rows: list, only: list[str] | None, name_of: Callable) -> list:
+    """The rows that --only names, or all."""
+    names = {name_of(row) for row in rows}
+    if not set(only or ()) <= names:
+        raise InputError(f"--only: no such row; there are {sorted(names)}")
+    return [row for row in rows if not only or name_of(row) in only]
+
+def markdown(corner: str, lines: dict[str, dict[str, str]]) -> str:
+    """A table: lines by their names, in each the cells by the names of the columns."""
+    columns = list(dict.fromkeys(column for cells in lines.values() for column in cells))
+    table = [[corner, *columns], ["---", *["---:"] * len(columns)]]
+    for name, cells in lines.items():
+        table.append([name, *(cells.get(column, "") for column in columns)])
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in table)
 
 # --------------------------------------------------------------------------- 3. Quality: measuring
 
@@ -498,7 +510,8 @@ def active_share(model: Decoder, dense_ffn: int) -> float:
     """Parameters of FFNs that one token uses, routers counted, over those of the dense model."""
     if any(isinstance(ffn, Masked) for ffn in model.ffns):
         return float(np.mean([getattr(ffn, "share", 1.0) for ffn in model.ffns]))
-    return active_parameters(model)[0] / dense_ffn
+    extra = sum(getattr(ffn, "extra_parameters", 0) for ffn in model.ffns)
+    return (active_parameters(model)[0] + extra) / dense_ffn
 
 def measure_row(model: Decoder, row: Row, calib: Tensor, texts: list[Text], title: str, turns: int):
     """Convert and evaluate -> the result of one row."""
@@ -508,7 +521,7 @@ def measure_row(model: Decoder, row: Row, calib: Tensor, texts: list[Text], titl
         dense = convert_by_row(model, row, calib[: row.calib_windows], title)
     result = {
         "key": row.key(),
-        "origin": origin(str(calib.device.type)),
+        "origin": origin(calib.device.type),
         "active_ffn": active_share(model, dense_ffn),
         "dense_layers": ffn2moe.format_layers(dense),
         "calib_tokens": calib[: row.calib_windows].numel(),
@@ -519,21 +532,17 @@ def measure_row(model: Decoder, row: Row, calib: Tensor, texts: list[Text], titl
         times = ffn2moe.model_times(model, versions, texts[0].windows.flatten(), turns)
         result |= times["row"] | {f"dense_{what}": ms for what, ms in times["dense"].items()}
     result["texts"] = {}
-    for text in texts if row.texts != "first" else texts[:1]:
+    for text in texts if row.quoted else texts[:1]:
         bar = partial(tqdm, desc=f"{title}: {text.name}", unit="window")
-        whole = row.texts == "whole" and text is texts[0]
+        whole = row.quoted and text is texts[0]
         result["texts"][text.name] = evaluate(model, text, whole, bar)
     return result
 
 def quality(args: argparse.Namespace):
-    rows, file = quality_rows(), Path(args.json)
-    if args.only and set(args.only) - {row.name for row in rows}:
-        raise InputError(f"--only: no such row; there are {sorted({row.name for row in rows})}")
+    file = args.json
     done = read_results(file, settings_of(args))
-    rows = [row for row in rows if not args.only or row.name in args.only]
-    if not args.whole:
-        rows = [replace(row, texts=row.texts.replace("whole", "all")) for row in rows]
-    rows = [row for row in rows if not is_done(done, row.key(), args.again)]
+    rows = chosen_rows(quality_rows(), args.only, lambda row: row.name)
+    rows = [row for row in rows if not is_done(done, row.label, row.key(), args.again)]
     if rows:
         measure_rows(args, rows, done, file)
     plot_quality(done, file.with_suffix(".png"))
@@ -554,115 +563,98 @@ def measure_rows(args: argparse.Namespace, rows: list[Row], done: dict, file: Pa
                 text.dense.append(model.hidden_states(one[None])[0, :-1])
         texts.append(text)
     for n, row in enumerate(rows):
-        title = f"{n + 1}/{len(rows)} {row.name}, {row.percent:g} %"
+        title = f"{n + 1}/{len(rows)} {row.label}"
         model, _ = load_model(args.model, args.dtype[0], args.device)
         windows = sample_rows(calib, len(calib), args.seed + row.seed)
         if row.layer and len(windows) < row.calib_windows:
             print(f"warning: only {len(windows)} calibration windows", file=sys.stderr)
         result = measure_row(model, row, windows, texts, title, args.turns)
-        add_row(file, done, result)
+        add_row(file, done, row.label, result)
         print(f"{title}: {result['texts'][texts[0].name]['perplexity']:.2f}", flush=True)
 
 # -------------------------------------------------------------------- 4. Quality: tables and plots
 
-def by_name(done: dict) -> dict[tuple, dict]:
-    return {(row["key"]["name"], row["key"]["percent"]): row for row in done["rows"]}
+def perplexity_of(done: dict, name: str, percent: float, text=None, key="perplexity"):
+    """Of a row, on a text (None: the first), or None if it is not measured."""
+    row = done["rows"].get(label(name, percent))
+    return row["texts"].get(text or done["settings"]["eval"][0], {}).get(key) if row else None
 
-class Results:
-    """The rows of a quality file by name and percent."""
+def cell(*of, **more) -> str:
+    value = perplexity_of(*of, **more)
+    return "" if value is None else f"{value:.2f}"
 
-    def __init__(self, done: dict):
-        self.rows = by_name(done)
-        self.text, *self.others = done["settings"]["eval"]
-
-    def perplexity(self, name: str, percent: float, text: str | None = None, key="perplexity"):
-        row = self.rows.get((name, percent))
-        return row["texts"].get(text or self.text, {}).get(key) if row else None
-
-    def cell(self, name: str, percent: float, text: str | None = None, key="perplexity") -> str:
-        value = self.perplexity(name, percent, text, key)
-        return "" if value is None else f"{value:.2f}"
-
-def pivot(results: Results, names: list[str], percents: list, text: str | None = None) -> str:
+def sizes_table(done: dict, names: list[str], percents: Iterable, text=None) -> str:
     """Methods against sizes; the dense model, which has one size, first."""
-    lines = [["dense", *[results.cell("dense", 100, text)] * len(percents)]]
+    lines = {"dense": {f"{percent:g} %": cell(done, "dense", 100, text) for percent in percents}}
     for name in names:
-        cells = [results.cell(name, percent, text) for percent in percents]
-        if any(cells):
-            lines.append([name, *cells])
-    return markdown(["active FFN", *(f"{percent:g} %" for percent in percents)], lines)
+        cells = {f"{percent:g} %": cell(done, name, percent, text) for percent in percents}
+        if any(cells.values()):
+            lines[name] = cells
+    return markdown("active FFN", lines)
 
-def main_table(results: Results) -> str:
-    """The table of the README."""
+def main_table(done: dict) -> str:
     names = ["paper", "static pruning", "static pruning, refit", "joint, no refit", "joint"]
-    return pivot(results, [*names, "oracle router", "oracle neurons"], [75, 50, 25])
+    return sizes_table(done, [*names, "oracle router", "oracle neurons"], [75, 50, 25])
 
-def details_table(results: Results) -> str:
+def details_table(done: dict) -> str:
     """Every row: what runs, how fast, and how far from the dense model."""
-    lines = []
+    lines, text = {}, done["settings"]["eval"][0]
     for row in quality_rows():
-        r = results.rows.get((row.name, row.percent))
-        if r is None:
+        if row.label not in done["rows"]:
             continue
-        first = r["texts"][results.text]
-        split = r["key"]["experts"] if row.layer else ""
-        if r["dense_layers"] != "none":
-            split += f", {r['dense_layers']} dense"
-        cells = [row.name, split, f"{r['active_ffn']:.1%}", f"{r['seconds']:.0f}"]
+        r = done["rows"][row.label]
+        cells = {"split": row.experts, "dense layers": r["dense_layers"]}
+        cells |= {"active FFN": f"{r['active_ffn']:.1%}", "seconds": f"{r['seconds']:.0f}"}
         for what in ("prefill", "decode"):
-            timed = f"{what}_ms" in r
-            cells.append(f"{r[f'dense_{what}_ms'] / r[f'{what}_ms']:.2f}x" if timed else "")
-        cells += [f"{first['kl']:.3f}", f"{first['same_top']:.1%}", f"{first['perplexity']:.2f}"]
-        lines.append([*cells, results.cell(row.name, row.percent, key="perplexity_whole")])
-    head = ["", "split", "active FFN", "seconds", "prefill", "decode", "KL to dense, nats"]
-    return markdown([*head, "same top token", "perplexity", "whole text"], lines)
+            if f"{what}_ms" in r:
+                cells[what] = f"{r[f'dense_{what}_ms'] / r[f'{what}_ms']:.2f}x"
+        first = r["texts"][text]
+        cells |= {"KL to dense, nats": f"{first['kl']:.3f}"}
+        cells |= {"same top token": f"{first['same_top']:.1%}"}
+        cells |= {"perplexity": f"{first['perplexity']:.2f}"}
+        cells |= {"whole text": cell(done, row.name, row.percent, key="perplexity_whole")}
+        lines[row.label] = cells
+    return markdown("", lines)
 
-def grid_table(results: Results) -> str:
-    head, lines = ["at 50 %"], []
-    for router, refit in product(ROUTERS, (False, True)):
-        head.append(f"{router}, refit" if refit else router)
-    for group in GROUPINGS:
-        cells = []
-        for router, refit in product(ROUTERS, (False, True)):
-            name = cell_name(group, router, refit)
-            system = f" ({name})" if (group, router, refit) in CELLS else ""
-            cells.append(results.cell(name, 50) + system)
-        lines.append([f"grouped by {group}" if group != "random" else "random", *cells])
-    return markdown(head, lines)
+def grid_table(done: dict) -> str:
+    lines = {}
+    for group, router, refit in product(GROUPINGS, ROUTERS, (False, True)):
+        name = cell_name(group, router, refit)
+        found = cell(done, name, 50)
+        system = f" ({name})" if found and (group, router, refit) in CELLS else ""
+        cells = lines.setdefault("random" if group == "random" else f"grouped by {group}", {})
+        cells[f"{router}, refit" if refit else router] = found + system
+    return markdown("at 50 %", lines)
 
-def seeds_table(results: Results) -> str:
+def seeds_table(done: dict) -> str:
     """Mean and range over three draws of the calibration windows."""
-    lines = []
-    for name in MAIN:
-        cells = []
-        for percent in (75, 50, 25):
-            names = [name, f"{name}, seed 1", f"{name}, seed 2"]
-            values = [results.perplexity(n, percent) for n in names]
-            values = [value for value in values if value is not None]
-            if len(values) == len(names):
-                mean = f"{np.mean(values):.2f}"
-                cells.append(f"{mean} ({min(values):.2f} to {max(values):.2f})")
-            else:
-                cells.append("")
-        lines.append([name, *cells])
-    return markdown(["three seeds", "75 %", "50 %", "25 %"], lines)
+    lines = {name: {} for name in MAIN}
+    for name, percent in product(MAIN, (75, 50, 25)):
+        draws = [name, f"{name}, seed 1", f"{name}, seed 2"]
+        values = [perplexity_of(done, draw, percent) for draw in draws]
+        if None not in values:
+            mean = f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+            lines[name][f"{percent} %"] = mean
+    return markdown("three seeds", lines)
 
 def quality_tables(done: dict) -> str:
-    results, tokens = Results(done), done["settings"]["eval_tokens"]
+    (text, *others), tokens = done["settings"]["eval"], done["settings"]["eval_tokens"]
     much = f"first {tokens:,} tokens" if tokens else "all"
     names = [row.name for row in [*main_rows(50), *control_rows(50)]]
-    parts = {f"Perplexity ({results.text}, {much})": pivot(results, names, [75, 50, 25])}
-    parts["How neurons are grouped x how tokens are routed x refit"] = grid_table(results)
-    steps = [[change, name, results.cell(name, 50)] for change, name in WATERFALL]
-    parts["One change at a time, at 50 %"] = markdown(["", "row", "perplexity"], steps)
-    parts["More sizes"] = pivot(results, MAIN, [*PAPER])
-    parts["Seeds"] = seeds_table(results)
-    for text in results.others:
-        title = f"Calibrated on {done['settings']['calib']}, evaluated on {text}"
-        parts[title] = pivot(results, names, [75, 50, 25], text)
-    parts["All rows"] = details_table(results)
+    steps = {change: {"row": row, "perplexity": cell(done, row, 50)} for change, row in WATERFALL}
+    parts = {
+        f"Perplexity ({text}, {much})": sizes_table(done, names, [75, 50, 25]),
+        "How neurons are grouped x how tokens are routed x refit": grid_table(done),
+        "One change at a time, at 50 %": markdown("", steps),
+        "More sizes": sizes_table(done, MAIN, PAPER),
+        "Seeds": seeds_table(done),
+    }
+    for other in others:
+        title = f"Calibrated on {done['settings']['calib']}, evaluated on {other}"
+        parts[title] = sizes_table(done, names, [75, 50, 25], other)
+    parts["All rows"] = details_table(done)
     tables = "\n".join(f"## {title}\n\n{table}" for title, table in parts.items())
-    return f"# Quality\n\n{describe_origin(done['rows'])}\n{tables}"
+    return f"# Quality\n\n{describe_origin(done['rows'].values())}\n{tables}"
 
 def publish(file: Path, table: str):
     """Print tables, and write them beside the results."""
@@ -683,28 +675,27 @@ PERPLEXITIES = [20, 30, 50, 100, 200, 500, 1000]  # on axes
 
 def plot_quality(done: dict, file: Path):
     """Perplexity on the first text: against the share of the FFN that runs, and against time."""
-    results = Results(done)
-    has_times = any("prefill_ms" in row for row in done["rows"])
+    has_times = any("prefill_ms" in row for row in done["rows"].values())
     figure = Figure(figsize=(5 + 4.6 * has_times, 4.2), layout="constrained")
     panels = figure.subplots(1, 1 + has_times, sharey=True, squeeze=False)[0]
     for ax, timed in zip(panels, (False, True)):
         for name, (colour, marker) in PLOTTED.items():
             points = []
-            for (row_name, percent), r in results.rows.items():
-                if row_name == name and (not timed or "prefill_ms" in r):
+            for r in done["rows"].values():
+                if r["key"]["name"] == name and (not timed or "prefill_ms" in r):
                     share = r["prefill_ms"] / r["dense_prefill_ms"] if timed else r["active_ffn"]
-                    points.append((share, results.perplexity(name, percent)))
+                    points.append((share, perplexity_of(done, name, r["key"]["percent"])))
             if points:
                 dashes = "--" if name.startswith("oracle") else "-"
                 ax.plot(*zip(*sorted(points)), dashes, marker=marker, color=colour, label=name)
-        dense = results.perplexity("dense", 100)
+        dense = perplexity_of(done, "dense", 100)
         if dense:
             ax.axhline(dense, color="black", linewidth=0.8, label="dense")
         ax.set(yscale="log", xlabel="active FFN parameters / dense")
         ax.set_yticks(PERPLEXITIES, PERPLEXITIES)
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-    panels[0].set_ylabel(f"perplexity, {results.text}")
+    panels[0].set_ylabel(f"perplexity, {done['settings']['eval'][0]}")
     if has_times:
         panels[1].set_xlabel("time of a prefill / dense")
     panels[0].legend(fontsize=8)
@@ -712,9 +703,8 @@ def plot_quality(done: dict, file: Path):
 
 def plot_waterfall(done: dict, file: Path):
     """From the paper's method to ours at 50 %, one change at a time."""
-    results = Results(done)
-    values = [results.perplexity(name, 50) for _, name in WATERFALL]
-    dense = results.perplexity("dense", 100)
+    values = [perplexity_of(done, name, 50) for _, name in WATERFALL]
+    dense = perplexity_of(done, "dense", 100)
     if None in (dense, *values):
         return
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
@@ -730,7 +720,8 @@ def plot_waterfall(done: dict, file: Path):
     ticks = [tick for tick in PERPLEXITIES if dense * 0.9 < tick < max(values) * 1.4]
     ax.set_xticks(ticks, ticks)
     ax.minorticks_off()
-    ax.set_xlabel(f"perplexity, {results.text}, half of the FFN active (line: dense)")
+    text = done["settings"]["eval"][0]
+    ax.set_xlabel(f"perplexity, {text}, half of the FFN active (line: dense)")
     figure.savefig(file, dpi=120)
 
 # ---------------------------------------------------------------------------------------- 5. Speed
@@ -744,7 +735,7 @@ def faster(times: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             best[stem] = ms
     return best
 
-def spec_from(text: str, q: int) -> MoESpec:
+def parse_spec(text: str, q: int) -> MoESpec:
     """What an FFN of q neurons becomes: "S3A3E8", or in two levels "S2A4E8+S3A3E8"."""
     outer, _, inner = text.partition("+")
     spec = split_spec(q, Split.parse(outer), "linear")
@@ -806,9 +797,10 @@ def transformers_layer(moe: MoE) -> nn.Module | None:
     })  # fmt: skip
     return layer
 
-def neurons_read(ffn: int | MoESpec, batch: int, chance: float = 1.0) -> float:
+def neurons_read(ffn: int | MoESpec, batch: float, chance: float = 1.0) -> float:
     """The neurons whose weights a batch of B single tokens reads, on average: those of the shared
-    expert, and of R (1 - (1 - A / R)^B) routed ones. chance: that a token comes to this FFN."""
+    expert, and of R (1 - (1 - A / R)^B) routed ones. So B = 1 counts the neurons that run for a
+    token, B = inf all. chance: that a token comes to this FFN."""
     if isinstance(ffn, int):
         return ffn * (1 - (1 - chance) ** batch)
     shared = neurons_read(ffn.expert_spec(ffn.shared_size), batch, chance)
@@ -817,10 +809,9 @@ def neurons_read(ffn: int | MoESpec, batch: int, chance: float = 1.0) -> float:
     return shared + ffn.num_experts * expert
 
 def speed_key(**about) -> dict:
-    """What a row is of: what (ffn, prefill or decode), shape, tokens, batch, experts, dense (layers
-    that stay so), dtype, device."""
-    names = (workload(about), about["experts"], about["dense"], about["device"])
-    return {"name": ", ".join(names), "percent": None, **about}
+    """What a row is of: what (ffn, prefill or decode), shape, tokens, batch, experts, dtype,
+    device; and a name for it."""
+    return {"name": f"{workload(about)}, {about['experts']}, {about['device']}", **about}
 
 def workload(key: dict) -> str:
     if key["what"] == "ffn":
@@ -842,9 +833,10 @@ def speed_row(key: dict, times: dict, ffns: list, parameters: tuple, rest_ms=0.0
     dense, moe = float(np.median(times["dense"])), float(np.median(times["MoE"]))
     low, middle, high = np.quantile(times["dense"] / times["MoE"], [0.25, 0.5, 0.75])
     tokens = key["batch"] * (1 if key["what"] == "decode" else key["tokens"])
-    neurons = sum(map(neurons_of, ffns))
-    ideal = neurons / sum(map(active_neurons, ffns))
-    by_reading = neurons / sum(neurons_read(ffn, tokens) for ffn in ffns)
+    neurons, running, read = (
+        sum(neurons_read(ffn, batch) for ffn in ffns) for batch in (np.inf, 1, tokens)
+    )
+    ideal, by_reading = neurons / running, neurons / read
     return {
         "key": key,
         "origin": origin(key["device"]),
@@ -864,11 +856,11 @@ def ffn_speed(key: dict, turns: int) -> dict:
     """An FFN alone -> a row. For one token, as many copies as a large cache does not hold take
     turns, as the layers of a model do."""
     D, q = map(int, key["shape"].split("x"))
-    dtype, spec = getattr(torch, key["dtype"]), spec_from(key["experts"], q)
+    dtype, spec = getattr(torch, key["dtype"]), parse_spec(key["experts"], q)
     tokens, device = key["tokens"], key["device"]
     num_copies = max(1, min(60, 2**28 // (3 * D * q * dtype.itemsize))) if tokens == 1 else 1
     x = torch.randn(tokens, D).to(device, dtype)
-    width = round(active_neurons(spec))
+    width = round(neurons_read(spec, 1))
     calls = {}
     for name, of in {"dense": q, "MoE": spec, "static": width}.items():
         calls[name] = [partial(random_ffn(D, of, dtype, device), x) for _ in range(num_copies)]
@@ -892,11 +884,12 @@ def ffn_speed(key: dict, turns: int) -> dict:
     return speed_row(key, times, [spec], (3 * D * q, 3 * D * width))
 
 @lru_cache(maxsize=1)
-def model_versions(dtype: str, device: str, experts: str, dense: str):
+def model_versions(dtype: str, device: str, experts: str):
     """The default model, its FFNs as they were, converted, and left out, and a text [T]."""
     model, tokenizer = load_model(None, dtype, device)
     versions = {"dense": model.ffns, "bare": [nn.Identity() for _ in model.layers]}
-    ffn2moe.convert(model, read_ids(model, tokenizer, "manual", "train")[:2048], experts, dense=dense)
+    calib_ids = read_ids(model, tokenizer, "manual", "train")[:2048]
+    ffn2moe.convert(model, calib_ids, experts, dense="none")
     versions["MoE"] = model.ffns
     return model, versions, read_ids(model, tokenizer, "manual", "test")
 
@@ -905,9 +898,12 @@ DECODED = 32  # tokens of a sequence
 def model_speed(key: dict, turns: int) -> dict:
     """The default model -> a row. prefill: to the logits of the last token; decode: the last
     DECODED tokens, one at a time with a KV cache."""
-    batch, device, names = key["batch"], key["device"], ("dtype", "device", "experts", "dense")
-    model, versions, text = model_versions(*(key[name] for name in names))
+    batch, device = key["batch"], key["device"]
+    model, versions, text = model_versions(key["dtype"], device, key["experts"])
     ids = text[: batch * key["tokens"]].view(batch, -1)
+    cache = model.new_cache(*ids.shape)
+    model.ffns = versions["dense"]
+    model.hidden_states(ids, cache)
     functions, parameters, steps = {}, {}, 1
     for name, ffns in versions.items():
         if name != "bare":
@@ -916,8 +912,7 @@ def model_speed(key: dict, turns: int) -> dict:
         functions[name] = partial(ffn2moe.prefill, model, ffns, ids)
         if key["what"] == "decode":
             steps = min(DECODED, ids.shape[1])
-            decode = partial(ffn2moe.decode, model, ffns, ids, model.new_cache(*ids.shape),
-                             ids.shape[1] - steps)  # fmt: skip
+            decode = partial(ffn2moe.decode, model, ffns, ids, cache, ids.shape[1] - steps)
             functions[name] = decode
             if batch <= kernels.FEW_TOKENS and kernels.can_compile(device):
                 functions[f"{name}, compiled"] = partial(decode, compiled=True)
@@ -935,92 +930,68 @@ def speed_keys(args: argparse.Namespace) -> list[dict]:
             for experts, batch in product(args.experts, args.batch):
                 for what, tokens in (("prefill", 2048 // batch), ("decode", 128)):
                     more = {"what": what, "tokens": tokens, "batch": batch, "experts": experts}
-                    keys.append(speed_key(**about, **more, dense=args.dense))
+                    keys.append(speed_key(**about, **more))
             continue
         two_levels = ["S2A4E8+S3A3E8"] * (shape == "2048x8192")
         for tokens, experts in product(args.tokens, args.experts + two_levels):
             slices = Split.parse(experts.partition("+")[0]).total
             if int(shape.split("x")[1]) % slices == 0:
                 more = {"what": "ffn", "tokens": tokens, "batch": 1, "experts": experts}
-                keys.append(speed_key(**about, **more, dense="none"))
+                keys.append(speed_key(**about, **more))
     return keys
 
 @torch.no_grad()
 def speed(args: argparse.Namespace):
-    file, keys = Path(args.json), speed_keys(args)
+    file, keys = args.json, speed_keys(args)
     done = read_results(file, {})
     torch.manual_seed(0)
     for key in keys:
-        if not is_done(done, key, args.again):
+        if not is_done(done, key["name"], key, args.again):
             measure = ffn_speed if key["what"] == "ffn" else model_speed
             row = measure(key, args.turns)
-            add_row(file, done, row)
-            print(speed_table([row]).splitlines()[-1], flush=True)
-    order = {key["name"]: i for i, key in enumerate(keys)}
-    done["rows"].sort(key=lambda row: order.get(row["key"]["name"], len(order)))
-    plot_speed(done["rows"], file.with_suffix(".png"))
-    publish(file, speed_tables(done["rows"]))
+            add_row(file, done, key["name"], row)
+            print(f"{key['name']}: {row['speedup']:.2f}x of {row['bound']:.2f}x", flush=True)
+    publish(file, speed_tables(done))
 
 def milliseconds(ms: float) -> str:
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
 
-def speed_overview(rows: list[dict]) -> str:
+def speed_overview(done: dict) -> str:
     """The table of the README: a line for each workload, a column for each split."""
-    columns, lines = {}, {}
-    for row in rows:
-        split = row["key"]["experts"]
-        if "+" not in split:  # one level
-            columns[split] = split
-            cell = f"{row['speedup']:.2f}x of {row['bound']:.2f}x"
-            lines.setdefault(workload(row["key"]), {})[split] = cell
-    table = []
-    for name, cells in lines.items():
-        table.append([name, *(cells.get(column, "") for column in columns)])
-    return markdown(["speedup of ideal", *columns], table)
+    lines = {}
+    for row in done["rows"].values():
+        if "+" not in row["key"]["experts"]:  # one level
+            speedup = f"{row['speedup']:.2f}x of {row['bound']:.2f}x"
+            lines.setdefault(workload(row["key"]), {})[row["key"]["experts"]] = speedup
+    return markdown("speedup of ideal", lines)
 
-def speed_table(rows: list[dict]) -> str:
+def speed_table(done: dict) -> str:
     """All rows. Peers are given as speedups over dense too."""
-    lines = []
-    for r in rows:
-        key, dense, moe, tokens = r["key"], r["dense_ms"], r["moe_ms"], r["tokens_at_once"]
-        cells = [workload(key), key["experts"], key["dense"], milliseconds(dense)]
-        cells += [milliseconds(moe), f"{r['speedup']:.2f}x", f"{r['spread']:.1%}"]
-        cells += [f"{r['ideal']:.2f}x", f"{r['speedup'] / r['ideal']:.1%}", f"{r['bound']:.2f}x"]
-        cells.append(f"{r['read_bound']:.2f}x" if tokens <= kernels.FEW_TOKENS else "")
+    lines = {}
+    for name, r in done["rows"].items():
+        dense, moe, tokens = r["dense_ms"], r["moe_ms"], r["tokens_at_once"]
         before, after = r["parameters"]
-        cells.append(f"{2e-9 * before:.3f} → {2e-9 * after:.3f}")
-        cells.append(f"{1e3 * tokens / dense:,.0f} → {1e3 * tokens / moe:,.0f}")
-        cells += [f"{dense / r['peers_ms'][p]:.2f}x" if p in r["peers_ms"] else "" for p in PEERS]
-        lines.append(cells)
-    head = ["", "split", "dense layers", "dense, ms", "MoE, ms", "speedup", "spread", "ideal"]
-    head += ["of ideal", "bound", "bound by reading", "GFLOP per token", "tokens/s", *PEERS]
-    return markdown(head, lines)
+        few = tokens <= kernels.FEW_TOKENS
+        lines[name] = {
+            "dense, ms": milliseconds(dense),
+            "MoE, ms": milliseconds(moe),
+            "speedup": f"{r['speedup']:.2f}x",
+            "spread": f"{r['spread']:.1%}",
+            "ideal": f"{r['ideal']:.2f}x",
+            "of ideal": f"{r['speedup'] / r['ideal']:.1%}",
+            "bound": f"{r['bound']:.2f}x",
+            "bound by reading": f"{r['read_bound']:.2f}x" if few else "",
+            "GFLOP per token": f"{2e-9 * before:.3f} → {2e-9 * after:.3f}",
+            "tokens/s": f"{1e3 * tokens / dense:,.0f} → {1e3 * tokens / moe:,.0f}",
+        }
+        for peer in PEERS:
+            ms = r["peers_ms"].get(peer)
+            lines[name][peer] = f"{dense / ms:.2f}x" if ms else ""
+    return markdown("", lines)
 
-def speed_tables(rows: list[dict]) -> str:
-    origins = describe_origin(rows)
-    return f"# Speed\n\n{origins}\n{speed_overview(rows)}\n## All rows\n\n{speed_table(rows)}"
-
-def plot_speed(rows: list[dict], file: Path):
-    """Speedup against the active share of the FFN: FFNs alone, and the whole model."""
-    figure = Figure(figsize=(10.4, 4.2), layout="constrained")
-    for ax, whole in zip(figure.subplots(1, 2), (False, True)):
-        series = {}
-        for row in rows:
-            if (row["key"]["what"] != "ffn") == whole:
-                points = series.setdefault(workload(row["key"]), [])
-                points.append((1 / row["ideal"], row["speedup"]))
-        for i, (name, points) in enumerate(series.items()):
-            ax.plot(*zip(*points), "osD^v<>p"[i % 8], label=name, markersize=5)
-        share = np.linspace(0.2, 1, 100)
-        if not whole:
-            ax.plot(share, 1 / share, color="black", linewidth=0.8, label="ideal, 1 / share")
-        ax.axhline(1, color="#999999", linewidth=0.8)
-        ax.set(xlabel="share of the FFN neurons that run", ylabel="speedup over dense")
-        ax.set_title("whole model" if whole else "FFN alone")
-        ax.grid(alpha=0.3)
-        if series:
-            ax.legend(fontsize=7, loc="upper right")
-    figure.savefig(file, dpi=120)
+def speed_tables(done: dict) -> str:
+    origins = describe_origin(done["rows"].values())
+    return f"# Speed\n\n{origins}\n{speed_overview(done)}\n## All rows\n\n{speed_table(done)}"
 
 # ---------------------------------------------------------------------------------- 6. Fine-tuning
 
@@ -1043,7 +1014,7 @@ def finetune_rows(samples: int) -> list[tuple[Row, dict]]:
     joint = Row("joint", 50, joint_layer, JOINT[50], "auto")
     unified = Row("paper, no shared expert", 50, unified_layer, "S2A2E8", calib_windows=8)
     blank = replace(joint, name="joint, router learned from nothing", layer=blank_router_layer)
-    rows = [(Row("dense", 100, None, "S1A1E2"), {})]
+    rows = [(Row("dense", 100, None, ""), {})]
     for percent in (50, 75, 25):
         rows += [(row, {}) for row in main_rows(percent)]
     rows += [
@@ -1063,83 +1034,86 @@ def finetune_rows(samples: int) -> list[tuple[Row, dict]]:
     return rows
 
 def finetune(args: argparse.Namespace):
-    file, rows = Path(args.json), finetune_rows(args.samples)
-    recipe = {name: getattr(args, name) for name in (*RECIPE, "seed")}
+    file, recipe = args.json, {name: getattr(args, name) for name in (*RECIPE, "seed")}
     done = read_results(file, settings_of(args, *RECIPE))
+    rows = chosen_rows(finetune_rows(args.samples), args.only, lambda pair: pair[0].name)
     dense, tokenizer = load_model(args.model, args.dtype[0], args.device)
+    dense_ffn = active_parameters(dense)[0]
     ids, texts = read_texts(args, dense, tokenizer)
     eval_ids = next(iter(texts.values()))[: args.eval_tokens or None]
     windows = cut_windows(dense, ids, args.window)
     calib = sample_rows(windows, len(windows), args.seed)
-    measure = partial(perplexity, ids=eval_ids, window=args.window)
-    teachers = {}  # the dense model after its own fine-tune, by the number of samples
+
+    def tune(model: Decoder, settings, teacher: Decoder | None) -> dict:
+        """Fine-tune in place -> results."""
+        before, start = perplexity(model, eval_ids, args.window), time.perf_counter()
+        log = train.finetune(model, ids, settings, teacher=teacher)
+        result = {"before": before, "seconds": time.perf_counter() - start}
+        result |= {"after": perplexity(model, eval_ids, args.window)}
+        result |= {"tokens": settings.samples * settings.length}
+        tenth = len(log["loss"]) // 10 + 1
+        for name in ("loss", "imbalance"):  # at first and at last
+            result[name] = [float(np.mean(log[name][:tenth])), float(np.mean(log[name][-tenth:]))]
+        return result
+
+    @cache
+    def tuned_dense(samples: int) -> tuple[Decoder, dict]:
+        """The dense model after a fine-tune on so many samples, which is the teacher of the MoEs
+        that learn from as many."""
+        model = copy.deepcopy(dense)
+        return model, tune(model, train.settings(**recipe | {"samples": samples}), None)
+
     for row, changes in rows:
         key = row.key() | changes
-        if args.only and row.name not in args.only or is_done(done, key, args.again):
+        if is_done(done, row.label, key, args.again):
             continue
-        row_settings, teacher = train.settings(**recipe | changes), None
-        samples = row_settings.samples
-        if row.layer and row_settings.distill:
-            if samples not in teachers:
-                teachers[samples] = copy.deepcopy(dense)
-                own_settings = train.settings(**recipe | {"samples": samples})
-                train.finetune(teachers[samples], ids, own_settings)
-            teacher = teachers[samples]
-        model = copy.deepcopy(teacher or dense)
-        result = {"key": key} | finetune_row(model, row, row_settings, ids, calib, teacher, measure)
-        result["active_ffn"] = active_share(model, active_parameters(dense)[0])
+        settings, teacher = train.settings(**recipe | changes), None
         if not row.layer:
-            teachers[samples] = model
-        add_row(file, done, result)
-        print(f"{row.name}, {row.percent:g} %: {result['before']:.2f} -> {result['after']:.2f}")
+            model, result = tuned_dense(settings.samples)
+        else:
+            if settings.distill:
+                teacher, _ = tuned_dense(settings.samples)
+            model = copy.deepcopy(teacher or dense)
+            convert_by_row(model, row, calib[: row.calib_windows], row.label)
+            result = tune(model, settings, teacher)
+        result |= {"key": key, "origin": origin(ids.device.type)}
+        result["active_ffn"] = active_share(model, dense_ffn)
+        add_row(file, done, row.label, result)
+        print(f"{row.label}: {result['before']:.2f} -> {result['after']:.2f}", flush=True)
     plot_tokens(done, file.with_suffix(".png"))
     publish(file, finetune_tables(done))
 
-def finetune_row(model, row: Row, settings, ids: Tensor, calib: Tensor, teacher, measure) -> dict:
-    """Convert the model as the row says and fine-tune it, both in place -> the result."""
-    if row.layer:
-        convert_by_row(model, row, calib[: row.calib_windows], row.name)
-    before, start = measure(model), time.perf_counter()
-    log = train.finetune(model, ids, settings, teacher=teacher)
-    seconds, tenth = time.perf_counter() - start, len(log["loss"]) // 10 + 1
-    result = {
-        "origin": origin(ids.device.type),
-        "before": before,
-        "after": measure(model),
-        "seconds": seconds,
-        "tokens": settings.samples * settings.length,
-    }
-    for name in ("loss", "imbalance"):  # at first and at last
-        result[name] = [float(np.mean(log[name][:tenth])), float(np.mean(log[name][-tenth:]))]
-    return result
-
-def finetune_cell(rows: dict, name: str, percent: float) -> str:
-    """Perplexity before → after, in brackets over that of the equally fine-tuned dense model."""
-    row, dense = rows.get((name, percent)), rows.get(("dense", 100))
-    if not row:
+def finetune_cell(done: dict, name: str, percent: float) -> str:
+    """Perplexity before → after, in brackets over that of the dense model after as many tokens."""
+    rows = done["rows"]
+    if label(name, percent) not in rows:
         return ""
-    ratio = f" ({row['after'] / dense['after']:.2f})" if dense else ""
+    row = rows[label(name, percent)]
+    dense = {r["tokens"]: r["after"] for r in rows.values() if r["key"]["percent"] == 100}
+    ratio = f" ({row['after'] / dense[row['tokens']]:.2f})" if row["tokens"] in dense else ""
     return f"{row['before']:.2f} → {row['after']:.2f}{ratio}"
 
 def finetune_table(done: dict) -> str:
     """The table of the README."""
-    rows = by_name(done)
-    lines = [["dense", *[finetune_cell(rows, "dense", 100)] * 3]]
+    lines = {"dense": {f"{percent} %": finetune_cell(done, "dense", 100) for percent in (75, 50, 25)}}
     for name in MAIN:
-        lines.append([name, *(finetune_cell(rows, name, percent) for percent in (75, 50, 25))])
-    return markdown(["active FFN", "75 %", "50 %", "25 %"], lines)
+        cells = {f"{percent} %": finetune_cell(done, name, percent) for percent in (75, 50, 25)}
+        lines[name] = cells
+    return markdown("active FFN", lines)
 
 def finetune_tables(done: dict) -> str:
-    rows = by_name(done)
-    lines = []
-    for (name, percent), row in rows.items():
-        load = " → ".join(f"{value:.2f}" for value in row["imbalance"] if value)
-        cells = [name, f"{percent:g} %", f"{row['tokens']:,}", finetune_cell(rows, name, percent)]
-        lines.append([*cells, load, f"{row['seconds']:.0f}"])
-    head = ["", "active FFN", "tokens", "perplexity", "load, max / mean", "seconds"]
+    lines = {}
+    for name, row in done["rows"].items():
+        lines[name] = {
+            "tokens": f"{row['tokens']:,}",
+            "perplexity": finetune_cell(done, row["key"]["name"], row["key"]["percent"]),
+            "load, max / mean": " → ".join(f"{value:.2f}" for value in row["imbalance"] if value),
+            "seconds": f"{row['seconds']:.0f}",
+        }
     recipe = {name: done["settings"][name] for name in RECIPE}
-    tables = f"{finetune_table(done)}\n## All rows\n\n{markdown(head, lines)}"
-    return f"# Fine-tuning\n\n{describe_origin(done['rows'])}\nRecipe: {recipe}\n\n{tables}"
+    about = f"{describe_origin(done['rows'].values())}\nRecipe: {recipe}"
+    tables = f"{finetune_table(done)}\n## All rows\n\n{markdown('', lines)}"
+    return f"# Fine-tuning\n\n{about}\n\n{tables}"
 
 def plot_tokens(done: dict, file: Path):
     """Perplexity after the fine-tune against training tokens, at 50 %, beside the dense model."""
@@ -1147,7 +1121,7 @@ def plot_tokens(done: dict, file: Path):
     ax = figure.subplots()
     for method, colour in (("dense", "black"), ("paper", "#b03a2e"), ("joint", "#1f6fb4")):
         points = []
-        for row in done["rows"]:
+        for row in done["rows"].values():
             name, percent = row["key"]["name"], row["key"]["percent"]
             more = name.startswith(f"{method}, ") and name.endswith("x the samples")
             if percent in (50, 100) and (name == method or more):
@@ -1163,6 +1137,9 @@ def plot_tokens(done: dict, file: Path):
     figure.savefig(file, dpi=120)
 
 # ------------------------------------------------------------------------- 7. Figures of one model
+
+FIGURES = Path(__file__).parent / "figures"
+SHOWN = "The river rose in 1913, and the old bridge was carried away. She sings better than he does."
 
 def plot_rates(rates: dict[int, dict[int, Tensor]], file: Path):
     """Activation rates as in the paper's Figure 2: a row per K_a, a panel per layer, linear axes.
@@ -1251,37 +1228,33 @@ def plot_load(loads: dict[int, tuple[Tensor, Tensor]], even: float, file: Path):
 @torch.no_grad()
 def figures(args: argparse.Namespace):
     """The pictures of the README, from one conversion."""
-    out, split = Path(args.out), Split.parse(args.experts[0])
-    check_writable(out / "x.png")
+    FIGURES.mkdir(exist_ok=True)
     model, tokenizer = load_model(args.model, args.dtype[0], args.device)
     calib, texts = read_texts(args, model, tokenizer)
     calib = cut_windows(model, calib, args.window)
-    test = cut_windows(model, next(iter(texts.values())), args.window)
-    if not {args.layer, *args.layers} <= set(range(len(model.layers))):
-        raise InputError(f"--layer and --layers: the model has {len(model.layers)}")
-    out.mkdir(parents=True, exist_ok=True)
-    q = model.config.intermediate_size
+    test = cut_windows(model, next(iter(texts.values())), args.window)[:20]
+    split, q = Split.parse(args.experts[0]), model.config.intermediate_size
+    last = len(model.layers) - 1
     rates, loads = {10: {}, round(q / 11): {}}, {}  # the paper draws 1,000 of 11,008 neurons
 
     def replacement(i, ffn, x):
-        if i in args.layers:
+        if i in (0, last // 2, last):
             sample = sample_rows(x, SAMPLE_TOKENS)
             for k, of_layer in rates.items():
                 of_layer[i] = ffn2moe.activation_rates(neuron_markers(ffn, sample, k))
-        if i == args.layer:
-            plot_partition(ffn, x, split, out / "partition.png")
+        if i == last // 2:
+            plot_partition(ffn, x, split, FIGURES / "partition.png")
         moe = joint_layer(ffn, x, split)
         loads[i] = balanced_load(moe, sample_rows(x, 2048))
         return moe
 
     windows, bar = sample_rows(calib, 32), partial(tqdm, desc="converting", unit="layer")
     ffn2moe.replace_ffns(model, windows, replacement, progress=bar)
-    plot_rates(rates, out / "activation_rates.png")
-    plot_load(loads, split.active / split.routed, out / "expert_load.png")
-    words = ffn2moe.words_of_experts(model, tokenizer, test[:20], args.layer)
-    shown = as_ids(model, encode(tokenizer, args.show))
-    plot_words(model, tokenizer, shown, words, args.layer, out / "words.png")
-    print(ffn2moe.explain(model, tokenizer, shown, test[:20], args.layer))
+    plot_rates(rates, FIGURES / "activation_rates.png")
+    plot_load(loads, split.active / split.routed, FIGURES / "expert_load.png")
+    words = ffn2moe.words_of_experts(model, tokenizer, test, last // 2)
+    shown = as_ids(model, encode(tokenizer, SHOWN))
+    plot_words(model, tokenizer, shown, words, last // 2, FIGURES / "words.png")
 
 # ---------------------------------------------------------------------- 8. README and command line
 
@@ -1293,16 +1266,13 @@ def readme_tables() -> dict[str, str]:
         tables["default"] = f"```\n{done['table']}\n```\n\n{describe_origin([done])}"
     if (RESULTS / "quality.json").exists():
         done = read_json(RESULTS / "quality.json")
-        results, measured = Results(done), describe_origin(done["rows"])
-        tables["quality"] = f"{main_table(results)}\n{measured}"
-        tables["grid"] = grid_table(results)
-        tables["seeds"] = seeds_table(results)
+        tables["quality"] = f"{main_table(done)}\n{describe_origin(done['rows'].values())}"
     if (RESULTS / "speed.json").exists():
-        rows = read_json(RESULTS / "speed.json")["rows"]
-        tables["speed"] = f"{speed_overview(rows)}\n{describe_origin(rows)}"
+        done = read_json(RESULTS / "speed.json")
+        tables["speed"] = f"{speed_overview(done)}\n{describe_origin(done['rows'].values())}"
     if (RESULTS / "finetune.json").exists():
         done = read_json(RESULTS / "finetune.json")
-        tables["finetune"] = f"{finetune_table(done)}\n{describe_origin(done['rows'])}"
+        tables["finetune"] = f"{finetune_table(done)}\n{describe_origin(done['rows'].values())}"
     return tables
 
 def with_tables(text: str, tables: dict[str, str]) -> str:
@@ -1319,70 +1289,48 @@ def readme(args: argparse.Namespace):
     file.write_text(text, encoding="utf-8")
 
 def default(args: argparse.Namespace):
-    file = RESULTS / "default.json"
-    if ffn2moe.main(["--json", str(file)]) == 0:
-        write_json(file, read_json(file) | {"origin": origin("cpu")})
+    if ffn2moe.main(["--json", str(args.json), "--device", args.device]) == 0:
+        write_json(args.json, read_json(args.json) | {"origin": origin(args.device)})
 
 def everything(args: argparse.Namespace):
     """All measurements of the README, in order; rows that are done are not repeated."""
-    texts = ["--calib", args.calib, "--eval", args.eval[0]]
-    second = ["manual"] * (args.eval[0] != "manual")
-    common = ["--dtype", *args.dtype, *["--again"] * args.again]
-    jobs = [
-        ["default"],
-        ["quality", *texts, *second, *common, "--whole", "--json", str(RESULTS / "quality.json")],
-        ["speed", "--turns", "9", *common, "--json", str(RESULTS / "speed.json")],
-        ["finetune", *texts, *common, "--json", str(RESULTS / "finetune.json")],
-        ["figures", *texts, *common],
-        ["readme"],
-    ]
-    for i, job in enumerate(jobs):
-        print(f"--- {i + 1} of {len(jobs)}: bench.py {' '.join(job)}", flush=True)
-        job_args = parse_args(job)
-        COMMANDS[job_args.command](job_args)
+    for name in ("default", "quality", "speed", "finetune", "figures", "readme"):
+        print(f"--- {name}", flush=True)
+        COMMANDS[name](argparse.Namespace(**vars(args) | {"json": RESULTS / f"{name}.json"}))
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """One set of flags; each command uses those that concern it."""
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=form)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = "bfloat16" if device == "cuda" or has_bfloat16_units() else "float32"
     tokens = [1, 1024, 2048, 4096, 8192, 16384] if device == "cuda" else [1, 2048]
     shapes = ["576x1536", "2048x8192", "smollm2-135m"] + ["4096x11008"] * (device == "cuda")
+    splits = ["S7A7E32", "S10A10E32", "S6A4E16", "S3A3E8", "S2A2E8"]
     add = parser.add_argument
     add("command", choices=COMMANDS)
     add("--model", metavar="SOURCE", help="as for ffn2moe.py; splits are chosen for the default")
     add("--calib", "--text", default="manual", metavar="TEXT", help="to calibrate or fine-tune on")
     add("--eval", nargs="+", default=["manual"], metavar="TEXT",
         help=f"evaluation texts; {HELD_BACK}: the end of the calibration text")  # fmt: skip
-    add("--eval-tokens", type=int, metavar="N", help="first N of each (quality: 20480); 0: all")
+    add("--eval-tokens", type=int, default=20480, metavar="N", help="first N of each; 0: all")
     add("--window", type=int, default=2048, metavar="N", help="tokens per sequence")
-    add("--whole", action="store_true", help="quality: the main rows on all of the first text too")
     add("--only", nargs="+", metavar="ROW", help="only the rows of these names")
     add("--again", action="store_true", help="measure rows of other commits again")
-    add("--dtype", nargs="+", choices=["float32", "bfloat16"], help="(bfloat16; speed: both)")
+    add("--dtype", nargs="+", choices=["float32", "bfloat16"], default=[dtype], help="of weights")
     add("--device", default=device, help="where to run")
     add("--seed", type=int, default=0, help="picks the calibration windows")
-    add("--turns", type=int, default=3, help="of timing, of which the median is taken")
-    add("--json", metavar="FILE", help="results, with tables and plots beside (COMMAND.json)")
+    add("--turns", type=int, default=5, help="of timing, of which the median is taken")
+    add("--json", type=Path, metavar="FILE", help="results, with tables and plots beside "
+        "(results/COMMAND.json)")  # fmt: skip
     add("--shape", nargs="+", default=shapes, help="speed: FFNs of DxQ, or the whole model")
     add("--tokens", nargs="+", type=int, default=tokens, help="speed: of FFNs")
     add("--batch", nargs="+", type=int, default=[1, 8], help="speed: sequences, for the model")
-    add("--experts", nargs="+", metavar="SnAnEn", help="speed, figures: splits",
-        default=["S7A7E32", "S10A10E32", "S6A4E16", "S3A3E8", "S2A2E8"])  # fmt: skip
-    add("--dense", default="none", metavar="LAYERS", help="speed: that stay so")
-    add("--layer", type=int, default=15, metavar="N", help="figures: partition and words")
-    add("--layers", type=int, nargs="+", default=[0, 15, 29], metavar="N", help="figures: rates")
-    add("--show", metavar="TEXT", help="figures: whose experts are shown",
-        default="The river rose in 1913, and the old bridge was carried away by the water. "
-        "She sings better than he does.")  # fmt: skip
-    add("--out", default="figures", metavar="DIR", help="figures: where to write")
+    add("--experts", nargs="+", metavar="SnAnEn", default=splits,
+        help="splits for speed; the first is that of the figures")  # fmt: skip
     train.add_settings(add, RECIPE)
     args = parser.parse_args(argv)
-    if args.dtype is None:
-        args.dtype = ["float32", "bfloat16"] if args.command == "speed" else ["bfloat16"]
-    if args.eval_tokens is None:
-        args.eval_tokens = 20480 if args.command == "quality" else 0
-    args.json = args.json or f"{args.command}.json"
+    args.json = args.json or RESULTS / f"{args.command}.json"
     return args
 
 COMMANDS = {

@@ -27,7 +27,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -41,7 +40,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 # isort: off
-from kernels import SETTINGS_LOCK, swiglu
+from kernels import setting, swiglu
 from model import DEFAULT_MODEL, FFN, Decoder, InputError, MoE, MoESpec, Split, active_parameters
 from model import as_ids, check_output, check_writable, cut_windows, encode, generate, load_model
 from model import perplexity, read_ids, run_command, save_model, spec_of, split_spec, write_json
@@ -50,7 +49,7 @@ from model import perplexity, read_ids, run_command, save_model, spec_of, split_
 SAMPLE_TOKENS = 8192  # for partition and router; the refit uses all calibration tokens
 ROUTER_RIDGE = 1e-3  # penalty of the router's regression, over the median of the diagonal
 HIDDEN_RIDGE = 0.3  # the same for regressions on hidden activations
-ROUTER_SCALE = 2.0**-4  # the largest score: so small that experts run with nearly equal weights
+ROUTER_SCALE = 2.0**-4  # the largest score: so small that an expert runs nearly as it did in the FFN
 LEAST_GAIN = 1e-3  # a round of alternation that gains less is the last
 FISHER_TOKENS = 2048  # to predict what the conversion of each layer costs
 TOKENS_PER_NEURON = 10  # of calibration, so that the refit fits the model rather than the text
@@ -93,6 +92,8 @@ def split_shared(rates: Tensor, num_shared_neurons: int) -> tuple[Tensor, Tensor
     return order[:num_shared_neurons], order[num_shared_neurons:]
 
 # ----------------------------------------- 3. Routed experts: balanced k-means on the columns of M
+
+FAR = np.int64(2**60)  # no path, and twice as far: no room
 
 def balanced_assignment(cost: np.ndarray, capacity: Sequence[int]) -> np.ndarray:
     """Put n items into k bins at the least total cost, exactly capacity[b] of them into bin b.
@@ -143,8 +144,6 @@ def balanced_assignment(cost: np.ndarray, capacity: Sequence[int]) -> np.ndarray
         load[chain[-1]] += 1
         update_moves(chain)
     return bin_of
-
-FAR = np.int64(2**60)  # no path, and twice as far: no room
 
 def add_prices(cost: np.ndarray, capacity: np.ndarray):
     """Add a price to each bin (a column of cost), in place: about capacity[b] items then prefer it.
@@ -301,20 +300,10 @@ def sample_rows(rows: Tensor, n: int, seed: int = 0) -> Tensor:
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return rows[order[:n].to(rows.device)]
 
-@contextmanager
 def fast_products():
     """float32 products on the CPU by oneDNN. With bfloat16 matrix units it rounds factors to
-    bfloat16, which is accurate enough for sums over thousands of tokens.
-
-    This is a setting of the whole process: threads that convert at once take turns.
-    """
-    with SETTINGS_LOCK:
-        before = torch.backends.mkldnn.matmul.fp32_precision
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-        try:
-            yield
-        finally:
-            torch.backends.mkldnn.matmul.fp32_precision = before
+    bfloat16, which is accurate enough for sums over thousands of tokens."""
+    return setting(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
 
 def check_finite(values: Tensor):
     if not values.isfinite().all():
@@ -451,7 +440,8 @@ def partition_and_router(
     bin_of = alternate(energy, x, first_bins(energy, split), capacity, split.active, rounds)
     # Once more among the routed neurons, by the energy that the shared ones cannot predict
     energy = unpredicted_energy(h, down, bin_of)
-    routed, capacity[0] = bin_of > 0, 0
+    routed = bin_of > 0
+    capacity[0] = 0  # the shared expert is full
     bin_of[routed] = alternate(energy, x, bin_of[routed], capacity, split.active, rounds)
     return bin_of, ridge_router(energy, x, bin_of[routed], num_routed)
 
@@ -570,14 +560,13 @@ def choose_dense(model: Decoder, calib_ids: Tensor, split: Split, active: float)
 
 def parse_layers(text: str) -> frozenset[int]:
     """Layers written like "0-7,24-29", or "none"."""
-    if text == "none":
-        return frozenset()
-    if not re.fullmatch(r"\d{1,6}(-\d{1,6})?(,\d{1,6}(-\d{1,6})?)*", text):
-        raise InputError(f"layers {text!r}: expected, for example, 0-7,24-29, or none")
     layers = set()
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        layers.update(range(int(first), int(last or first) + 1))
+    for part in [] if text == "none" else text.split(","):
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
+        found = match and range(int(match[1]), int(match[2] or match[1]) + 1)
+        if not found:
+            raise InputError(f"layers {text!r}: expected, for example, 0-7,24-29, or none")
+        layers.update(found)
     return frozenset(layers)
 
 def format_layers(layers: Iterable[int]) -> str:
@@ -632,30 +621,33 @@ def convert_ffn(ffn: FFN | MoE, x: Tensor, convert_layer: Callable) -> MoE:
     return moe
 
 def check_conversion(
-    model: Decoder, experts: Split | str | None, method: str, dense, k_act: int
+    model: Decoder, experts: Split | str | None, method: str, dense, active, k_act: int
 ) -> tuple[Split, frozenset[int] | None]:
     """The split, and the layers that stay dense (None: still to be chosen). InputError if `convert`
     cannot do it."""
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
     split, num_layers = Split.parse(experts or METHODS[method].experts), model.config.num_layers
+    is_moe = any(isinstance(ffn, MoESpec) for ffn in model.config.ffns)
     if dense == "auto":
-        is_moe = any(isinstance(ffn, MoESpec) for ffn in model.config.ffns)
         dense = frozenset() if is_moe or method == "paper" else None
-    elif isinstance(dense, str):
-        dense = parse_layers(dense)
-    layers = set(range(num_layers)) - set(dense or ())
-    if not layers or not set(dense or ()) <= set(range(num_layers)):
+    else:
+        dense = parse_layers(dense) if isinstance(dense, str) else frozenset(dense)
+    if active is not None and dense is not None:
+        raise InputError("--active is for --method joint with --dense auto, on a dense model")
+    if active is not None and active < split.share:
+        raise InputError(f"{split} runs {split.share:.1%} of each FFN, more than --active {active}")
+    sparse = frozenset(range(num_layers)) - (dense or frozenset())
+    if not sparse or len(sparse | (dense or frozenset())) > num_layers:
         text = format_layers(dense)
         raise InputError(f"dense layers {text}: the model has {num_layers}, some must be converted")
-    for i in layers:
-        spec = split_spec(model.config.ffns[i], split, METHODS[method].router)
-        width = model.config.ffns[i]
-        if isinstance(spec, MoESpec) and spec.inner:
+    for i in sparse:
+        width, spec = model.config.ffns[i], split_spec(model.config.ffns[i], split, "linear")
+        if spec.inner:
             width = min(spec.expert_size, spec.shared_size or spec.expert_size)
-        if not 1 <= k_act <= width:
+        if method == "paper" and not 1 <= k_act <= width:
             raise InputError(f"k_act = {k_act} is not between 1 and the {width} neurons of an FFN")
-    return split, None if dense is None else frozenset(dense)
+    return split, dense
 
 @torch.no_grad()
 def replace_ffns(
@@ -676,7 +668,8 @@ def replace_ffns(
     last = max(set(range(len(model.layers))) - set(dense))
     for i, layer in enumerate(progress(model.layers[: last + 1])):
         ffn_input = torch.empty_like(x)
-        for sequence, normed in zip(x.split(1), ffn_input.split(1)):  # to need little memory
+        # One sequence at a time, to need little memory; these are views, so x itself changes.
+        for sequence, normed in zip(x.split(1), ffn_input.split(1)):
             sequence += layer.self_attn(layer.input_layernorm(sequence), rope)
             normed.copy_(layer.post_attention_layernorm(sequence))
         if not ffn_input.isfinite().all():
@@ -704,13 +697,13 @@ def convert(
     experts     the split, such as "S2A2E8"; None: the method's default
     dense       layers that stay dense: numbers, or text like "0-7,24-29" or "none"; "auto": those
                 whose conversion costs most (joint), none (paper, and a model that is an MoE)
-    active      the share of all FFN neurons that runs for a token, for "auto"
+    active      the share of all FFN neurons that runs for a token, for "auto" (joint)
     k_act       the k of ATopK (paper)
     progress    wraps the layers, as tqdm does
 
     Raises InputError; for bad arguments, before anything is changed.
     """
-    split, dense = check_conversion(model, experts, method, dense, k_act)
+    split, dense = check_conversion(model, experts, method, dense, active, k_act)
     calib_ids = as_ids(model, calib_ids)
     if calib_ids.dim() == 1:
         calib_ids = cut_windows(model, calib_ids, window)
@@ -840,27 +833,25 @@ def decode(model: Decoder, ffns: list[nn.Module], ids: Tensor, cache: list, star
 
 TIMED_TOKENS, TIMED_STEPS = 2048, 16  # of a prefill, and decoded at its end
 
+@torch.no_grad()
 def model_times(
     model: Decoder, versions: dict[str, list[nn.Module]], ids: Tensor, turns: int = 3
 ) -> dict[str, dict[str, float]]:
     """For each version of all FFNs, the milliseconds of a prefill of at most TIMED_TOKENS of ids
     [T], and of one token at its end. Medians, without torch.compile."""
     ids = ids[: min(TIMED_TOKENS, model.config.max_position_embeddings)][None]
-    device, start = ids.device.type, max(0, ids.shape[1] - TIMED_STEPS)
-    cache, steps = model.new_cache(1, ids.shape[1]), ids.shape[1] - start
-    prefills = {name: partial(prefill, model, ffns, ids) for name, ffns in versions.items()}
-    decodes = {}
+    steps, ffns_now = min(TIMED_STEPS, ids.shape[1]), model.ffns
+    cache = model.new_cache(*ids.shape)
+    model.hidden_states(ids, cache)
+    functions, times = {}, {}
     for name, ffns in versions.items():
-        decodes[name] = partial(decode, model, ffns, ids, cache, start)
-    ffns_now = model.ffns
-    prefill_ms = time_in_turns(prefills, turns, device)
-    decode_ms = time_in_turns(decodes, turns, device)
-    model.ffns, times = ffns_now, {}
-    for name in versions:
-        times[name] = {
-            "prefill_ms": float(np.median(prefill_ms[name])),
-            "decode_ms": float(np.median(decode_ms[name])) / steps,
-        }
+        functions[name, "prefill_ms", 1] = partial(prefill, model, ffns, ids)
+    for name, ffns in versions.items():
+        decoding = partial(decode, model, ffns, ids, cache, ids.shape[1] - steps)
+        functions[name, "decode_ms", steps] = decoding
+    for (name, what, calls), ms in time_in_turns(functions, turns, ids.device.type).items():
+        times.setdefault(name, {})[what] = float(np.median(ms)) / calls
+    model.ffns = ffns_now
     return times
 
 def describe(ffns: list[int | MoESpec]) -> str:
@@ -917,6 +908,8 @@ def check_args(args: argparse.Namespace):
         check_output(args.out, args.force)
     if args.json:
         check_writable(args.json)
+    if args.json and args.explain is not None:
+        raise InputError("--explain makes no table that --json could write")
     if args.calib == args.eval and Path(args.calib).exists():
         print("warning: calibrating and evaluating on the same file", file=sys.stderr)
 

@@ -29,6 +29,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -48,40 +49,40 @@ def widened(x: Tensor) -> Tensor:
     """Convert to at least float32, for sums."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
+@contextmanager
+def setting(module, name: str, value):
+    """Change a setting of the whole process for a while. Threads that do so take turns."""
+    with SETTINGS_LOCK:
+        before = getattr(module, name)
+        setattr(module, name, value)
+        try:
+            yield
+        finally:
+            setattr(module, name, before)
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """W x + b, as F.linear: x [..., D], weight [N, D] -> [..., N]."""
-    rows = x.numel() // weight.shape[1]
-    if torch.compiler.is_compiling() and rows == 1:
-        # torch.compile makes one fast loop of a sum
-        y = (weight * widened(x.reshape(-1))).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
-        return y if bias is None else y + bias
-    if x.is_cpu and 0 < rows <= FEW_TOKENS:
-        return few_rows_linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+    """W x + b, as F.linear: x [..., D], weight [N, D] -> [..., N].
 
-def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same for a few rows on a CPU, where the time is that of reading W from memory.
-
-    F.linear leaves the CPU idle there. In float32, MKL reads with one core: cut into 8 slices, W is
-    a batch of products, which all cores share. In bfloat16 and for one row, oneDNN reads half as
-    fast as PyTorch's own product.
+    For a few rows on a CPU, the time is that of reading W from memory, and F.linear leaves the CPU
+    idle there. In float32, MKL reads with one core: cut into 8 slices, W is a batch of products,
+    which all cores share. In bfloat16 and for one row, oneDNN reads half as fast as PyTorch's own
+    product. Under torch.compile, a sum becomes one fast loop.
     """
-    n, d = weight.shape
-    rows = x.numel() // d
-    if x.dtype == torch.float32 and n % 8 == 0:
-        slices = weight.view(8, -1, d).transpose(1, 2)  # [8, d, N / 8]
-        y = torch.bmm(x.reshape(1, rows, d).expand(8, rows, d), slices)  # [8, rows, N / 8]
-        y = y.transpose(0, 1).reshape(*x.shape[:-1], n)
-        return y if bias is None else y + bias
-    if x.dtype == torch.bfloat16 and rows == 1 and not torch.compiler.is_compiling():
-        with SETTINGS_LOCK:
-            before = torch.backends.mkldnn.enabled
-            torch.backends.mkldnn.enabled = False
-            try:
-                return F.linear(x, weight, bias)
-            finally:
-                torch.backends.mkldnn.enabled = before
-    return F.linear(x, weight, bias)
+    N, D = weight.shape
+    rows, compiling = x.numel() // D, torch.compiler.is_compiling()
+    few = x.is_cpu and 0 < rows <= FEW_TOKENS
+    if compiling and rows == 1:
+        y = (weight * widened(x.reshape(-1))).sum(-1).to(x.dtype).view(*x.shape[:-1], N)
+    elif few and x.dtype == torch.float32 and N % 8 == 0:
+        slices = weight.view(8, -1, D).transpose(1, 2)  # [8, D, N / 8]
+        y = torch.bmm(x.reshape(1, rows, D).expand(8, rows, D), slices)  # [8, rows, N / 8]
+        y = y.transpose(0, 1).reshape(*x.shape[:-1], N)
+    elif few and x.dtype == torch.bfloat16 and rows == 1 and not compiling:
+        with setting(torch.backends.mkldnn, "enabled", False):
+            return F.linear(x, weight, bias)
+    else:
+        return F.linear(x, weight, bias)
+    return y if bias is None else y + bias
 
 def swiglu(both: Tensor) -> Tensor:
     """silu(gate) * up: both [T, 2m] has gate and up side by side; overwritten -> [T, m]."""
@@ -123,9 +124,7 @@ def ffn(x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor | None = None) 
 
 # ------------------------------------------------------------------------------- 1. The definition
 
-def moe_reference(
-    y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
-) -> Tensor:
+def moe_reference(y, x, gate_up, down, chosen, weights):
     per_expert = weights.new_zeros(len(x), len(down)).scatter(1, chosen, weights)  # [T, R]
     for e in range(len(down)):
         y = y + per_expert[:, e, None] * ffn(x, gate_up[e], down[e])
@@ -138,9 +137,7 @@ def moe_reference(
 # the cache. No buffer holds the output of all experts: above 32 MiB, glibc would map it anew for
 # each layer, and the page faults would cost as much as the products that fill it.
 
-def add_experts(
-    y: Tensor, x: Tensor, run: Callable, num_routed: int, chosen: Tensor, weights: Tensor
-) -> Tensor:
+def add_experts(y, x, run: Callable, num_routed: int, chosen, weights):
     """y_t += run(e, x_t, weight[t, e]) for each token t and each expert e that it chose.
 
     run(e, rows [n, D], weight [n, 1]) -> [n, D].
@@ -156,9 +153,7 @@ def add_experts(
             y = y.index_add_(0, rows, run(e, x.index_select(0, rows), weight))
     return y
 
-def moe_grouped(
-    y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
-) -> Tensor:
+def moe_grouped(y, x, gate_up, down, chosen, weights):
     def run(e, rows, weight):
         n = len(rows)
         if n > FEW_TOKENS and x.is_cpu and x.dtype.itemsize == 2:
@@ -170,9 +165,7 @@ def moe_grouped(
 
     return add_experts(y, x, run, len(down), chosen, weights)
 
-def moe_of_modules(
-    y: Tensor, x: Tensor, experts: Sequence[Callable], chosen: Tensor, weights: Tensor
-) -> Tensor:
+def moe_of_modules(y, x, experts: Sequence[Callable], chosen, weights):
     """The same with experts that are MoE layers themselves, [n, D] -> [n, D]: two levels."""
 
     def run(e, rows, weight):
@@ -187,16 +180,12 @@ def moe_of_modules(
 # Compiled, they are three or four, and experts' weights are read where they lie, once per choice,
 # from the cache if they were chosen before (`model.Decoder.compiled`).
 
-def moe_few_tokens(
-    y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
-) -> Tensor:
+def moe_few_tokens(y, x, gate_up, down, chosen, weights):
     h = swiglu((gate_up[chosen] * widened(x)[:, None, None]).sum(-1))  # [T, A, m]
     h = h * weights[..., None]
     return y + (down[chosen] * h[:, :, None]).sum(-1).sum(1).to(y.dtype)
 
-def moe_one_token(
-    y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
-) -> Tensor:
+def moe_one_token(y, x, gate_up, down, chosen, weights):
     experts = chosen[0].tolist()
     h = swiglu(torch.cat([linear(x, gate_up[e]) for e in experts])).mul_(weights.T)  # [A, m]
     for e, row in zip(experts, h.split(1)):
@@ -316,9 +305,7 @@ if triton:
         out_tile = out + slot.to(tl.int64)[:, None] * D + d[None, :]
         tl.store(out_tile, y, mask=real[:, None] & (d < D)[None, :])
 
-def moe_triton(
-    y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
-) -> Tensor:
+def moe_triton(y, x, gate_up, down, chosen, weights):
     (T, D), (R, _, m), A = x.shape, down.shape, chosen.shape[1]
     slots, counts = sort_by_expert(chosen, R)
     block_t = 128 if T * A >= 64 * R else 16
@@ -338,9 +325,7 @@ def moe_triton(
 
 # ----------------------------------------------------------------------------------- Which of them
 
-def moe(
-    y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
-) -> Tensor:
+def moe(y, x, gate_up, down, chosen, weights):
     """Add the routed experts to y, by the fastest path for the device and the number of tokens."""
     trains = torch.is_grad_enabled() and any(
         t.requires_grad for t in (y, x, gate_up, down, weights)

@@ -175,17 +175,6 @@ def split_spec(ffn: int | MoESpec, split: Split, router: str) -> MoESpec:
         split.slice_size(size)
     return replace(ffn, inner=split, inner_router=router)
 
-def neurons_of(ffn: int | MoESpec) -> int:
-    """All neurons of a layer's FFN, idle ones too."""
-    return ffn if isinstance(ffn, int) else ffn.shared_size + ffn.num_experts * ffn.expert_size
-
-def active_neurons(ffn: int | MoESpec) -> int:
-    """The neurons that run for one token."""
-    if isinstance(ffn, int):
-        return ffn
-    shared, expert = ffn.expert_spec(ffn.shared_size), ffn.expert_spec(ffn.expert_size)
-    return active_neurons(shared) + ffn.active * active_neurons(expert)
-
 def spec_to_json(ffn: int | MoESpec) -> int | dict:
     if isinstance(ffn, int):
         return ffn
@@ -501,13 +490,11 @@ class FFN(nn.Module):
 
     @property
     def gate_proj(self) -> Tensor:
-        """W_gate [q, D], a view."""
-        return self.gate_up_proj.chunk(2)[0]
+        return self.gate_up_proj.chunk(2)[0]  # W_gate [q, D]
 
     @property
     def up_proj(self) -> Tensor:
-        """W_up [q, D], a view."""
-        return self.gate_up_proj.chunk(2)[1]
+        return self.gate_up_proj.chunk(2)[1]  # W_up [q, D]
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.ffn(x, self.gate_up_proj, self.down_proj)
@@ -716,12 +703,12 @@ def cut_windows(model: Decoder, ids: Tensor | list[int], window: int) -> Tensor:
 
 @torch.no_grad()
 def generate(model: Decoder, ids: Tensor | list[int], max_new_tokens: int, temperature=0.0,
-             top_k: int | None = None, seed=0, use_cache=True) -> list[int]:  # fmt: skip
+             top_k: int | None = None, seed=0) -> list[int]:  # fmt: skip
     """Continue the ids [T] -> the new ids. Greedy at temperature 0; stops after an end token."""
     ids = as_ids(model, ids).view(1, -1)
     require(ids.numel(), "the prompt is empty")
     random = torch.Generator().manual_seed(seed)
-    cache = model.new_cache(1, ids.shape[1] + max_new_tokens) if use_cache else None
+    cache = model.new_cache(1, ids.shape[1] + max_new_tokens)
     new, done = [], 0  # done: tokens that are in the cache
     for _ in range(max_new_tokens):
         last = model.hidden_states(ids[:, done:], cache, done)[:, -1]
@@ -732,7 +719,7 @@ def generate(model: Decoder, ids: Tensor | list[int], max_new_tokens: int, tempe
             token = torch.multinomial((scores / temperature).softmax(-1), 1, generator=random)
         else:
             token = scores.argmax().view(1)
-        done = ids.shape[1] if use_cache else 0
+        done = ids.shape[1]
         ids = torch.cat((ids, token.view(1, 1).to(ids)), dim=1)
         new.append(token.item())
         if new[-1] in model.config.eos_ids:
@@ -803,7 +790,7 @@ def load_model(source: str | Path | None = None, dtype: torch.dtype | str = torc
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     with refusing(f"device {str(device)!r} is not usable here"):
         torch.zeros(1, device=device).item()
-        if torch.device(device).type == "cuda" and torch.device(device).index:
+        if torch.device(device).index is not None:
             torch.cuda.set_device(device)  # where Triton launches
     raw, tensors, tokenizer, files = open_checkpoint(source)
     config = parse_config(raw)

@@ -57,6 +57,7 @@ class LoRA(nn.Module):
     """W -> W + scale B A, with W [..., n, d], A [..., rank, d], B [..., n, rank]; B starts at zero.
 
     Stacked experts [R, n, d] have an A and a B each. PyTorch calls `forward` when a layer uses W.
+    Dropout is that of A's elements, the same ones for all tokens of a batch.
     """
 
     def __init__(self, weight: Tensor, rank: int, dropout: float, size: float = 1.0):
@@ -131,27 +132,23 @@ def balance(moes: list[MoE], step: float) -> float:
 
 # ----------------------------------------------------------------------------------------- 3. Loss
 
-def log_probabilities(model: Decoder, ids: Tensor) -> Tensor:
-    """ids [B, T] -> log p of all next tokens, float32 [B (T - 1), vocab_size]."""
-    x = model.hidden_states(ids)[:, :-1].flatten(0, 1)
-    return model.logits(x).float().log_softmax(dim=-1)
-
-def text_loss(logp: Tensor, ids: Tensor) -> Tensor:
-    """-log p(next token), averaged over tokens."""
-    return nn.functional.nll_loss(logp, ids[:, 1:].flatten())
-
-def divergence(logp: Tensor, teacher_logp: Tensor) -> Tensor:
-    """KL(p_teacher || p) = sum of p_teacher (log p_teacher - log p), averaged over tokens."""
-    return nn.functional.kl_div(logp, teacher_logp, reduction="batchmean", log_target=True)
-
 def loss_of(model: Decoder, ids: Tensor, teacher: Decoder | None, share: float) -> Tensor:
-    """(1 - share) text_loss + share divergence; without a teacher, text_loss."""
-    logp = log_probabilities(model, ids)
+    """(1 - share) times the loss on text, -log p(next token), plus share times the divergence from
+    the teacher, KL(p_teacher || p); averaged over the tokens of ids [B, T]. Without a teacher, the
+    loss on text."""
+
+    def log_probabilities(model: Decoder) -> Tensor:  # [B (T - 1), vocab_size]
+        x = model.hidden_states(ids)[:, :-1].flatten(0, 1)
+        return model.logits(x).float().log_softmax(dim=-1)
+
+    logp = log_probabilities(model)
+    text = nn.functional.nll_loss(logp, ids[:, 1:].flatten())
     if teacher is None or share == 0:
-        return text_loss(logp, ids)
+        return text
     with torch.no_grad():
-        teacher_logp = log_probabilities(teacher, ids)
-    return (1 - share) * text_loss(logp, ids) + share * divergence(logp, teacher_logp)
+        target = log_probabilities(teacher)
+    divergence = nn.functional.kl_div(logp, target, reduction="batchmean", log_target=True)
+    return (1 - share) * text + share * divergence
 
 # ----------------------------------------------------------------------------------------- 4. Loop
 

@@ -14,7 +14,7 @@ from conftest import LLAMA, random_ffn, random_ids, random_model, write_checkpoi
 import bench
 import ffn2moe
 from bench import Masked
-from model import FFN, MoESpec, Split, active_neurons, load_model, perplexity, spec_of
+from model import FFN, MoESpec, Split, load_model, perplexity, spec_of
 
 SPLIT, EVERYTHING = Split.parse("S2A2E8"), Split.parse("S2A6E8")
 
@@ -101,7 +101,7 @@ def test_a_layer_in_two_levels(case, even_weights):
     whole = bench.two_level_layer(ffn, x, EVERYTHING, "S1A2E3")
     assert whole.spec.inner == (1, 2, 3) and torch.allclose(whole(x), ffn(x), atol=1e-4)
     half = bench.two_level_layer(ffn, x, SPLIT, "S1A1E3")
-    assert active_neurons(half.spec) == 48 / 2 * 2 / 3
+    assert bench.neurons_read(half.spec, 1) == pytest.approx(48 / 2 * 2 / 3)
 
 @pytest.mark.parametrize("keep", [1, 2 / 3, 1 / 4])
 def test_wina_runs_the_largest_of_the_neurons_that_run(case, keep):
@@ -121,7 +121,7 @@ def test_wina_runs_the_largest_of_the_neurons_that_run(case, keep):
         largest = parts.norm(dim=1).argsort()[-round(24 * keep) :]
         assert torch.allclose(masked(token), parts[largest].sum(dim=0), atol=1e-5)
 
-def test_oracles_know_more_than_routers(case):
+def test_oracles_know_more_than_routers(case, monkeypatch):
     ffn, x = case
     oracle = bench.oracle_router_layer(ffn, x, SPLIT)
     assert error(oracle, ffn, x) < error(ffn2moe.joint_layer(ffn, x, SPLIT), ffn, x)
@@ -130,6 +130,7 @@ def test_oracles_know_more_than_routers(case):
     largest = parts.norm(dim=2).topk(24).indices[:, :, None].expand(-1, -1, 16)
     expected = parts.gather(1, largest).sum(dim=1)
     assert torch.allclose(neurons(x.view(4, 100, 16)).view(400, 16), expected, atol=1e-5)
+    monkeypatch.setattr(ffn2moe, "ROUTER_SCALE", 1e-7)  # all experts run with weight 1 / A
     for whole in (bench.oracle_router_layer, bench.oracle_neurons_layer):
         assert error(whole(ffn, x, EVERYTHING), ffn, x) < 1e-6
 
@@ -147,7 +148,10 @@ def test_every_row_runs_within_its_budget(monkeypatch):
         split = Split.parse(row.experts)
         layer = row.layer(ffn, x, split)
         assert layer(x).isfinite().all()
-        share = layer.share if isinstance(layer, Masked) else active_neurons(spec_of(layer)) / 256
+        if isinstance(layer, Masked):
+            share = layer.share
+        else:
+            share = bench.neurons_read(spec_of(layer), 1) / 256
         if row.dense == "auto":
             dense = ffn2moe.choose_dense(model, windows, split, row.percent / 100)
         else:
@@ -175,21 +179,23 @@ def test_results_remember_their_rows_and_their_origin(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "origin", lambda device: commit)
     file, settings = tmp_path / "r.json", {"seed": 0}
     done = bench.read_results(file, settings)
-    for name, percent, text in (("a", 50, 1), ("b", 50, 2), ("a", 75, 3), ("a", 50, 4)):
-        key = {"name": name, "percent": percent, "text": text}
-        assert not bench.is_done(done, key, False)
-        bench.add_row(file, done, {"key": key, "origin": commit})
+    for name, text in (("a", 1), ("b", 2), ("a", 3)):
+        assert not bench.is_done(done, name, {"text": text}, False)
+        bench.add_row(file, done, name, {"key": {"text": text}, "origin": commit})
     done = bench.read_results(file, settings)
-    assert [row["key"]["text"] for row in done["rows"]] == [2, 3, 4]  # 1 was defined otherwise
-    assert bench.is_done(done, key, False) and bench.is_done(done, key, True)
-    monkeypatch.setattr(bench, "origin", lambda device: commit | {"commit": "def"})
-    assert bench.is_done(done, key, False) and not bench.is_done(done, key, True)
+    assert not bench.is_done(done, "a", {"text": 1}, False)  # it was defined otherwise
+    for again in (False, True):
+        assert bench.is_done(done, "a", {"text": 3}, again)
+    for other in ({"commit": "def"}, {"clean": False}):
+        monkeypatch.setattr(bench, "origin", lambda device, other=other: commit | other)
+        assert bench.is_done(done, "a", {"text": 3}, False)
+        assert not bench.is_done(done, "a", {"text": 3}, True)
     with pytest.raises(ValueError, match="other settings"):
         bench.read_results(file, {"seed": 1})
-    assert bench.describe_origin(done["rows"]).count("commit abc") == 1
-    done["rows"][0]["origin"] = commit | {"clean": False}
-    assert "commit abc with changes" in bench.describe_origin(done["rows"])
-    assert "with changes" in bench.describe_origin(done["rows"])
+    rows = done["rows"].values()
+    assert bench.describe_origin(rows).count("commit abc") == 1
+    done["rows"]["a"]["origin"] = commit | {"clean": False}
+    assert "commit abc with changes" in bench.describe_origin(rows)
 
 def test_tables_are_put_between_their_markers():
     text = "a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- two -->\n<!-- end -->\n"
@@ -211,10 +217,10 @@ def test_all_commands_run_in_order(monkeypatch):
     for name in ("default", "quality", "speed", "finetune", "figures", "readme"):
         monkeypatch.setitem(bench.COMMANDS, name, seen.append)
     assert bench.main(["all", "--calib", "a", "--eval", "b", "--again"]) == 0
-    assert [args.command for args in seen] == [*bench.COMMANDS][:5] + ["readme"]
-    assert seen[1].eval == ["b", "manual"] and seen[3].eval == ["b"] and seen[3].again
-    assert bench.main(["all"]) == 0
-    assert len(set(seen[7].eval)) == len(seen[7].eval)  # `quality` refuses one text twice
+    names = [args.json.stem for args in seen]
+    assert names == ["default", "quality", "speed", "finetune", "figures", "readme"]
+    assert all(args.calib == "a" and args.eval == ["b"] and args.again for args in seen)
+    assert all(args.json.parent == bench.RESULTS for args in seen)
 
 def arguments(command, checkpoint, text, file, **more) -> list[str]:
     argv = [command, "--model", str(checkpoint), "--calib", str(text), "--json", str(file)]
@@ -225,7 +231,7 @@ def arguments(command, checkpoint, text, file, **more) -> list[str]:
     return argv
 
 def rows_of(file) -> dict:
-    rows = json.loads(file.read_text())["rows"]
+    rows = json.loads(file.read_text())["rows"].values()
     return {(row["key"]["name"], row["key"]["percent"]): row for row in rows}
 
 def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path, monkeypatch):
@@ -243,12 +249,12 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
     text.write_text(text.read_text()[:8000])
     (tmp_path / "other.txt").write_text(text.read_text()[::-1])
     texts = [text, tmp_path / "other.txt"]
-    argv = [*arguments("quality", checkpoint, text, file, eval=texts, **sizes), "--whole"]
+    argv = arguments("quality", checkpoint, text, file, eval=texts, **sizes)
     monkeypatch.setattr(bench, "write_json", stop_after_two)
     assert bench.main(argv) == 130
     done = json.loads(file.read_text())
-    assert [row["key"]["name"] for row in done["rows"]] == ["dense", "paper"]
-    done["rows"][0]["seconds"] = 12345  # the mark of a row that is not measured again
+    assert list(done["rows"]) == ["dense, 100 %", "paper, 75 %"]
+    done["rows"]["dense, 100 %"]["seconds"] = 12345  # to see that it is not measured again
     file.write_text(json.dumps(done))
     assert bench.main(argv) == 0
     rows = rows_of(file)
@@ -259,8 +265,8 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
     assert first["perplexity"] == pytest.approx(perplexity(dense, ids[:256], 128), rel=1e-6)
     assert first["perplexity_whole"] == pytest.approx(perplexity(dense, ids, 128), rel=1e-6)
     assert first["kl"] == 0 and first["same_top"] == 1 and rows["dense", 100]["active_ffn"] == 1
-    second = rows["static pruning", 50]["texts"]  # which is evaluated on all texts
-    assert second["other"]["kl"] != second["text"]["kl"]
+    second = rows["paper", 50]["texts"]  # which is evaluated on all texts
+    assert second["other"]["kl"] != second["text"]["kl"] and "perplexity_whole" in second["text"]
     assert rows["joint, E = 8", 50]["texts"].keys() == {"text"}
     for name in ("static pruning", "oracle neurons"):
         assert rows[name, 25]["active_ffn"] == 0.25
@@ -276,13 +282,14 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
     seeds = [rows[name, 50]["texts"]["text"]["perplexity"] for name in names if "joint" in name]
     seeds.pop(1)  # E = 8
     assert len(set(seeds)) == 3
-    for key, cell in {"quality": seeds[0], "grid": seeds[0], "seeds": np.mean(seeds)}.items():
-        assert f"{cell:.2f}" in bench.readme_tables()[key]
+    assert f"{seeds[0]:.2f}" in bench.readme_tables()["quality"]
+    assert f"{seeds[0]:.2f} (joint)" in bench.grid_table(json.loads(file.read_text()))
+    assert f"{np.mean(seeds):.2f} (" in bench.seeds_table(json.loads(file.read_text()))
     assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     assert not (tmp_path / "quality-waterfall.png").exists()  # not all steps are measured
     for i, name in enumerate({name for _, name in bench.WATERFALL}):
         row = {"key": {"name": name, "percent": 50}, "texts": {"text": {"perplexity": 30.0 + i}}}
-        done["rows"].append(row)
+        done["rows"][f"{name}, 50 %"] = row
     bench.plot_waterfall(done, tmp_path / "w.png")
     assert (tmp_path / "w.png").read_bytes()[:4] == b"\x89PNG"
     for extra in (["--seed", "1"], ["--only", "magic"], ["--eval", str(text), str(text)]):
@@ -309,7 +316,7 @@ def test_settings_can_be_chosen_on_the_end_of_the_calibration_text(checkpoint, t
 def test_the_layers_and_peers_of_the_speed_table_compute_what_they_stand_for():
     torch.manual_seed(0)
     x = torch.randn(9, 16)
-    spec = bench.spec_from("S2A2E8", 64)
+    spec = bench.parse_spec("S2A2E8", 64)
     ffn, moe = (bench.random_ffn(16, of, torch.float32, "cpu") for of in (64, spec))
     assert torch.allclose(bench.plain_ffn(ffn, x), ffn(x), atol=1e-5)
     assert torch.allclose(bench.moe_by_grouped_mm(moe, x), moe(x), atol=1e-5)
@@ -324,6 +331,11 @@ def test_the_weights_that_a_batch_reads(R, A, batch):
     counts = [len(set().union(*tokens)) for tokens in itertools.product(choices, repeat=batch)]
     found = bench.neurons_read(MoESpec(20, R, 7, A), batch)
     assert found == pytest.approx(20 + 7 * np.mean(counts)) and bench.neurons_read(64, batch) == 64
+    assert bench.neurons_read(MoESpec(20, R, 7, A), np.inf) == 20 + 7 * R
+    # Two levels: all 64 neurons, and those of 2 of 4 slices in 1 shared and 2 of 3 routed experts
+    two_levels = bench.parse_spec("S1A2E4+S1A1E4", 64)
+    assert bench.neurons_read(two_levels, np.inf) == pytest.approx(64)
+    assert bench.neurons_read(two_levels, 1) == pytest.approx(3 * 8)
 
 def test_speed_rows(tmp_path, monkeypatch):
     monkeypatch.setattr("kernels.can_compile", lambda device: False)
@@ -332,7 +344,7 @@ def test_speed_rows(tmp_path, monkeypatch):
     argv = ["speed", "--shape", "16x64", "--tokens", "1", "30", "--experts", "S3A3E8", "S2A2E16"]
     argv += ["--dtype", "float32", "--turns", "2", "--device", "cpu", "--json", str(file)]
     assert bench.main(argv) == 0
-    content, rows = file.read_text(), json.loads(file.read_text())["rows"]
+    content, rows = file.read_text(), [*json.loads(file.read_text())["rows"].values()]
     assert bench.main(argv) == 0 and file.read_text() == content  # nothing is measured again
     workloads = itertools.product((1, 30), ("S3A3E8", "S2A2E16"))
     for row, (tokens, experts) in zip(rows, workloads, strict=True):
@@ -343,10 +355,9 @@ def test_speed_rows(tmp_path, monkeypatch):
         assert row["bound"] == pytest.approx(row["ideal"]) and row["spread"] >= 0
         assert tokens > 1 or row["read_bound"] == pytest.approx(row["ideal"])
         assert row["speedup"] == pytest.approx(row["dense_ms"] / row["moe_ms"])
-        assert row["parameters"] == [3 * 16 * 64, int(3 * 16 * 64 / row["ideal"])]
+        assert row["parameters"] == [3 * 16 * 64, round(3 * 16 * 64 / row["ideal"])]
         assert {"static", "plain"} <= row["peers_ms"].keys() and row["origin"]["machine"]
         assert f"{row['speedup']:.2f}x of {row['ideal']:.2f}x" in bench.readme_tables()["speed"]
-    assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     key = rows[0]["key"] | {"shape": "16x256", "tokens": 4, "experts": "S2A4E8+S3A3E8"}
     row = bench.ffn_speed(key, turns=1)
     assert row["ideal"] == pytest.approx(1 / (6 / 8 * 6 / 8)) and "static" in row["peers_ms"]
@@ -357,16 +368,16 @@ def test_speed_of_the_whole_model(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("kernels.can_compile", lambda device: False)
     monkeypatch.setattr(bench, "load_model", lambda _, *more: load_model(tiny, *more))
     argv = ["speed", "--shape", "smollm2-135m", "--experts", "S2A2E8", "--batch", "1", "2"]
-    argv += ["--dtype", "float32", "--turns", "1", "--device", "cpu", "--dense", "1"]
+    argv += ["--dtype", "float32", "--turns", "1", "--device", "cpu"]
     assert bench.main([*argv, "--json", str(tmp_path / "speed.json")]) == 0
-    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"].values()
     found = [(row["key"]["what"], row["key"]["tokens"], row["tokens_at_once"]) for row in rows]
     assert found == [("prefill", 2048, 2048), ("decode", 128, 1),
                      ("prefill", 1024, 2048), ("decode", 128, 2)]  # fmt: skip
-    for row in rows:  # one layer of three is dense, and half of the others runs
-        assert row["key"]["dense"] == "1" and row["ideal"] == pytest.approx(3 / 2)
+    for row in rows:
         before, after = row["parameters"]
-        assert before - after == 2 * (3 * 32 * 64 / 2 - 6 * (32 + 2))
+        assert row["ideal"] == pytest.approx(2)
+        assert before - after == 3 * (3 * 32 * 64 / 2 - 6 * (32 + 2))
 
 def test_the_faster_of_two_ways_counts():
     times = {"dense": 2, "dense, compiled": 1, "MoE": 1, "MoE, compiled": 3, "static": 5}
@@ -407,7 +418,7 @@ def test_finetune_rows(tokenizer, text, tmp_path, capsys):
     assert bench.main(argv) == 0 and file.read_text() == content  # nothing is done again
     # A row that is missing is measured again, with a teacher that is made again.
     done = json.loads(content)
-    done["rows"] = [row for row in done["rows"] if row["key"]["name"] in ("dense", "joint")]
+    done["rows"] = {name: done["rows"][name] for name in ("dense, 100 %", "joint, 50 %")}
     file.write_text(json.dumps(done))
     assert bench.main(arguments("finetune", checkpoint, text, file, **recipe, only=names[2])) == 0
     assert rows_of(file)[names[2], 50]["after"] == balanced["after"]
@@ -420,12 +431,19 @@ def test_the_bias_evens_the_load(case):
     assert torch.equal(before, counts / 400) and after.sum().item() == pytest.approx(2)
     assert after.max() < 1.1 * 2 / 6 < 1.3 * 2 / 6 < before.max()
 
-def test_figures(checkpoint, text, tmp_path, capsys):
-    settings = {"layers": [0, 2], "layer": 2, "show": "The old river", "out": tmp_path / "f"}
-    settings |= {"experts": "S1A2E8", "window": 128}
-    argv = arguments("figures", checkpoint, text, tmp_path / "x", **settings)
-    assert bench.main(argv) == 0
-    assert "expert  6 is for" in capsys.readouterr().out
+def test_figures(checkpoint, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "FIGURES", tmp_path / "f")
+    monkeypatch.setattr(bench, "SHOWN", "The old river")
+    settings = {"experts": "S1A2E8", "window": 128}
+    assert bench.main(arguments("figures", checkpoint, text, tmp_path / "x", **settings)) == 0
     for name in ("activation_rates", "partition", "expert_load", "words"):
         assert (tmp_path / "f" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    assert bench.main([*argv, "--layer", "3"]) == bench.main([*argv, "--layers", "3"]) == 2
+
+def test_the_fine_tuned_dense_model_of_as_many_tokens_is_the_measure():
+    rows = {}
+    for name, percent, tokens, after in (
+        ("dense", 100, 10, 4.0), ("dense, 2 x the samples", 100, 20, 2.0), ("joint", 50, 20, 3.0)
+    ):  # fmt: skip
+        row = {"key": {"name": name, "percent": percent}, "tokens": tokens, "after": after}
+        rows[f"{name}, {percent} %"] = row | {"before": 9.0}
+    assert bench.finetune_cell({"rows": rows}, "joint", 50) == "9.00 → 3.00 (1.50)"

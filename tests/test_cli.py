@@ -138,12 +138,16 @@ ARGUMENTS = [
     ("--experts S0A3E8", "S >= 1"),
     ("--experts S3A0E8", "A >= 1"),
     ("--experts three", "S3A3E8"),
-    ("--k-act 65", "k_act = 65"),
-    ("--k-act 0", "k_act = 0"),
+    ("--k-act 65 --method paper", "k_act = 65"),
+    ("--k-act 0 --method paper", "k_act = 0"),
     ("--dense 0-2", "some must be converted"),
     ("--dense 3", "the model has 3"),
     ("--dense 2-", "expected, for example"),
     ("--active 0", "--active must be more than 0"),
+    ("--active 0.6 --dense 0", "--dense auto"),
+    ("--active 0.4 --dense auto", "runs 50.0% of each FFN"),
+    ("--dense 7-0", "layers '7-0': expected"),
+    ("--explain x --json y", "--json could write"),
     ("--calib {short}", "less than one window of 128"),
     ("--eval {short}", "less than one window of 128"),
     ("--eval {none}", "no.txt: No such file"),
@@ -182,7 +186,7 @@ def test_as_a_process(argv):
         command = [sys.executable, ffn2moe.__file__, *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    done = run(*argv, "--k-act", "1000")
+    done = run(*argv, "--k-act", "1000", "--method", "paper")
     assert done.returncode == 2 and "Traceback" not in done.stderr and "k_act = 1000" in done.stderr
     help_text = run("--help").stdout
     for option in vars(ffn2moe.parse_args([])):

@@ -27,9 +27,9 @@ from conftest import (
 import kernels
 import model as model_file
 from model import (
-    GGUF_NAMES, WHEEL, WHEEL_MEMBER, Decoder, InputError, MoESpec, Split, active_neurons,
+    GGUF_NAMES, WHEEL, WHEEL_MEMBER, Decoder, InputError, MoESpec, Split,
     active_parameters, blockwise_attention, cut_windows, encode, export, fetch_default_model,
-    generate, load_model, load_text, neurons_of, parse_config, perplexity, save_model,
+    generate, load_model, load_text, parse_config, perplexity, save_model,
     spec_from_json, spec_to_json, split_spec,
 )  # fmt: skip
 
@@ -51,12 +51,10 @@ def test_specs_count_neurons_and_split_twice():
     assert Split(3, 2, 8).share == 5 / 8
     assert MoESpec(16, 6, 8, 3) == LINEAR and LINEAR.split == (2, 3, 8) and LINEAR.down_scale == 3
     assert (NEURONS.router, NEURONS.weights, NEURONS.down_scale) == ("neurons", "one", 1)
-    assert (neurons_of(LINEAR), active_neurons(LINEAR), active_neurons(7)) == (64, 40, 7)
     assert replace(LINEAR, shared_size=15).split is None
     # Two levels: the shared expert and each routed one, of 16 neurons, run 2 of their 4 slices.
     assert TWO_LEVELS.expert_spec(16) == MoESpec.of(16, Split(1, 1, 4), "neurons")
     assert TWO_LEVELS.expert_spec(0) == 0 and LINEAR.expert_spec(8) == 8
-    assert (neurons_of(TWO_LEVELS), active_neurons(TWO_LEVELS)) == (64, 3 * 8)
     for wrong in (lambda: split_spec(TWO_LEVELS, Split(1, 1, 2), "linear"),
                   lambda: split_spec(LINEAR, Split(1, 1, 3), "linear"),
                   lambda: MoESpec.of(63, Split(1, 1, 2), "linear")):  # fmt: skip
@@ -176,13 +174,12 @@ def test_two_levels_are_a_mixture_of_mixtures():
 @pytest.mark.parametrize("raw", [
     LLAMA, CONFIGS["llama-3"], CONFIGS["qwen3"] | native(64, LINEAR, TWO_LEVELS, base="qwen3"),
 ])  # fmt: skip
-def test_generation_with_the_cache_equals_generation_without(raw):
+def test_greedy_generation_takes_the_most_likely_token(raw):
+    """With the cache, each token is the argmax of a pass over all tokens before it."""
     model, prompt = random_model(raw), torch.arange(7)
-    with_cache = generate(model, prompt, 40)
-    assert with_cache == generate(model, prompt, 40, use_cache=False)
-    # Greedy means: each token is the argmax after all before it.
-    ids = torch.tensor([*prompt.tolist(), *with_cache])
-    assert model(ids[None])[0, 6:-1].argmax(-1).tolist() == with_cache
+    found = generate(model, prompt, 40)
+    ids = torch.tensor([*prompt.tolist(), *found])
+    assert len(found) == 40 and model(ids[None])[0, 6:-1].argmax(-1).tolist() == found
 
 def test_cache_filled_in_pieces():
     model, ids = random_model(LLAMA, dtype=torch.float64), torch.arange(60).view(2, 30)
