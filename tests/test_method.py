@@ -430,7 +430,7 @@ def test_converted_model_with_all_experts_active_is_the_dense_model(name, even_w
 
 def test_layers_are_converted_on_what_converted_layers_put_out():
     dense, model, ids = random_model(LLAMA), random_model(LLAMA), random_ids(2, 100)
-    ffn2moe.convert(model, ids, "S1A1E8", "paper", dense=[1], k_act=6)
+    ffn2moe.convert(model, ids, "S1A1E8", "paper", dense=iter([1]), k_act=6)
     inputs = []
     for ffn in model.ffns:
         ffn.register_forward_hook(lambda _, args, out: inputs.append(args[0].flatten(0, 1)))
