@@ -372,6 +372,7 @@ def origin(device: str) -> dict:
         "commit": git("log", "-1", "--format=%h") or "unknown",
         "clean": not git("status", "--porcelain"),
         "torch": torch.__version__.split("+")[0],
+        "python": platform.python_version(),  # whose manual is the default text
         "machine": machine_name(device),
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
@@ -405,13 +406,13 @@ def read_results(file: Path, settings: dict) -> dict:
         raise InputError(f"{file} was made with other settings, {done['settings']}: move it away")
     return done
 
-def is_done(done: dict, name: str, key: dict, again: bool) -> bool:
-    """Whether the results hold this row; with `again`, measured by this very code."""
+def is_done(done: dict, name: str, key: dict, args: argparse.Namespace) -> bool:
+    """Whether the results hold this row; with --again, measured by this very code, and here."""
     row = done["rows"].get(name)
     if row is None or row["key"] != key:
         return False
-    here, there = origin("cpu"), row["origin"]
-    return not again or (there["commit"] == here["commit"] and there["clean"] and here["clean"])
+    here, there = origin(args.device) | {"date": ""}, row["origin"] | {"date": ""}
+    return not args.again or (here == there and here["clean"])
 
 def add_row(file: Path, done: dict, name: str, row: dict):
     done["rows"][name] = row
@@ -542,7 +543,7 @@ def quality(args: argparse.Namespace):
     file = args.json
     done = read_results(file, settings_of(args))
     rows = chosen_rows(quality_rows(), args.only, lambda row: row.name)
-    rows = [row for row in rows if not is_done(done, row.label, row.key(), args.again)]
+    rows = [row for row in rows if not is_done(done, row.label, row.key(), args)]
     if rows:
         measure_rows(args, rows, done, file)
     plot_quality(done, file.with_suffix(".png"))
@@ -946,7 +947,7 @@ def speed(args: argparse.Namespace):
     done = read_results(file, {})
     torch.manual_seed(0)
     for key in keys:
-        if not is_done(done, key["name"], key, args.again):
+        if not is_done(done, key["name"], key, args):
             measure = ffn_speed if key["what"] == "ffn" else model_speed
             row = measure(key, args.turns)
             add_row(file, done, key["name"], row)
@@ -1065,7 +1066,7 @@ def finetune(args: argparse.Namespace):
 
     for row, changes in rows:
         key = row.key() | changes
-        if is_done(done, row.label, key, args.again):
+        if is_done(done, row.label, key, args):
             continue
         settings, teacher = train.settings(**recipe | changes), None
         if not row.layer:
@@ -1316,7 +1317,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--eval-tokens", type=int, default=20480, metavar="N", help="first N of each; 0: all")
     add("--window", type=int, default=2048, metavar="N", help="tokens per sequence")
     add("--only", nargs="+", metavar="ROW", help="only the rows of these names")
-    add("--again", action="store_true", help="measure rows of other commits again")
+    add("--again", action="store_true", help="measure rows of other commits and machines again")
     add("--dtype", nargs="+", choices=["float32", "bfloat16"], default=[dtype], help="of weights")
     add("--device", default=device, help="where to run")
     add("--seed", type=int, default=0, help="picks the calibration windows")

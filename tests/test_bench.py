@@ -179,17 +179,18 @@ def test_results_remember_their_rows_and_their_origin(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "origin", lambda device: commit)
     file, settings = tmp_path / "r.json", {"seed": 0}
     done = bench.read_results(file, settings)
+    once, again = (SimpleNamespace(device="cpu", again=again) for again in (False, True))
     for name, text in (("a", 1), ("b", 2), ("a", 3)):
-        assert not bench.is_done(done, name, {"text": text}, False)
+        assert not bench.is_done(done, name, {"text": text}, once)
         bench.add_row(file, done, name, {"key": {"text": text}, "origin": commit})
     done = bench.read_results(file, settings)
-    assert not bench.is_done(done, "a", {"text": 1}, False)  # it was defined otherwise
-    for again in (False, True):
-        assert bench.is_done(done, "a", {"text": 3}, again)
-    for other in ({"commit": "def"}, {"clean": False}):
+    assert not bench.is_done(done, "a", {"text": 1}, once)  # it was defined otherwise
+    for args in (once, again):
+        assert bench.is_done(done, "a", {"text": 3}, args)
+    for other in ({"commit": "def"}, {"clean": False}, {"machine": "N"}):
         monkeypatch.setattr(bench, "origin", lambda device, other=other: commit | other)
-        assert bench.is_done(done, "a", {"text": 3}, False)
-        assert not bench.is_done(done, "a", {"text": 3}, True)
+        assert bench.is_done(done, "a", {"text": 3}, once)
+        assert not bench.is_done(done, "a", {"text": 3}, again)
     with pytest.raises(ValueError, match="other settings"):
         bench.read_results(file, {"seed": 1})
     rows = done["rows"].values()
