@@ -902,17 +902,17 @@ def model_speed(key: dict, turns: int) -> dict:
     batch, device = key["batch"], key["device"]
     model, versions, text = model_versions(key["dtype"], device, key["experts"])
     ids = text[: batch * key["tokens"]].view(batch, -1)
-    cache = model.new_cache(*ids.shape)
-    model.ffns = versions["dense"]
-    model.hidden_states(ids, cache)
     functions, parameters, steps = {}, {}, 1
+    if key["what"] == "decode":
+        steps, cache = min(DECODED, ids.shape[1]), model.new_cache(*ids.shape)
+        model.ffns = versions["dense"]
+        model.hidden_states(ids, cache)
     for name, ffns in versions.items():
         if name != "bare":
             model.ffns = ffns
             parameters[name] = active_parameters(model)[1]
         functions[name] = partial(ffn2moe.prefill, model, ffns, ids)
         if key["what"] == "decode":
-            steps = min(DECODED, ids.shape[1])
             decode = partial(ffn2moe.decode, model, ffns, ids, cache, ids.shape[1] - steps)
             functions[name] = decode
             if batch <= kernels.FEW_TOKENS and kernels.can_compile(device):
@@ -1085,7 +1085,7 @@ def finetune(args: argparse.Namespace):
     publish(file, finetune_tables(done))
 
 def finetune_cell(done: dict, name: str, percent: float) -> str:
-    """Perplexity before → after, in brackets over that of the dense model after as many tokens."""
+    """Perplexity before → after, in brackets over the dense model's after as many tokens."""
     rows = done["rows"]
     if label(name, percent) not in rows:
         return ""
@@ -1096,10 +1096,10 @@ def finetune_cell(done: dict, name: str, percent: float) -> str:
 
 def finetune_table(done: dict) -> str:
     """The table of the README."""
-    lines = {"dense": {f"{percent} %": finetune_cell(done, "dense", 100) for percent in (75, 50, 25)}}
-    for name in MAIN:
-        cells = {f"{percent} %": finetune_cell(done, name, percent) for percent in (75, 50, 25)}
-        lines[name] = cells
+    lines = {name: {} for name in ("dense", *MAIN)}
+    for name, percent in product(lines, (75, 50, 25)):
+        of = 100 if name == "dense" else percent  # which has one size
+        lines[name][f"{percent} %"] = finetune_cell(done, name, of)
     return markdown("active FFN", lines)
 
 def finetune_tables(done: dict) -> str:
@@ -1140,7 +1140,7 @@ def plot_tokens(done: dict, file: Path):
 # ------------------------------------------------------------------------- 7. Figures of one model
 
 FIGURES = Path(__file__).parent / "figures"
-SHOWN = "The river rose in 1913, and the old bridge was carried away. She sings better than he does."
+SHOWN = "The river rose in 1913, and the old bridge was carried away. She sings better than he."
 
 def plot_rates(rates: dict[int, dict[int, Tensor]], file: Path):
     """Activation rates as in the paper's Figure 2: a row per K_a, a panel per layer, linear axes.

@@ -49,7 +49,7 @@ from model import perplexity, read_ids, run_command, save_model, spec_of, split_
 SAMPLE_TOKENS = 8192  # for partition and router; the refit uses all calibration tokens
 ROUTER_RIDGE = 1e-3  # penalty of the router's regression, over the median of the diagonal
 HIDDEN_RIDGE = 0.3  # the same for regressions on hidden activations
-ROUTER_SCALE = 2.0**-4  # the largest score: so small that an expert runs nearly as it did in the FFN
+ROUTER_SCALE = 2.0**-4  # the largest score: so small that experts run nearly as in the dense FFN
 LEAST_GAIN = 1e-3  # a round of alternation that gains less is the last
 FISHER_TOKENS = 2048  # to predict what the conversion of each layer costs
 TOKENS_PER_NEURON = 10  # of calibration, so that the refit fits the model rather than the text
@@ -637,9 +637,10 @@ def check_conversion(
         raise InputError("--active is for --method joint with --dense auto, on a dense model")
     if active is not None and active < split.share:
         raise InputError(f"{split} runs {split.share:.1%} of each FFN, more than --active {active}")
-    sparse = frozenset(range(num_layers)) - (dense or frozenset())
-    if not sparse or len(sparse | (dense or frozenset())) > num_layers:
-        text = format_layers(dense)
+    kept, layers = dense or frozenset(), frozenset(range(num_layers))
+    sparse = layers - kept
+    if not sparse or not kept <= layers:
+        text = format_layers(kept)
         raise InputError(f"dense layers {text}: the model has {num_layers}, some must be converted")
     for i in sparse:
         width, spec = model.config.ffns[i], split_spec(model.config.ffns[i], split, "linear")
