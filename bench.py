@@ -290,6 +290,15 @@ def control_rows(percent: float) -> list[Row]:
         Row("oracle neurons", percent, oracle_neurons_layer, all_alike(percent)),
     ]
 
+def system_rows(percent: float) -> list[Row]:
+    """Other systems, before the training that they end with."""
+    rows = []
+    for (group, router, refit), name in CELLS.items():
+        if name != "joint":
+            layer = partial(grid_layer, group=GROUPINGS[group], router=router, refit=refit)
+            rows.append(Row(name, percent, layer, JOINT[percent], "auto"))
+    return rows
+
 def all_alike(percent: float) -> str:
     """A split into 32 slices that runs just so many neurons, half of them shared."""
     half = round(percent * 32 / 200)
@@ -301,7 +310,7 @@ def grid_rows() -> list[Row]:
     for (group, bins), router, refit in product(GROUPINGS.items(), ROUTERS, (False, True)):
         layer = partial(grid_layer, group=bins, router=router, refit=refit)
         name = cell_name(group, router, refit)
-        if name != "joint":  # a row already
+        if name not in CELLS.values():  # which have rows already
             rows.append(Row(name, 50, layer, JOINT[50], "auto"))
     return rows
 
@@ -351,7 +360,11 @@ def quality_rows() -> list[Row]:
     rows = [Row("dense", 100, None, "", quoted=True)]
     for percent in (75, 50, 25):
         rows += main_rows(percent)
-    rows += control_rows(75) + control_rows(50) + control_rows(25) + grid_rows() + ablation_rows()
+    for percent in (50, 75, 25):
+        rows += system_rows(percent)
+    rows += grid_rows() + ablation_rows()
+    for percent in (75, 50, 25):
+        rows += control_rows(percent)
     for percent in (87.5, 62.5, 37.5):
         rows += main_rows(percent)
     for percent, seed in product((75, 50, 25), (1, 2)):
@@ -594,8 +607,10 @@ def sizes_table(done: dict, names: list[str], percents: Iterable, text=None) -> 
     return markdown("active FFN", lines)
 
 def main_table(done: dict) -> str:
-    names = ["paper", "static pruning", "static pruning, refit", "joint, no refit", "joint"]
-    return sizes_table(done, [*names, "oracle router", "oracle neurons"], [75, 50, 25])
+    """The table of the README."""
+    names = ["LLaMA-MoE", "MoEfication", "paper", "static pruning", "static pruning, refit"]
+    names += ["joint, no refit", "joint", "oracle router", "oracle neurons"]
+    return sizes_table(done, names, [75, 50, 25])
 
 def details_table(done: dict) -> str:
     """Every row: what runs, how fast, and how far from the dense model."""
@@ -629,19 +644,20 @@ def grid_table(done: dict) -> str:
 
 def seeds_table(done: dict) -> str:
     """Mean and range over three draws of the calibration windows."""
-    lines = {name: {} for name in MAIN}
+    lines = {}
     for name, percent in product(MAIN, (75, 50, 25)):
         draws = [name, f"{name}, seed 1", f"{name}, seed 2"]
         values = [perplexity_of(done, draw, percent) for draw in draws]
         if None not in values:
             mean = f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-            lines[name][f"{percent} %"] = mean
-    return markdown("three seeds", lines)
+            lines.setdefault(name, {})[f"{percent} %"] = mean
+    return markdown("three seeds", lines) if lines else ""
 
 def quality_tables(done: dict) -> str:
     (text, *others), tokens = done["settings"]["eval"], done["settings"]["eval_tokens"]
     much = f"first {tokens:,} tokens" if tokens else "all"
-    names = [row.name for row in [*main_rows(50), *control_rows(50)]]
+    names = ["LLaMA-MoE", "MoEfication"]
+    names += [row.name for row in [*main_rows(50), *control_rows(50)]]
     steps = {change: {"row": row, "perplexity": cell(done, row, 50)} for change, row in WATERFALL}
     parts = {
         f"Perplexity ({text}, {much})": sizes_table(done, names, [75, 50, 25]),
@@ -654,7 +670,7 @@ def quality_tables(done: dict) -> str:
         title = f"Calibrated on {done['settings']['calib']}, evaluated on {other}"
         parts[title] = sizes_table(done, names, [75, 50, 25], other)
     parts["All rows"] = details_table(done)
-    tables = "\n".join(f"## {title}\n\n{table}" for title, table in parts.items())
+    tables = "\n".join(f"## {title}\n\n{table}" for title, table in parts.items() if table)
     return f"# Quality\n\n{describe_origin(done['rows'].values())}\n{tables}"
 
 def publish(file: Path, table: str):
