@@ -233,6 +233,7 @@ class Row:
     dense: str = "none"  # layers that stay so, or "auto": chosen by ffn2moe.choose_dense
     calib_windows: int = 16
     quoted: bool = False  # by the README: evaluated on all texts, and on the whole of the first
+    timed: bool = False  # against the dense model
     seed: int = 0  # added to the seed of the calibration windows
 
     @property
@@ -269,7 +270,7 @@ CELLS = {
 
 def main_rows(percent: float, seed: int = 0) -> list[Row]:
     """The three methods that everything else is compared with."""
-    same = {"quoted": percent in (75, 50, 25) and not seed, "seed": seed}
+    same = {"quoted": percent in (75, 50, 25) and not seed, "timed": not seed, "seed": seed}
     return [
         Row("paper", percent, paper_layer, PAPER[percent], calib_windows=8, **same),
         Row("static pruning, refit", percent, static_layer, all_alike(percent), **same),
@@ -284,8 +285,8 @@ def control_rows(percent: float) -> list[Row]:
         Row("static pruning, refit, same layers dense", percent, static_layer, joint, "auto"),
         Row("joint, all layers alike", percent, joint_layer, all_alike(percent)),
         Row("joint, no refit", percent, no_refit, joint, "auto"),
-        Row("joint, E = 16", percent, joint_layer, JOINT_E16[percent], "auto"),
-        Row("joint, E = 8", percent, joint_layer, JOINT_E8[percent], "auto"),
+        Row("joint, E = 16", percent, joint_layer, JOINT_E16[percent], "auto", timed=True),
+        Row("joint, E = 8", percent, joint_layer, JOINT_E8[percent], "auto", timed=True),
         Row("oracle router", percent, oracle_router_layer, joint, "auto"),
         Row("oracle neurons", percent, oracle_neurons_layer, all_alike(percent)),
     ]
@@ -541,7 +542,7 @@ def measure_row(model: Decoder, row: Row, calib: Tensor, texts: list[Text], titl
         "calib_tokens": calib[: row.calib_windows].numel(),
         "seconds": time.perf_counter() - start,
     }
-    if row.layer and (row.name in MAIN or row.name.startswith("joint, E = ")):
+    if row.timed:
         versions = {"dense": dense_ffns, "row": model.ffns}
         times = ffn2moe.model_times(model, versions, texts[0].windows.flatten(), turns)
         result |= times["row"] | {f"dense_{what}": ms for what, ms in times["dense"].items()}
@@ -1043,12 +1044,17 @@ def finetune_rows(samples: int) -> list[tuple[Row, dict]]:
         (blank, {"router": True}),
         (unified, {}),
     ]
-    for factor in (2, 4, 8, 16):  # how far more tokens get
+    for factor in FACTORS:
         for row in (rows[0][0], *main_rows(50)):
             if row.name in ("dense", "paper", "joint"):
-                name = f"{row.name}, {factor} x the samples"
-                rows.append((replace(row, name=name), {"samples": factor * samples}))
+                longer = replace(row, name=longer_run(row.name, factor))
+                rows.append((longer, {"samples": factor * samples}))
     return rows
+
+FACTORS = (2, 4, 8, 16)  # how far more training tokens get
+
+def longer_run(name: str, factor: int) -> str:
+    return f"{name}, {factor} x the samples"
 
 def finetune(args: argparse.Namespace):
     file, recipe = args.json, {name: getattr(args, name) for name in (*RECIPE, "seed")}
@@ -1137,14 +1143,13 @@ def plot_tokens(done: dict, file: Path):
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")
     ax = figure.subplots()
     for method, colour in (("dense", "black"), ("paper", "#b03a2e"), ("joint", "#1f6fb4")):
-        points = []
-        for row in done["rows"].values():
-            name, percent = row["key"]["name"], row["key"]["percent"]
-            more = name.startswith(f"{method}, ") and name.endswith("x the samples")
-            if percent in (50, 100) and (name == method or more):
+        points, percent = [], 100 if method == "dense" else 50
+        for name in (method, *(longer_run(method, factor) for factor in FACTORS)):
+            row = done["rows"].get(label(name, percent))
+            if row:
                 points.append((row["tokens"], row["after"]))
         if points:
-            ax.plot(*zip(*sorted(points)), "o-", color=colour, label=method)
+            ax.plot(*zip(*points), "o-", color=colour, label=method)
     ax.axvline(4.2e6, color="#999999", linewidth=0.8, linestyle="--")
     ax.set(xscale="log", yscale="log", xlabel="training tokens (dashed: the paper's 4.2 M)")
     ax.set_ylabel(f"perplexity, {done['settings']['eval'][0]}")

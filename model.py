@@ -646,10 +646,14 @@ class Decoder(nn.Module):
             x = run(layer, x, rope, cache[i] if cache else None, start)
         return self.norm(x)
 
+    @property
+    def head(self) -> Tensor:
+        """The output matrix [vocab_size, D]."""
+        return (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+
     def logits(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., vocab_size]."""
-        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return kernels.linear(x, head.weight)
+        return kernels.linear(x, self.head)
 
     def forward(self, input_ids: Tensor, cache: list[Pair] | None = None, start=0) -> Tensor:
         return self.logits(self.hidden_states(input_ids, cache, start))
