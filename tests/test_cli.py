@@ -86,9 +86,9 @@ def test_every_window_begins_with_the_token_that_begins_texts(argv, checkpoint, 
 
 def test_seed_picks_the_calibration_windows_and_all_text_is_evaluated(argv, tmp_path):
     found = []
+    argv += ["--eval-tokens", "0", "--experts", "S1A1E8", "--json", str(tmp_path / "t.json")]
     for seed in ("0", "0", "1"):
-        extra = ["--seed", seed, "--eval-tokens", "0", "--experts", "S1A1E8"]
-        assert ffn2moe.main([*argv, *extra, "--json", str(tmp_path / "t.json")]) == 0
+        assert ffn2moe.main([*argv, "--seed", seed]) == 0
         found.append(json.loads((tmp_path / "t.json").read_text()))
     first, same, other = (result["moe_perplexity"] for result in found)
     assert first == same != other
@@ -182,12 +182,13 @@ def test_bad_input_ends_in_one_sentence(damage, extra, message, argv, checkpoint
     assert not (tmp_path / "out").exists()
 
 def test_as_a_process(argv):
-    def run(*arguments):
-        command = [sys.executable, ffn2moe.__file__, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    done = run(*argv, "--k-act", "1000", "--method", "paper")
+    command = [sys.executable, ffn2moe.__file__, *argv, "--k-act", "1000", "--method", "paper"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "k_act = 1000" in done.stderr
-    help_text = run("--help").stdout
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        ffn2moe.parse_args(["--help"])
+    help_text = capsys.readouterr().out
     for option in vars(ffn2moe.parse_args([])):
         assert f"--{option.replace('_', '-')} " in help_text
