@@ -14,6 +14,7 @@ plots are made from that file. Each row says which commit measured it, and where
 
 import argparse
 import copy
+import hashlib
 import platform
 import re
 import subprocess
@@ -44,8 +45,8 @@ from ffn2moe import representative_neurons, ridge_router, running_bins, sample_r
 from ffn2moe import unpredicted_energy
 from model import DEFAULT_MODEL, FFN, Decoder, InputError, MoE, MoESpec, Split
 from model import active_parameters, as_ids, cut_windows, encode, has_bfloat16_units, load_model
-from model import make_ffn, perplexity, read_ids, read_json, run_command, spec_of, split_spec
-from model import write_json
+from model import load_text, make_ffn, perplexity, read_ids, read_json, require, run_command
+from model import spec_of, split_spec, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -155,7 +156,8 @@ def grid_layer(
             norms = expert_norms(energy, bin_of[bin_of > 0], split.routed)
             mlp = mlp_scores(sample, norms)
             moe.scores = lambda rows: mlp(rows.float())
-            moe.extra_parameters = sum(p.numel() for p in mlp.parameters())
+            mlp_parameters = sum(p.numel() for p in mlp.parameters())
+            moe.extra_parameters = mlp_parameters - moe.router_weight.numel()  # which it replaces
     return refit_moe(ffn, moe, x) if refit else moe
 
 def unified_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
@@ -232,7 +234,7 @@ class Row:
     experts: str
     dense: str = "none"  # layers that stay so, or "auto": chosen by ffn2moe.choose_dense
     calib_windows: int = 16
-    quoted: bool = False  # by the README: evaluated on all texts, and on the whole of the first
+    quoted: bool = False  # by the README: evaluated on all texts; --whole: on all of the first
     timed: bool = False  # against the dense model
     seed: int = 0  # added to the seed of the calibration windows
 
@@ -462,8 +464,11 @@ def settings_of(args: argparse.Namespace, *more: str) -> dict:
     common = ("device", "seed", "eval_tokens", "window")
     found = {name: getattr(args, name) for name in (*common, *more)}
     found |= {"model": args.model or DEFAULT_MODEL, "dtype": args.dtype[0]}
-    found["calib"] = Path(args.calib).stem
-    return found | {"eval": [Path(text).stem for text in args.eval]}
+    found |= {"calib": Path(args.calib).stem, "eval": [Path(text).stem for text in args.eval]}
+    sha = hashlib.sha256(load_text(args.calib, "train").encode())
+    for text in args.eval:
+        sha.update(b"" if text == HELD_BACK else load_text(text, "test").encode())
+    return found | {"texts_sha256": sha.hexdigest()[:16]}
 
 def read_texts(args: argparse.Namespace, model: Decoder, tokenizer) -> tuple[Tensor, dict]:
     """Token ids to calibrate or train on [T], and those of each evaluation text, by its name."""
@@ -528,7 +533,7 @@ def active_share(model: Decoder, dense_ffn: int) -> float:
     extra = sum(getattr(ffn, "extra_parameters", 0) for ffn in model.ffns)
     return (active_parameters(model)[0] + extra) / dense_ffn
 
-def measure_row(model: Decoder, row: Row, calib: Tensor, texts: list[Text], title: str, turns: int):
+def measure_row(model: Decoder, row: Row, calib: Tensor, texts: list[Text], title: str, args):
     """Convert and evaluate -> the result of one row."""
     start, dense_ffns, dense = time.perf_counter(), model.ffns, frozenset()
     dense_ffn = active_parameters(model)[0]
@@ -544,20 +549,26 @@ def measure_row(model: Decoder, row: Row, calib: Tensor, texts: list[Text], titl
     }
     if row.timed:
         versions = {"dense": dense_ffns, "row": model.ffns}
-        times = ffn2moe.model_times(model, versions, texts[0].windows.flatten(), turns)
+        times = ffn2moe.model_times(model, versions, texts[0].windows.flatten(), args.turns)
         result |= times["row"] | {f"dense_{what}": ms for what, ms in times["dense"].items()}
     result["texts"] = {}
     for text in texts if row.quoted else texts[:1]:
         bar = partial(tqdm, desc=f"{title}: {text.name}", unit="window")
-        whole = row.quoted and text is texts[0]
+        whole = args.whole and row.quoted and text is texts[0]
         result["texts"][text.name] = evaluate(model, text, whole, bar)
     return result
 
 def quality(args: argparse.Namespace):
     file = args.json
     done = read_results(file, settings_of(args))
+
+    def is_missing(row: Row) -> bool:
+        whole = perplexity_of(done, row.name, row.percent, key="perplexity_whole")
+        unread = args.whole and row.quoted and whole is None
+        return unread or not is_done(done, row.label, row.key(), args)
+
     rows = chosen_rows(quality_rows(), args.only, lambda row: row.name)
-    rows = [row for row in rows if not is_done(done, row.label, row.key(), args)]
+    rows = list(filter(is_missing, rows))
     if rows:
         measure_rows(args, rows, done, file)
     plot_quality(done, file.with_suffix(".png"))
@@ -583,7 +594,7 @@ def measure_rows(args: argparse.Namespace, rows: list[Row], done: dict, file: Pa
         windows = sample_rows(calib, len(calib), args.seed + row.seed)
         if row.layer and len(windows) < row.calib_windows:
             print(f"warning: only {len(windows)} calibration windows", file=sys.stderr)
-        result = measure_row(model, row, windows, texts, title, args.turns)
+        result = measure_row(model, row, windows, texts, title, args)
         add_row(file, done, row.label, result)
         print(f"{title}: {result['texts'][texts[0].name]['perplexity']:.2f}", flush=True)
 
@@ -620,7 +631,7 @@ def details_table(done: dict) -> str:
         if row.label not in done["rows"]:
             continue
         r = done["rows"][row.label]
-        cells = {"split": row.experts, "dense layers": r["dense_layers"]}
+        cells = {"split": r["key"]["experts"], "dense layers": r["dense_layers"]}
         cells |= {"active FFN": f"{r['active_ffn']:.1%}", "seconds": f"{r['seconds']:.0f}"}
         for what in ("prefill", "decode"):
             if f"{what}_ms" in r:
@@ -952,10 +963,8 @@ def speed_keys(args: argparse.Namespace) -> list[dict]:
             continue
         two_levels = ["S2A4E8+S3A3E8"] * (shape == "2048x8192")
         for tokens, experts in product(args.tokens, args.experts + two_levels):
-            slices = Split.parse(experts.partition("+")[0]).total
-            if int(shape.split("x")[1]) % slices == 0:
-                more = {"what": "ffn", "tokens": tokens, "batch": 1, "experts": experts}
-                keys.append(speed_key(**about, **more))
+            more = {"what": "ffn", "tokens": tokens, "batch": 1, "experts": experts}
+            keys.append(speed_key(**about, **more))
     return keys
 
 @torch.no_grad()
@@ -978,9 +987,12 @@ def speed_overview(done: dict) -> str:
     """The table of the README: a line for each workload, a column for each split."""
     lines = {}
     for row in done["rows"].values():
-        if "+" not in row["key"]["experts"]:  # one level
+        key, line = row["key"], workload(row["key"])
+        if key["device"] != "cpu":
+            line += f", {row['origin']['machine']}"
+        if "+" not in key["experts"]:  # one level
             speedup = f"{row['speedup']:.2f}x of {row['bound']:.2f}x"
-            lines.setdefault(workload(row["key"]), {})[row["key"]["experts"]] = speedup
+            lines.setdefault(line, {})[key["experts"]] = speedup
     return markdown("speedup of ideal", lines)
 
 def speed_table(done: dict) -> str:
@@ -1270,7 +1282,7 @@ def figures(args: argparse.Namespace):
         loads[i] = balanced_load(moe, sample_rows(x, 2048))
         return moe
 
-    windows, bar = sample_rows(calib, 32), partial(tqdm, desc="converting", unit="layer")
+    windows, bar = sample_rows(calib, 32, args.seed), partial(tqdm, desc="converting", unit="layer")
     ffn2moe.replace_ffns(model, windows, replacement, progress=bar)
     plot_rates(rates, FIGURES / "activation_rates.png")
     plot_load(loads, split.active / split.routed, FIGURES / "expert_load.png")
@@ -1311,8 +1323,9 @@ def readme(args: argparse.Namespace):
     file.write_text(text, encoding="utf-8")
 
 def default(args: argparse.Namespace):
-    if ffn2moe.main(["--json", str(args.json), "--device", args.device]) == 0:
-        write_json(args.json, read_json(args.json) | {"origin": origin(args.device)})
+    failed = ffn2moe.main(["--json", str(args.json), "--device", args.device])
+    require(not failed, "the default job failed")
+    write_json(args.json, read_json(args.json) | {"origin": origin(args.device)})
 
 def everything(args: argparse.Namespace):
     """All measurements of the README, in order; rows that are done are not repeated."""
@@ -1337,6 +1350,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help=f"evaluation texts; {HELD_BACK}: the end of the calibration text")  # fmt: skip
     add("--eval-tokens", type=int, default=20480, metavar="N", help="first N of each; 0: all")
     add("--window", type=int, default=2048, metavar="N", help="tokens per sequence")
+    add("--whole", action="store_true", help="quality: the README's rows on all of the first text")
     add("--only", nargs="+", metavar="ROW", help="only the rows of these names")
     add("--again", action="store_true", help="measure rows of other commits and machines again")
     add("--dtype", nargs="+", choices=["float32", "bfloat16"], default=[dtype], help="of weights")

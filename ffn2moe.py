@@ -314,14 +314,15 @@ def ridge_solver(xx: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
 
         W = argmin |X W - Y|^2 + penalty |W|^2,   penalty = strength * median(diag(X'X)).   [n, k]
 
-    The median, because a few neurons that are huge for one token would dominate the mean. Each
-    neuron's penalty also has a millionth of its own diagonal, about what float32 can tell. Where
-    that is too little for the factorisation, all penalties become ten times as large. xx is
-    overwritten.
+    The median, because a few neurons that are huge for one token would dominate the mean. Neurons
+    that never run, with 0 on the diagonal, do not count in it. Each neuron's penalty also has a
+    millionth of its own diagonal, about what float32 can tell. Where that is too little for the
+    factorisation, all penalties become ten times as large. xx is overwritten.
     """
     check_finite(xx)
     diagonal = xx.diagonal().clone()
-    penalty = (strength * diagonal.median() + 1e-6 * diagonal).clamp_min(1e-30)
+    median = diagonal[diagonal > 0].median().nan_to_num()  # of none it is nan
+    penalty = (strength * median + 1e-6 * diagonal).clamp_min(1e-30)
     for _ in range(10):
         xx.diagonal().copy_(diagonal + penalty)
         factor, failed = torch.linalg.cholesky_ex(xx)
@@ -389,8 +390,8 @@ def alternate(
     for _ in range(rounds + 1):
         scores = x @ solve(x.T @ expert_norms(energy, bin_of, num_routed))  # [T, R]
         runs = running_bins(scores.topk(active, dim=-1).indices, num_routed)
-        # [n, 1 + R], what each neuron contributes in each bin; energy.T @ runs takes 8 times as long
-        gain = (runs.T @ energy).T
+        # What each neuron contributes in each bin; energy.T @ runs would take 8 times as long
+        gain = (runs.T @ energy).T  # [n, 1 + R]
         captured = gain.gather(1, bin_of[:, None]).sum(dtype=torch.float64).item()
         if captured <= (1 + LEAST_GAIN) * most:
             break
@@ -627,9 +628,11 @@ def check_conversion(
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
     split, num_layers = Split.parse(experts or METHODS[method].experts), model.config.num_layers
-    is_moe = any(isinstance(ffn, MoESpec) for ffn in model.config.ffns)
-    if dense == "auto":
-        dense = frozenset() if is_moe or method == "paper" else None
+    ffns = model.config.ffns
+    if dense == "auto" and any(isinstance(ffn, MoESpec) for ffn in ffns):
+        dense = frozenset(i for i, ffn in enumerate(ffns) if isinstance(ffn, int))
+    elif dense == "auto":
+        dense = frozenset() if method == "paper" else None
     else:
         dense = parse_layers(dense) if isinstance(dense, str) else frozenset(dense)
     if active is not None and dense is not None:
@@ -696,7 +699,7 @@ def convert(
     calib_ids   token ids, [B, T], or [T] to be cut into windows
     experts     the split, such as "S2A2E8"; None: the method's default
     dense       layers that stay dense: numbers, or text like "0-7,24-29" or "none"; "auto": those
-                whose conversion costs most (joint), none (paper, and a model that is an MoE)
+                whose conversion costs most (joint), none (paper), those that are (in an MoE)
     active      the share of all FFN neurons that runs for a token, for "auto" (joint)
     k_act       the k of ATopK (paper)
     progress    wraps the layers, as tqdm does
@@ -804,7 +807,7 @@ def time_in_turns(functions: dict[str, Callable], turns: int, device: str) -> di
         for _ in range(calls):
             function()
         if device != "cpu":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         return 1e3 * (time.perf_counter() - start) / calls
 
     calls = {}
@@ -917,8 +920,11 @@ def calibration_windows(model: Decoder, tokenizer: Tokenizer, args: argparse.Nam
     """Random windows of the calibration text, as many as the method and the model need."""
     windows = cut_windows(model, read_ids(model, tokenizer, args.calib, "train"), args.window)
     window, needed = windows.shape[1], 0
-    if args.method == "joint":
-        needed = TOKENS_PER_NEURON * model.config.intermediate_size
+    for ffn in model.config.ffns if args.method == "joint" else ():
+        neurons = ffn
+        if isinstance(ffn, MoESpec):  # whose experts see A of R tokens each
+            neurons = max(ffn.shared_size, ffn.expert_size * ffn.num_experts // ffn.active)
+        needed = max(needed, TOKENS_PER_NEURON * neurons)
     tokens = args.calib_tokens or max(METHODS[args.method].calib_tokens, needed + window)
     windows = sample_rows(windows, tokens // window, args.seed)
     if windows.numel() < needed:

@@ -39,9 +39,13 @@ def test_static_pruning_keeps_what_contributes_most_and_refits_it(case, monkeypa
     keep = parts.square().sum(dim=(0, 2)).argsort()[-24:]
     pruned, refitted = (bench.static_layer(ffn, x, SPLIT, refit) for refit in (False, True))
     assert torch.allclose(pruned(x), parts[:, keep].sum(dim=1), atol=1e-4)
-    h = ffn2moe.hidden(ffn, x)[:, keep]
-    least = ((h @ torch.linalg.lstsq(h, ffn(x)).solution - ffn(x)) ** 2).sum()
-    assert error(refitted, ffn, x) < 1.01 * least < 0.9 * error(pruned, ffn, x)
+    # Ridge regression from the neurons that stay, as if the others had never been there
+    h, down = ffn2moe.hidden(ffn, x)[:, keep].double(), ffn.down_proj[:, keep].double()
+    gram = h.T @ h
+    gram.diagonal().add_(ffn2moe.HIDDEN_RIDGE * gram.diagonal().median())
+    fitted = down.T + torch.linalg.solve(gram, h.T @ (ffn(x) - h @ down.T))
+    assert torch.allclose(refitted(x), (h @ fitted).float(), atol=1e-4)
+    assert error(refitted, ffn, x) < 0.9 * error(pruned, ffn, x)
 
 def objective(rows, bins) -> float:
     """Of k-means: the squared distances to the mean of the cluster."""
@@ -246,7 +250,7 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
 
     names = ["dense", "paper", "static pruning", "joint", "joint, E = 8", "oracle neurons"]
     names += ["joint, seed 1", "joint, seed 2"]
-    sizes = {"eval_tokens": 256, "window": 128, "turns": 1, "only": names}
+    sizes = {"eval_tokens": 256, "window": 128, "turns": 1, "only": names, "whole": []}
     text.write_text(text.read_text()[:8000])
     (tmp_path / "other.txt").write_text(text.read_text()[::-1])
     texts = [text, tmp_path / "other.txt"]
@@ -295,6 +299,8 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
     assert (tmp_path / "w.png").read_bytes()[:4] == b"\x89PNG"
     for extra in (["--seed", "1"], ["--only", "magic"], ["--eval", str(text), str(text)]):
         assert bench.main([*argv, *extra]) == 2
+    texts[1].write_text("another text")
+    assert bench.main(argv) == 2
     file.write_text("{")
     assert bench.main(argv) == 2
 
@@ -306,6 +312,11 @@ def test_settings_can_be_chosen_on_the_end_of_the_calibration_text(checkpoint, t
     assert bench.main(arguments("quality", checkpoint, text, tmp_path / "q.json", **sizes)) == 0
     texts = rows_of(tmp_path / "q.json")["dense", 100]["texts"]
     assert texts["held-back"]["perplexity"] == expected
+    assert "perplexity_whole" not in texts["held-back"]
+    sizes["whole"] = []  # which the row lacks
+    assert bench.main(arguments("quality", checkpoint, text, tmp_path / "q.json", **sizes)) == 0
+    texts = rows_of(tmp_path / "q.json")["dense", 100]["texts"]
+    assert texts["held-back"]["perplexity_whole"] == expected
     sizes |= {"samples": 8, "length": 16}
     assert bench.main(arguments("finetune", checkpoint, text, tmp_path / "f.json", **sizes)) == 0
     assert rows_of(tmp_path / "f.json")["dense", 100]["before"] == expected

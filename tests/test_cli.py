@@ -11,7 +11,7 @@ from conftest import LLAMA, TEXT
 from tokenizers import processors
 
 import ffn2moe
-from model import generate, load_model, perplexity
+from model import MoESpec, generate, load_model, perplexity
 
 JOBS = [("joint", "S2A2E8", "auto"), ("paper", "S3A3E8", "none")]
 
@@ -192,3 +192,14 @@ def test_help_names_every_flag(capsys):
     help_text = capsys.readouterr().out
     for option in vars(ffn2moe.parse_args([])):
         assert f"--{option.replace('_', '-')} " in help_text
+
+def test_each_neuron_is_calibrated_on_enough_tokens(checkpoint, monkeypatch):
+    """An expert that 2 of 8 tokens choose needs four times as many."""
+    model, tokenizer = load_model(checkpoint)
+    method = ffn2moe.METHODS["joint"]._replace(calib_tokens=64)
+    monkeypatch.setattr(ffn2moe, "METHODS", {"joint": method})
+    args = ffn2moe.parse_args(["--window", "64"])
+    for ffn, neurons in ((64, 64), (MoESpec(16, 8, 40, 2), 160), (MoESpec(200, 8, 40, 2), 200)):
+        model.config.ffns = [64, ffn, 64]
+        windows = ffn2moe.calibration_windows(model, tokenizer, args)
+        assert 0 < windows.numel() - 10 * neurons <= 64

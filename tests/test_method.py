@@ -196,6 +196,15 @@ def test_a_few_huge_neurons_do_not_switch_ridge_off():
     alone = torch.linalg.lstsq(x[1:, 2:].double(), y[1:].double()).solution
     assert (w[2:].double() - alone).norm() / alone.norm() < 0.02
 
+def test_neurons_that_never_run_change_no_penalty():
+    x, y = torch.randn(200, 9, dtype=torch.float64), torch.randn(200, 3, dtype=torch.float64)
+    padded = torch.cat([torch.zeros(200, 20).double(), x], dim=1)
+    expected = ffn2moe.ridge_solver(x.T @ x, 0.3)(x.T @ y)
+    found = ffn2moe.ridge_solver(padded.T @ padded, 0.3)(padded.T @ y)
+    assert torch.allclose(found[20:], expected) and not found[:20].any()
+    zero = torch.zeros(2, 2)
+    assert not ffn2moe.ridge_solver(zero.clone(), 0.3)(zero).any()
+
 def test_a_singular_system_gets_a_larger_penalty_and_a_broken_one_a_sentence():
     x = torch.ones(50, 1) @ torch.rand(1, 30) * 1e3  # of rank one
     w = ffn2moe.ridge_solver(x.T @ x, 1e-12)(x.T @ x[:, :3])

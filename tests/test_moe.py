@@ -56,7 +56,7 @@ def test_experts_are_converted_on_their_own_tokens_or_if_few_on_all(tokens, even
 def test_our_own_model_is_split_again(method, tmp_path, tokenizer, capsys):
     model = converted_model("S2A4E8", dtype=torch.float64, method=method, k_act=5)
     _, parameters = active_parameters(model)
-    convert(model, IDS, "S1A1E4", method, dense=[0], k_act=2)
+    convert(model, IDS, "S1A1E4", method, k_act=2)  # the first layer, a dense one, stays so
     assert ffn2moe.describe(model.config.ffns) == "MoE of MoEs"
     inner_routers = 2 * (1 + 6 * 4 / 6) * 3 * (32 * (2 if method == "paper" else 1) + 2)
     ffns = 2 * 3 * 32 * 64 * 6 / 8
