@@ -430,8 +430,20 @@ def test_damaged_directories(checkpoint, damage, message):
     with pytest.raises(InputError, match=message):
         load_model(checkpoint)
 
-def test_a_forced_save_replaces_the_checkpoint_and_nothing_else(checkpoint, tmp_path):
+def test_saving_is_all_or_nothing(checkpoint, tmp_path, monkeypatch):
     model, tokenizer = load_model(checkpoint)
+
+    def full_disk(*args, **kwargs):
+        Path(args[1]).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model_file, "save_file", full_disk)
+    for target in (tmp_path / "out", checkpoint):
+        with pytest.raises(InputError, match="No space left"):
+            save_model(model, tokenizer, target, force=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]  # no out, no scratch
+    monkeypatch.undo()
+    assert torch.equal(load_model(checkpoint)[0](IDS), model(IDS))  # still whole
     with pytest.raises(InputError, match="not empty; --force"):
         save_model(model, tokenizer, checkpoint)
     (checkpoint / "notes.txt").write_text("kept")
@@ -451,6 +463,14 @@ def test_a_forced_save_that_fails_midway_keeps_the_new_checkpoint(checkpoint):
         load_model(checkpoint)
     (scratch,) = checkpoint.glob(".tiny.*")  # what is not in place yet
     assert "config.json" in {p.name for p in scratch.iterdir()}
+
+def test_scratch_of_a_killed_save_is_removed(checkpoint):
+    model, tokenizer = load_model(checkpoint)
+    (checkpoint / ".tiny.saving").mkdir()
+    (checkpoint / ".tiny.saving/model.safetensors").write_bytes(b"half")
+    save_model(model, tokenizer, checkpoint, force=True)
+    assert not (checkpoint / ".tiny.saving").exists()
+    assert torch.equal(load_model(checkpoint)[0](IDS), model(IDS))
 
 def test_saving_into_an_empty_directory(checkpoint, tmp_path):
     model, tokenizer = load_model(checkpoint)
