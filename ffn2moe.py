@@ -43,7 +43,8 @@ from tqdm import tqdm
 from kernels import setting, swiglu
 from model import DEFAULT_MODEL, FFN, Decoder, InputError, MoE, MoESpec, Split, active_parameters
 from model import as_ids, check_output, check_writable, cut_windows, encode, generate, load_model
-from model import perplexity, read_ids, run_command, save_model, spec_of, split_spec, write_json
+from model import perplexity, read_ids, run_command, save_model, spec_of, split_spec
+from model import warn_if_same, write_json
 
 # Settings of the joint method, chosen by perplexity on training text held back from calibration
 SAMPLE_TOKENS = 8192  # for partition and router; the refit uses all calibration tokens
@@ -449,7 +450,7 @@ def partition_and_router(
 
 @torch.no_grad()
 @fast_products()
-def refit_down(ffn: FFN, x: Tensor, running: Callable) -> Tensor:
+def refit_down(ffn: FFN, x: Tensor, running: Callable, ridge: float = HIDDEN_RIDGE) -> Tensor:
     """The least-squares W_down' for the neurons that run. It costs nothing at inference.
 
     running(x [t, D]) -> [t, q] is the weight of each neuron, 0 for one that does not run. With
@@ -469,7 +470,7 @@ def refit_down(ffn: FFN, x: Tensor, running: Callable) -> Tensor:
         missing = (h - h_running) @ down.T  # [t, D]
         gram.addmm_(h_running.T, h_running)
         cross.addmm_(h_running.T, missing)
-    return down + ridge_solver(gram, HIDDEN_RIDGE)(cross).T
+    return down + ridge_solver(gram, ridge)(cross).T
 
 def neuron_weights(moe: MoE, x: Tensor) -> Tensor:
     """The weight with which each neuron of the dense FFN runs in the MoE: x [t, D] -> [t, q]."""
@@ -627,8 +628,7 @@ def check_conversion(
     cannot do it."""
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    split, num_layers = Split.parse(experts or METHODS[method].experts), model.config.num_layers
-    ffns = model.config.ffns
+    split, ffns = Split.parse(experts or METHODS[method].experts), model.config.ffns
     if dense == "auto" and any(isinstance(ffn, MoESpec) for ffn in ffns):
         dense = frozenset(i for i, ffn in enumerate(ffns) if isinstance(ffn, int))
     elif dense == "auto":
@@ -639,13 +639,13 @@ def check_conversion(
         raise InputError("--active is for --method joint with --dense auto, on a dense model")
     if active is not None and active < split.share:
         raise InputError(f"{split} runs {split.share:.1%} of each FFN, more than --active {active}")
-    kept, layers = dense or frozenset(), frozenset(range(num_layers))
+    kept, layers = dense or frozenset(), frozenset(range(len(ffns)))
     sparse = layers - kept
     if not sparse or not kept <= layers:
         text = format_layers(kept)
-        raise InputError(f"dense layers {text}: the model has {num_layers}, some must be converted")
+        raise InputError(f"dense layers {text}: the model has {len(ffns)}, some must be converted")
     for i in sparse:
-        width, spec = model.config.ffns[i], split_spec(model.config.ffns[i], split, "linear")
+        width, spec = ffns[i], split_spec(ffns[i], split, "linear")
         if spec.inner:
             width = min(spec.expert_size, spec.shared_size or spec.expert_size)
         if method == "paper" and not 1 <= k_act <= width:
@@ -913,8 +913,7 @@ def check_args(args: argparse.Namespace):
         check_writable(args.json)
     if args.json and args.explain is not None:
         raise InputError("--explain makes no table that --json could write")
-    if args.calib == args.eval and Path(args.calib).exists():
-        print("warning: calibrating and evaluating on the same file", file=sys.stderr)
+    warn_if_same(args.calib, args.eval)
 
 def calibration_windows(model: Decoder, tokenizer: Tokenizer, args: argparse.Namespace) -> Tensor:
     """Random windows of the calibration text, as many as the method and the model need."""

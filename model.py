@@ -1335,6 +1335,11 @@ def load_text(source: str, split: str) -> str:
     except OSError as error:
         raise InputError(f"cannot read the text {source}: {error.strerror}") from None
 
+def warn_if_same(train: str, test: str):
+    """A file has no splits: warn before a model is evaluated on the text that it has seen."""
+    if train == test and Path(train).exists():
+        print(f"warning: {train} is both training and evaluation text", file=sys.stderr)
+
 def manual_text(split: str) -> str:
     """Every third topic is for evaluation, less the paragraphs that also stand in a calibration
     topic: topics quote each other, and evaluation text must never be calibration text."""

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from ffn2moe import METHODS, convert, sample_rows
 from model import Decoder, InputError, Linear, MoE, check_output, check_writable, cut_windows
 from model import first_line, load_model, perplexity, read_ids, run_command
-from model import save_model, write_json
+from model import save_model, warn_if_same, write_json
 
 SETTINGS = {  # each is a flag of the command line: name -> (default, help)
     "samples": (2048, "training sequences, in whole batches; a short text is used several times"),
@@ -286,6 +286,7 @@ def check_args(args: argparse.Namespace, state_file: Path):
     if args.json:
         check_writable(args.json)
     check_output(args.out, args.force)
+    warn_if_same(args.text, args.eval)
     if args.resume and not state_file.exists():
         raise InputError(f"there is no {state_file} to resume from")
     if state_file.exists() and not args.resume and not args.force:
