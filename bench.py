@@ -411,13 +411,14 @@ def machine_name(device: str) -> str:
 
 def describe_origin(rows: Iterable[dict]) -> str:
     """One line under a table that says where its rows come from."""
-    places = set()
+    commits = {}
     for row in rows:
         of = row["origin"]
-        commit = of["commit"] + ("" if of["clean"] else " with changes")
         machine = f"{of['machine']}, {of['threads']} threads, torch {of['torch']}"
-        places.add(f"{machine}, commit {commit}")
-    return f"Measured on {'; and on '.join(sorted(places))}.\n"
+        commit = of["commit"] + ("" if of["clean"] else " with changes")
+        commits.setdefault(machine, set()).add(commit)
+    places = [f"{name}, commit {', '.join(sorted(commits[name]))}" for name in sorted(commits)]
+    return f"Measured on {'; and on '.join(places)}.\n"
 
 def read_results(file: Path, settings: dict) -> dict:
     """The rows that an earlier run with the same settings left in the file, or none yet."""
