@@ -17,6 +17,7 @@ import copy
 import hashlib
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -43,10 +44,10 @@ from ffn2moe import expert_norms, hidden, joint_layer, members, neuron_markers, 
 from ffn2moe import paper_layer, partition_and_router, partition_neurons, refit_down, refit_moe
 from ffn2moe import representative_neurons, ridge_router, running_bins, sample_rows
 from ffn2moe import unpredicted_energy
-from model import DEFAULT_MODEL, FFN, Decoder, InputError, MoE, MoESpec, Split
+from model import DEFAULT_MODEL, FFN, Decoder, MoE, MoESpec, Split
 from model import active_parameters, as_ids, cut_windows, encode, has_bfloat16_units, load_model
-from model import load_text, make_ffn, perplexity, read_ids, read_json, require, run_command
-from model import spec_of, split_spec, warn_if_same, write_json
+from model import load_text, make_ffn, perplexity, read_ids, read_json, refusing, require
+from model import run_command, spec_of, split_spec, warn_if_same, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -71,16 +72,12 @@ def static_layer(
 # Three ways to group neurons, beside the joint one: bin_of [q]
 
 def random_bins(ffn: FFN, x: Tensor, split: Split) -> Tensor:
-    """LLaMA-MoE (Zhu et al., 2024): slices at random."""
-    bins = bins_in_order(ffn.down_proj.shape[1], split)
-    return sample_rows(bins, len(bins)).to(x.device)
+    """LLaMA-MoE (Zhu et al., 2024): slices at random, the first S of them shared."""
+    q = ffn.down_proj.shape[1]
+    slices = torch.arange(split.total).repeat_interleave(split.slice_size(q))
+    return sample_rows((slices - split.shared + 1).clamp_min(0), q).to(x.device)
 
-def bins_in_order(q: int, split: Split) -> Tensor:
-    """The first slices are shared, and each other one is an expert: [q]."""
-    bins = torch.arange(split.total).sub(split.shared - 1).clamp_min(0)
-    return bins.repeat_interleave(split.slice_size(q))
-
-def weight_bins(ffn: FFN, x: Tensor, split: Split, rounds: int = 10) -> Tensor:
+def weight_bins(ffn: FFN, x: Tensor, split: Split) -> Tensor:
     """MoEfication (Zhang et al., 2022): balanced k-means on the rows of W_gate, of unit length.
 
     MoEfication has no shared expert. Here the S clusters with the most energy are shared.
@@ -88,7 +85,7 @@ def weight_bins(ffn: FFN, x: Tensor, split: Split, rounds: int = 10) -> Tensor:
     rows, E = F.normalize(ffn.gate_proj.float(), dim=1), split.total
     capacity = [split.slice_size(len(rows))] * E
     centroids = sample_rows(rows, E)
-    for _ in range(rounds):
+    for _ in range(10):
         cost = torch.cdist(rows, centroids).square()
         cluster = torch.from_numpy(balanced_assignment(cost.cpu().numpy(), capacity)).to(x.device)
         centroids = torch.stack([rows[cluster == e].mean(dim=0) for e in range(E)])
@@ -110,23 +107,22 @@ def representative_router(ffn: FFN, x: Tensor, bin_of: Tensor, split: Split) -> 
     routed = (bin_of > 0).nonzero().flatten().cpu()
     expert = bin_of.cpu()[routed] - 1
     markers = neuron_markers(ffn, x, 10)[:, routed]
-    means = [markers[:, expert == e].float().mean(dim=1) for e in range(split.routed)]
-    representatives = representative_neurons(markers, expert, torch.stack(means, dim=1))
+    representatives = representative_neurons(markers, expert, split.routed)
     return ffn2moe.analytical_router(ffn, routed[representatives])
 
 @torch.enable_grad()
-def mlp_scores(x: Tensor, norms: Tensor, width: int = 128, epochs: int = 20) -> nn.Module:
+def mlp_scores(x: Tensor, norms: Tensor) -> nn.Module:
     """MoEfication's learned router: a small MLP that predicts each expert's norm from the token;
     its logarithm, because a few huge tokens would dominate the loss.
     x [T, D], norms [T, R] -> a module [t, D] -> [t, R]."""
     torch.manual_seed(0)
     x, target = x.float(), norms.clamp_min(1e-6 * norms.median()).log()
     target = (target - target.mean(dim=1, keepdim=True)) / target.std()
-    mlp = nn.Sequential(nn.Linear(x.shape[1], width), nn.Tanh(), nn.Linear(width, norms.shape[1]))
+    mlp = nn.Sequential(nn.Linear(x.shape[1], 128), nn.Tanh(), nn.Linear(128, norms.shape[1]))
     mlp = mlp.to(x.device)
     mlp[0].weight.data /= x.square().mean().sqrt()  # inputs may be of any size
     optimizer = torch.optim.Adam(mlp.parameters(), lr=1e-3)
-    for epoch in range(epochs):
+    for epoch in range(20):
         for batch in sample_rows(torch.arange(len(x)), len(x), seed=epoch).split(256):
             loss = F.mse_loss(mlp(x[batch]), target[batch])
             optimizer.zero_grad()
@@ -142,24 +138,21 @@ def grid_layer(
     ffn: FFN, x: Tensor, split: Split, group: Callable, router: str, refit: bool
 ) -> MoE:
     """One cell of the grid: a way to group neurons, a router, with or without refit."""
-    bin_of = group(ffn, x, split)
-    sample = sample_rows(x, SAMPLE_TOKENS)
+    bin_of, sample = group(ffn, x, split), sample_rows(x, SAMPLE_TOKENS)
     if router == "representative":
         moe = build_moe(ffn, bin_of, representative_router(ffn, sample, bin_of, split), split)
+        return refit_moe(ffn, moe, x) if refit else moe
+    h, routed = hidden(ffn, sample), bin_of[bin_of > 0]
+    if refit:  # which recovers what the shared neurons predict
+        energy = unpredicted_energy(h, ffn.down_proj, bin_of)
     else:
-        h = hidden(ffn, sample)
-        if refit:  # which recovers what the shared neurons predict
-            energy = unpredicted_energy(h, ffn.down_proj, bin_of)
-        else:
-            energy = contribution_energy(h, ffn.down_proj)[:, bin_of > 0]
-        router_weight = ridge_router(energy, sample, bin_of[bin_of > 0], split.routed)
-        moe = build_moe(ffn, bin_of, router_weight, split)
-        if router == "MLP":
-            norms = expert_norms(energy, bin_of[bin_of > 0], split.routed)
-            mlp = mlp_scores(sample, norms)
-            moe.scores = lambda rows: mlp(rows.float())
-            mlp_parameters = sum(p.numel() for p in mlp.parameters())
-            moe.extra_parameters = mlp_parameters - moe.router_weight.numel()  # which it replaces
+        energy = contribution_energy(h, ffn.down_proj)[:, bin_of > 0]
+    moe = build_moe(ffn, bin_of, ridge_router(energy, sample, routed, split.routed), split)
+    if router == "MLP":
+        mlp = mlp_scores(sample, expert_norms(energy, routed, split.routed))
+        moe.scores = lambda rows: mlp(rows.float())
+        mlp_parameters = sum(p.numel() for p in mlp.parameters())
+        moe.extra_parameters = mlp_parameters - moe.router_weight.numel()  # which it replaces
     return refit_moe(ffn, moe, x) if refit else moe
 
 def unified_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
@@ -239,6 +232,7 @@ class Row:
     quoted: bool = False  # by the README: evaluated on all texts; --whole: on all of the first
     timed: bool = False  # against the dense model
     seed: int = 0  # added to the seed of the calibration windows
+    settings: dict = field(default_factory=dict)  # of train.py, where they differ
 
     @property
     def label(self) -> str:
@@ -246,7 +240,16 @@ class Row:
 
     def key(self) -> dict:
         """What a result must agree in to stand for this row."""
-        return {name: value for name, value in vars(self).items() if name != "layer"}
+        key = vars(self) | {"layer": describe_layer(self.layer)} | self.settings
+        del key["settings"]
+        return key
+
+def describe_layer(layer: Callable | None) -> str:
+    """The function that makes a layer, and what it is given: "joint_layer, rounds=0"."""
+    if not isinstance(layer, partial):
+        return layer.__name__ if layer else "dense"
+    given = [f"{name}={getattr(of, '__name__', of)}" for name, of in layer.keywords.items()]
+    return ", ".join([layer.func.__name__, *given])
 
 def label(name: str, percent: float) -> str:
     return f"{name}, {percent:g} %"
@@ -259,14 +262,11 @@ JOINT = {87.5: "S10A10E32", 75: "S10A10E32", 62.5: "S8A8E32", 50: "S7A7E32", 37.
 JOINT_E16 = {75: "S6A4E16", 50: "S3A3E16", 25: "S2A1E16"}
 JOINT_E8 = {75: "S2A2E8", 50: "S1A2E8", 25: "S1A1E8"}
 MAIN = ["paper", "static pruning, refit", "joint"]
-GROUPINGS = {
-    "random": random_bins,
-    "weights": weight_bins,
-    "paper": paper_bins,
-    "joint": joint_bins,
-}
+GROUPINGS = {"random": random_bins, "weights": weight_bins, "paper": paper_bins,
+             "joint": joint_bins}  # fmt: skip
 ROUTERS = ("representative", "MLP", "ridge")
-CELLS = {
+GRID = list(product(GROUPINGS, ROUTERS, (False, True)))  # True: with refit
+CELLS = {  # that are a system with a row of its own
     ("random", "MLP", False): "LLaMA-MoE",
     ("weights", "MLP", False): "MoEfication",
     ("joint", "ridge", True): "joint",
@@ -297,29 +297,20 @@ def control_rows(percent: float) -> list[Row]:
         Row("oracle neurons", percent, oracle_neurons_layer, all_alike(percent)),
     ]
 
+def grid_row(cell: tuple[str, str, bool], percent: float = 50) -> Row:
+    """One grouping, router, and refit or not, all else equal."""
+    group, router, refit = cell
+    layer = partial(grid_layer, group=GROUPINGS[group], router=router, refit=refit)
+    return Row(cell_name(*cell), percent, layer, JOINT[percent], "auto")
+
 def system_rows(percent: float) -> list[Row]:
     """Other systems, before the training that they end with."""
-    rows = []
-    for (group, router, refit), name in CELLS.items():
-        if name != "joint":
-            layer = partial(grid_layer, group=GROUPINGS[group], router=router, refit=refit)
-            rows.append(Row(name, percent, layer, JOINT[percent], "auto"))
-    return rows
+    return [grid_row(cell, percent) for cell, name in CELLS.items() if name != "joint"]
 
 def all_alike(percent: float) -> str:
     """A split into 32 slices that runs just so many neurons, half of them shared."""
     half = round(percent * 32 / 200)
     return f"S{half}A{half}E32"
-
-def grid_rows() -> list[Row]:
-    """Grouping x router x refit at 50 %, all else equal."""
-    rows = []
-    for (group, bins), router, refit in product(GROUPINGS.items(), ROUTERS, (False, True)):
-        layer = partial(grid_layer, group=bins, router=router, refit=refit)
-        name = cell_name(group, router, refit)
-        if name not in CELLS.values():  # which have rows already
-            rows.append(Row(name, 50, layer, JOINT[50], "auto"))
-    return rows
 
 def cell_name(group: str, router: str, refit: bool) -> str:
     """The name of the system that a cell of the grid is, or of its parts."""
@@ -369,7 +360,7 @@ def quality_rows() -> list[Row]:
         rows += main_rows(percent)
     for percent in (50, 75, 25):
         rows += system_rows(percent)
-    rows += grid_rows() + ablation_rows()
+    rows += [grid_row(cell) for cell in GRID if cell not in CELLS] + ablation_rows()
     for percent in (75, 50, 25):
         rows += control_rows(percent)
     for percent in (87.5, 62.5, 37.5):
@@ -388,9 +379,10 @@ def origin(device: str) -> dict:
         command = ["git", "-C", Path(__file__).parent, *command, "--", ":(glob)*.py"]  # no tests
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
+    commit = git("log", "-1", "--format=%h") if shutil.which("git") else ""
     return {
-        "commit": git("log", "-1", "--format=%h") or "unknown",
-        "clean": not git("status", "--porcelain"),
+        "commit": commit or "unknown",
+        "clean": bool(commit) and not git("status", "--porcelain"),
         "torch": torch.__version__.split("+")[0],
         "python": platform.python_version(),  # whose manual is the default text
         "machine": machine_name(device),
@@ -400,7 +392,8 @@ def origin(device: str) -> dict:
 
 def machine_name(device: str) -> str:
     if device != "cpu":
-        return torch.cuda.get_device_name(device)
+        with refusing(f"device {device!r} is not usable here"):
+            return torch.cuda.get_device_name(device)
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -423,8 +416,10 @@ def describe_origin(rows: Iterable[dict]) -> str:
 def read_results(file: Path, settings: dict) -> dict:
     """The rows that an earlier run with the same settings left in the file, or none yet."""
     done = read_json(file) if file.exists() else {"settings": settings, "rows": {}}
-    if done["settings"] != settings:
-        raise InputError(f"{file} was made with other settings, {done['settings']}: move it away")
+    for name, value in settings.items():
+        there = done["settings"].get(name)
+        other = f"{file} was made with {name} = {there}, and not {value}"
+        require(there == value, f"{other}: move it away, or name another file by --json")
     return done
 
 def is_done(done: dict, name: str, key: dict, args: argparse.Namespace) -> bool:
@@ -435,16 +430,15 @@ def is_done(done: dict, name: str, key: dict, args: argparse.Namespace) -> bool:
     here, there = origin(args.device) | {"date": ""}, row["origin"] | {"date": ""}
     return not args.again or (here == there and here["clean"])
 
-def add_row(file: Path, done: dict, name: str, row: dict):
-    done["rows"][name] = row
-    write_json(file, done)
+def add_row(args: argparse.Namespace, done: dict, name: str, key: dict, row: dict):
+    done["rows"][name] = {"key": key, "origin": origin(args.device)} | row
+    write_json(args.json, done)
 
-def chosen_rows(rows: list, only: list[str] | None, name_of: Callable) -> list:
+def chosen_rows(rows: list[Row], only: list[str] | None) -> list[Row]:
     """The rows that --only names, or all."""
-    names = {name_of(row) for row in rows}
-    if not set(only or ()) <= names:
-        raise InputError(f"--only: no such row; there are {sorted(names)}")
-    return [row for row in rows if not only or name_of(row) in only]
+    names = {row.name for row in rows}
+    require(set(only or ()) <= names, f"--only: no such row; there are {sorted(names)}")
+    return [row for row in rows if not only or row.name in only]
 
 def markdown(corner: str, lines: dict[str, dict[str, str]]) -> str:
     """A table: lines by their names, in each the cells by the names of the columns."""
@@ -484,18 +478,16 @@ def read_texts(args: argparse.Namespace, model: Decoder, tokenizer) -> tuple[Ten
             calib, texts[text] = hold_back(calib, args.window)
         else:
             texts[Path(text).stem] = read_ids(model, tokenizer, text, "test")
-    if len(texts) < len(args.eval):
-        raise InputError("two evaluation texts have the same name")
+    require(len(texts) == len(args.eval), "two evaluation texts have the same name")
     return calib, texts
 
 def hold_back(ids: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Token ids [T] -> those to calibrate on, and the last 8 windows. The 4 windows between are
     left out, so that no article is in both."""
-    if len(ids) < 13 * window:
-        raise InputError(f"{len(ids)} tokens are too few to hold back 8 of 13 windows of {window}")
+    enough = len(ids) >= 13 * window
+    require(enough, f"{len(ids)} tokens are too few to hold back 8 of 13 windows of {window}")
     return ids[: -12 * window], ids[-8 * window :]
 
-@torch.no_grad()
 def evaluate(model: Decoder, text: Text, whole: bool, bar: Callable) -> dict:
     """Over the windows that the dense model has seen: perplexity, mean KL(dense || model) in nats,
     and the share of positions where both put the same token first. whole: perplexity of all."""
@@ -539,18 +531,16 @@ def active_share(model: Decoder, dense_ffn: int) -> float:
     extra = sum(getattr(ffn, "extra_parameters", 0) for ffn in model.ffns)
     return (active_parameters(model)[0] + extra) / dense_ffn
 
-def measure_row(model: Decoder, row: Row, calib: Tensor, texts: list[Text], title: str, args):
+def measure_row(model: Decoder, row: Row, windows: Tensor, texts: list[Text], title: str, args):
     """Convert and evaluate -> the result of one row."""
     start, dense_ffns, dense = time.perf_counter(), model.ffns, frozenset()
     dense_ffn = active_parameters(model)[0]
     if row.layer:
-        dense = convert_by_row(model, row, calib[: row.calib_windows], title)
+        dense = convert_by_row(model, row, windows, title)
     result = {
-        "key": row.key(),
-        "origin": origin(calib.device.type),
         "active_ffn": active_share(model, dense_ffn),
         "dense_layers": ffn2moe.format_layers(dense),
-        "calib_tokens": calib[: row.calib_windows].numel(),
+        "calib_tokens": windows.numel(),
         "seconds": time.perf_counter() - start,
     }
     if row.timed:
@@ -573,16 +563,15 @@ def quality(args: argparse.Namespace):
         unread = args.whole and row.quoted and whole is None
         return unread or not is_done(done, row.label, row.key(), args)
 
-    rows = chosen_rows(quality_rows(), args.only, lambda row: row.name)
-    rows = list(filter(is_missing, rows))
+    rows = list(filter(is_missing, chosen_rows(quality_rows(), args.only)))
     if rows:
-        measure_rows(args, rows, done, file)
+        measure_rows(args, rows, done)
     plot_quality(done, file.with_suffix(".png"))
     plot_waterfall(done, file.with_name(f"{file.stem}-waterfall.png"))
     publish(file, quality_tables(done))
 
-def measure_rows(args: argparse.Namespace, rows: list[Row], done: dict, file: Path):
-    """Measure each row on a fresh model, and write the file after each."""
+def measure_rows(args: argparse.Namespace, rows: list[Row], done: dict):
+    """Measure each row, and write the file after each."""
     model, tokenizer = load_model(args.model, args.dtype[0], args.device)
     calib, found = read_texts(args, model, tokenizer)
     calib, texts = cut_windows(model, calib, args.window), []
@@ -591,17 +580,16 @@ def measure_rows(args: argparse.Namespace, rows: list[Row], done: dict, file: Pa
         first, size = len(text.windows), text.windows.shape[1]
         first = max(1, args.eval_tokens // size) if args.eval_tokens else first
         for one in tqdm(text.windows[:first], desc=f"dense, {text.name}", unit="window"):
-            with torch.no_grad():
-                text.dense.append(model.hidden_states(one[None])[0, :-1])
+            text.dense.append(model.hidden_states(one[None])[0, :-1])
         texts.append(text)
+    dense_ffns = model.ffns
     for n, row in enumerate(rows):
-        title = f"{n + 1}/{len(rows)} {row.label}"
-        model, _ = load_model(args.model, args.dtype[0], args.device)
-        windows = sample_rows(calib, len(calib), args.seed + row.seed)
+        title, model.ffns = f"{n + 1}/{len(rows)} {row.label}", dense_ffns
+        windows = sample_rows(calib, row.calib_windows if row.layer else 0, args.seed + row.seed)
         if row.layer and len(windows) < row.calib_windows:
             print(f"warning: only {len(windows)} calibration windows", file=sys.stderr)
         result = measure_row(model, row, windows, texts, title, args)
-        add_row(file, done, row.label, result)
+        add_row(args, done, row.label, row.key(), result)
         print(f"{title}: {result['texts'][texts[0].name]['perplexity']:.2f}", flush=True)
 
 # -------------------------------------------------------------------- 4. Quality: tables and plots
@@ -615,44 +603,48 @@ def cell(*of, **more) -> str:
     value = perplexity_of(*of, **more)
     return "" if value is None else f"{value:.2f}"
 
-def sizes_table(done: dict, names: list[str], percents: Iterable, text=None) -> str:
-    """Methods against sizes; the dense model, which has one size, first."""
-    lines = {"dense": {f"{percent:g} %": cell(done, "dense", 100, text) for percent in percents}}
-    for name in names:
-        cells = {f"{percent:g} %": cell(done, name, percent, text) for percent in percents}
+def sizes_table(names: Iterable[str], percents: Iterable, of: Callable) -> str:
+    """Methods against sizes, in each cell of(name, percent). The dense model has one size."""
+    lines = {}
+    for name in ("dense", *names):
+        cells = {f"{p:g} %": of(name, 100 if name == "dense" else p) for p in percents}
         if any(cells.values()):
             lines[name] = cells
-    return markdown("active FFN", lines)
+    return markdown("active FFN", lines) if lines else ""
 
 def main_table(done: dict) -> str:
     """The table of the README."""
-    names = [row.name for row in system_rows(50)]
-    names += ["paper", "static pruning", "static pruning, refit", "joint, no refit", "joint"]
-    return sizes_table(done, [*names, "oracle router", "oracle neurons"], [75, 50, 25])
+    names = [row.name for row in system_rows(50)] + ["paper", "static pruning, refit"]
+    names += ["static pruning, refit, same layers dense", "joint"]
+    return sizes_table(names, [75, 50, 25], partial(cell, done))
 
 def details_table(done: dict) -> str:
     """Every row: what runs, how fast, and how far from the dense model."""
     lines, text = {}, done["settings"]["eval"][0]
     for row in quality_rows():
-        if row.label not in done["rows"]:
+        r = done["rows"].get(row.label)
+        if not r:
             continue
-        r = done["rows"][row.label]
-        cells = {"split": r["key"]["experts"], "dense layers": r["dense_layers"]}
-        cells |= {"active FFN": f"{r['active_ffn']:.1%}", "seconds": f"{r['seconds']:.0f}"}
+        speedups = {}
         for what in ("prefill", "decode"):
             if f"{what}_ms" in r:
-                cells[what] = f"{r[f'dense_{what}_ms'] / r[f'{what}_ms']:.2f}x"
-        first = r["texts"][text]
-        cells |= {"KL to dense, nats": f"{first['kl']:.3f}"}
-        cells |= {"same top token": f"{first['same_top']:.1%}"}
-        cells |= {"perplexity": f"{first['perplexity']:.2f}"}
-        cells |= {"whole text": cell(done, row.name, row.percent, key="perplexity_whole")}
-        lines[row.label] = cells
+                speedups[what] = f"{r[f'dense_{what}_ms'] / r[f'{what}_ms']:.2f}x"
+        lines[row.label] = {
+            "split": r["key"]["experts"],
+            "dense layers": r["dense_layers"],
+            "active FFN": f"{r['active_ffn']:.1%}",
+            "seconds": f"{r['seconds']:.0f}",
+            "KL to dense, nats": f"{r['texts'][text]['kl']:.3f}",
+            "same top token": f"{r['texts'][text]['same_top']:.1%}",
+            "perplexity": cell(done, row.name, row.percent),
+            "whole text": cell(done, row.name, row.percent, key="perplexity_whole"),
+            **speedups,
+        }
     return markdown("", lines)
 
 def grid_table(done: dict) -> str:
     lines = {}
-    for group, router, refit in product(GROUPINGS, ROUTERS, (False, True)):
+    for group, router, refit in GRID:
         name = cell_name(group, router, refit)
         found = cell(done, name, 50)
         system = f" ({name})" if found and (group, router, refit) in CELLS else ""
@@ -660,16 +652,13 @@ def grid_table(done: dict) -> str:
         cells[f"{router}, refit" if refit else router] = found + system
     return markdown("at 50 %", lines)
 
-def seeds_table(done: dict) -> str:
+def seeds_cell(done: dict, name: str, percent: float) -> str:
     """Mean and range over three draws of the calibration windows."""
-    lines = {}
-    for name, percent in product(MAIN, (75, 50, 25)):
-        draws = [name, f"{name}, seed 1", f"{name}, seed 2"]
-        values = [perplexity_of(done, draw, percent) for draw in draws]
-        if None not in values:
-            mean = f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-            lines.setdefault(name, {})[f"{percent} %"] = mean
-    return markdown("three seeds", lines) if lines else ""
+    draws = [name, f"{name}, seed 1", f"{name}, seed 2"]
+    values = [perplexity_of(done, draw, percent) for draw in draws]
+    if None in values:
+        return ""
+    return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 def quality_tables(done: dict) -> str:
     (text, *others), tokens = done["settings"]["eval"], done["settings"]["eval_tokens"]
@@ -677,15 +666,15 @@ def quality_tables(done: dict) -> str:
     names = [row.name for row in system_rows(50) + main_rows(50) + control_rows(50)]
     steps = {change: {"row": row, "perplexity": cell(done, row, 50)} for change, row in WATERFALL}
     parts = {
-        f"Perplexity ({text}, {much})": sizes_table(done, names, [75, 50, 25]),
+        f"Perplexity ({text}, {much})": sizes_table(names, [75, 50, 25], partial(cell, done)),
         "How neurons are grouped x how tokens are routed x refit": grid_table(done),
         "One change at a time, at 50 %": markdown("", steps),
-        "More sizes": sizes_table(done, MAIN, PAPER),
-        "Seeds": seeds_table(done),
+        "More sizes": sizes_table(MAIN, PAPER, partial(cell, done)),
+        "Three seeds": sizes_table(MAIN, [75, 50, 25], partial(seeds_cell, done)),
     }
     for other in others:
         title = f"Calibrated on {done['settings']['calib']}, evaluated on {other}"
-        parts[title] = sizes_table(done, names, [75, 50, 25], other)
+        parts[title] = sizes_table(names, [75, 50, 25], partial(cell, done, text=other))
     parts["All rows"] = details_table(done)
     tables = "\n".join(f"## {title}\n\n{table}" for title, table in parts.items() if table)
     return f"# Quality\n\n{describe_origin(done['rows'].values())}\n{tables}"
@@ -709,9 +698,8 @@ PERPLEXITIES = [20, 30, 50, 100, 200, 500, 1000]  # on axes
 
 def plot_quality(done: dict, file: Path):
     """Perplexity on the first text: against the share of the FFN that runs, and against time."""
-    has_times = any("prefill_ms" in row for row in done["rows"].values())
-    figure = Figure(figsize=(5 + 4.6 * has_times, 4.2), layout="constrained")
-    panels = figure.subplots(1, 1 + has_times, sharey=True, squeeze=False)[0]
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     for ax, timed in zip(panels, (False, True)):
         for name, (colour, marker) in PLOTTED.items():
             points = []
@@ -725,13 +713,12 @@ def plot_quality(done: dict, file: Path):
         dense = perplexity_of(done, "dense", 100)
         if dense:
             ax.axhline(dense, color="black", linewidth=0.8, label="dense")
-        ax.set(yscale="log", xlabel="active FFN parameters / dense")
+        what = "time of a prefill / dense" if timed else "active FFN parameters / dense"
+        ax.set(yscale="log", xlabel=what)
         ax.set_yticks(PERPLEXITIES, PERPLEXITIES)
         ax.minorticks_off()
         ax.grid(alpha=0.3)
     panels[0].set_ylabel(f"perplexity, {done['settings']['eval'][0]}")
-    if has_times:
-        panels[1].set_xlabel("time of a prefill / dense")
     panels[0].legend(fontsize=8)
     figure.savefig(file, dpi=120)
 
@@ -842,18 +829,13 @@ def neurons_read(ffn: int | MoESpec, batch: float, chance: float = 1.0) -> float
     expert = neurons_read(ffn.expert_spec(ffn.expert_size), batch, chance)
     return shared + ffn.num_experts * expert
 
-def speed_key(**about) -> dict:
-    """What a row is of: what (ffn, prefill or decode), shape, tokens, batch, experts, dtype,
-    device; and a name for it."""
-    return {"name": f"{workload(about)}, {about['experts']}, {about['device']}", **about}
-
 def workload(key: dict) -> str:
     if key["what"] == "ffn":
         tokens = "1 token" if key["tokens"] == 1 else f"{key['tokens']:,} tokens"
         return f"FFN {key['shape']}, {tokens}, {key['dtype']}"
     return f"SmolLM2 {key['what']}, batch {key['batch']}, {key['dtype']}"
 
-def speed_row(key: dict, times: dict, ffns: list, parameters: tuple, rest_ms=0.0) -> dict:
+def speed_row(key: dict, times: dict, ffns: list, parameters: list, rest_ms=0.0) -> dict:
     """Medians in milliseconds, and what to compare the speedup with.
 
     times: milliseconds of each turn; ffns: int or spec of each layer; parameters: those that one
@@ -872,8 +854,6 @@ def speed_row(key: dict, times: dict, ffns: list, parameters: tuple, rest_ms=0.0
     )
     ideal, by_reading = neurons / running, neurons / read
     return {
-        "key": key,
-        "origin": origin(key["device"]),
         "tokens_at_once": tokens,
         "dense_ms": dense,
         "moe_ms": moe,
@@ -915,7 +895,7 @@ def ffn_speed(key: dict, turns: int) -> dict:
     turn = {name: cycle(copies) for name, copies in calls.items()}
     functions = {name: lambda name=name: next(turn[name])() for name in calls}
     times = faster(ffn2moe.time_in_turns(functions, turns, device))
-    return speed_row(key, times, [spec], (3 * D * q, 3 * D * width))
+    return speed_row(key, times, [spec], [3 * D * q, 3 * D * width])
 
 @lru_cache(maxsize=1)
 def model_versions(dtype: str, device: str, experts: str):
@@ -935,44 +915,36 @@ def model_speed(key: dict, turns: int) -> dict:
     batch, device = key["batch"], key["device"]
     model, versions, text = model_versions(key["dtype"], device, key["experts"])
     ids = text[: batch * key["tokens"]].view(batch, -1)
-    functions, parameters, steps = {}, {}, 1
-    if key["what"] == "decode":
-        steps, cache = min(DECODED, ids.shape[1]), model.new_cache(*ids.shape)
-        model.ffns = versions["dense"]
-        model.hidden_states(ids, cache)
-    for name, ffns in versions.items():
-        if name != "bare":
-            model.ffns = ffns
-            parameters[name] = active_parameters(model)[1]
-        functions[name] = partial(ffn2moe.prefill, model, ffns, ids)
-        if key["what"] == "decode":
-            decode = partial(ffn2moe.decode, model, ffns, ids, cache, ids.shape[1] - steps)
-            functions[name] = decode
-            if batch <= kernels.FEW_TOKENS and kernels.can_compile(device):
-                functions[f"{name}, compiled"] = partial(decode, compiled=True)
-    times = faster(ffn2moe.time_in_turns(functions, turns, device))
-    times = {name: ms / steps for name, ms in times.items()}
-    pair, rest_ms = (parameters["dense"], parameters["MoE"]), float(np.median(times["bare"]))
-    return speed_row(key, times, list(map(spec_of, versions["MoE"])), pair, rest_ms)
+    steps = DECODED if key["what"] == "decode" else 0
+    compiled = 0 < steps and batch <= kernels.FEW_TOKENS and kernels.can_compile(device)
+    times = faster(ffn2moe.time_model(model, versions, ids, steps, turns, compiled))
+    parameters = []
+    for name in ("dense", "MoE"):
+        model.ffns = versions[name]
+        parameters.append(active_parameters(model)[1])
+    rest_ms = float(np.median(times["bare"]))
+    return speed_row(key, times, list(map(spec_of, versions["MoE"])), parameters, rest_ms)
 
 def speed_keys(args: argparse.Namespace) -> list[dict]:
-    """All workloads."""
+    """All workloads: what (ffn, prefill or decode), shape, tokens of a sequence, sequences, split,
+    dtype and device of each, and a name for it."""
     keys = []
     for dtype, shape in product(args.dtype, args.shape):
-        about = {"shape": shape, "dtype": dtype, "device": args.device}
+        cases = []
         if shape == "smollm2-135m":
             for experts, batch in product(args.experts, args.batch):
-                for what, tokens in (("prefill", 2048 // batch), ("decode", 128)):
-                    more = {"what": what, "tokens": tokens, "batch": batch, "experts": experts}
-                    keys.append(speed_key(**about, **more))
-            continue
-        two_levels = ["S2A4E8+S3A3E8"] * (shape == "2048x8192")
-        for tokens, experts in product(args.tokens, args.experts + two_levels):
-            more = {"what": "ffn", "tokens": tokens, "batch": 1, "experts": experts}
-            keys.append(speed_key(**about, **more))
+                cases.append(("prefill", 2048 // batch, batch, experts))
+                cases.append(("decode", 128, batch, experts))
+        else:
+            two_levels = ["S2A4E8+S3A3E8"] * (shape == "2048x8192")
+            for tokens, experts in product(args.tokens, args.experts + two_levels):
+                cases.append(("ffn", tokens, 1, experts))
+        for what, tokens, batch, experts in cases:
+            key = {"shape": shape, "dtype": dtype, "device": args.device, "what": what}
+            key |= {"tokens": tokens, "batch": batch, "experts": experts}
+            keys.append({"name": f"{workload(key)}, {experts}, {args.device}", **key})
     return keys
 
-@torch.no_grad()
 def speed(args: argparse.Namespace):
     file, keys = args.json, speed_keys(args)
     done = read_results(file, {})
@@ -981,7 +953,7 @@ def speed(args: argparse.Namespace):
         if not is_done(done, key["name"], key, args):
             measure = ffn_speed if key["what"] == "ffn" else model_speed
             row = measure(key, args.turns)
-            add_row(file, done, key["name"], row)
+            add_row(args, done, key["name"], key, row)
             print(f"{key['name']}: {row['speedup']:.2f}x of {row['bound']:.2f}x", flush=True)
     publish(file, speed_tables(done))
 
@@ -998,7 +970,7 @@ def speed_overview(done: dict) -> str:
         if "+" not in key["experts"]:  # one level
             speedup = f"{row['speedup']:.2f}x of {row['bound']:.2f}x"
             lines.setdefault(line, {})[key["experts"]] = speedup
-    return markdown("speedup of ideal", lines)
+    return markdown("speedup", lines)
 
 def speed_table(done: dict) -> str:
     """All rows. Peers are given as speedups over dense too."""
@@ -1039,33 +1011,30 @@ def blank_router_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
     moe.router_weight.copy_(ffn2moe.ROUTER_SCALE * weight / x.shape[1] ** 0.5)
     return moe
 
-def finetune_rows(samples: int) -> list[tuple[Row, dict]]:
-    """How to convert, and settings of train.py that differ from the command's.
+def finetune_rows(samples: int) -> list[Row]:
+    """The dense model learns the text, is converted as the row says, and teaches the converted one.
 
-    The dense model learns the text, is converted as the row says, and teaches the converted one.
     Rows without a teacher (distill = 0) are in the paper's order: the dense model is converted, and
     the result learns the text.
     """
-    joint = Row("joint", 50, joint_layer, JOINT[50], "auto")
+    dense, joint = Row("dense", 100, None, ""), Row("joint", 50, joint_layer, JOINT[50], "auto")
     unified = Row("paper, no shared expert", 50, unified_layer, "S2A2E8", calib_windows=8)
     blank = replace(joint, name="joint, router learned from nothing", layer=blank_router_layer)
-    rows = [(Row("dense", 100, None, ""), {})]
-    for percent in (50, 75, 25):
-        rows += [(row, {}) for row in main_rows(percent)]
-    rows += [
-        (replace(joint, name="joint, with balancing"), {"bias_step": 0.02}),
-        (replace(joint, name="joint, with gate scales"), {"scale_rate": 1e-3}),
-        (replace(joint, name="joint, with dropout"), {"dropout": 0.1}),
-        (replace(joint, name="joint, router trained too"), {"router": True}),
-        (replace(joint, name="joint, in the paper's order"), {"distill": 0.0}),
-        (blank, {"router": True}),
-        (unified, {}),
-    ]
-    for factor in FACTORS:
-        for row in (rows[0][0], *main_rows(50)):
-            if row.name in ("dense", "paper", "joint"):
-                longer = replace(row, name=longer_run(row.name, factor))
-                rows.append((longer, {"samples": factor * samples}))
+    rows = [dense, *main_rows(50), *main_rows(75), *main_rows(25)]
+    changes = {
+        "with balancing": {"bias_step": 0.02},
+        "with gate scales": {"scale_rate": 1e-3},
+        "with dropout": {"dropout": 0.1},
+        "router trained too": {"router": True},
+        "in the paper's order": {"distill": 0.0},
+    }
+    for change, settings in changes.items():
+        rows.append(replace(joint, name=f"joint, {change}", settings=settings))
+    rows += [replace(blank, settings={"router": True}), unified]
+    for factor, row in product(FACTORS, (dense, *main_rows(50))):
+        if row.name in ("dense", "paper", "joint"):
+            longer = {"samples": factor * samples}
+            rows.append(replace(row, name=longer_run(row.name, factor), settings=longer))
     return rows
 
 FACTORS = (2, 4, 8, 16)  # how far more training tokens get
@@ -1074,15 +1043,15 @@ def longer_run(name: str, factor: int) -> str:
     return f"{name}, {factor} x the samples"
 
 def finetune(args: argparse.Namespace):
+    args.eval = args.eval[:1]  # the others are for the quality of conversions
     file, recipe = args.json, {name: getattr(args, name) for name in (*RECIPE, "seed")}
     done = read_results(file, settings_of(args, *RECIPE))
-    rows = chosen_rows(finetune_rows(args.samples), args.only, lambda pair: pair[0].name)
+    rows = chosen_rows(finetune_rows(args.samples), args.only)
     dense, tokenizer = load_model(args.model, args.dtype[0], args.device)
     dense_ffn = active_parameters(dense)[0]
     ids, texts = read_texts(args, dense, tokenizer)
     eval_ids = next(iter(texts.values()))[: args.eval_tokens or None]
     windows = cut_windows(dense, ids, args.window)
-    calib = sample_rows(windows, len(windows), args.seed)
 
     def tune(model: Decoder, settings, teacher: Decoder | None) -> dict:
         """Fine-tune in place -> results."""
@@ -1103,22 +1072,21 @@ def finetune(args: argparse.Namespace):
         model = copy.deepcopy(dense)
         return model, tune(model, train.settings(**recipe | {"samples": samples}), None)
 
-    for row, changes in rows:
-        key = row.key() | changes
-        if is_done(done, row.label, key, args):
+    for row in rows:
+        if is_done(done, row.label, row.key(), args):
             continue
-        settings, teacher = train.settings(**recipe | changes), None
+        settings, teacher = train.settings(**recipe | row.settings), None
         if not row.layer:
             model, result = tuned_dense(settings.samples)
         else:
             if settings.distill:
                 teacher, _ = tuned_dense(settings.samples)
             model = copy.deepcopy(teacher or dense)
-            convert_by_row(model, row, calib[: row.calib_windows], row.label)
+            calib = sample_rows(windows, row.calib_windows, args.seed)
+            convert_by_row(model, row, calib, row.label)
             result = tune(model, settings, teacher)
-        result |= {"key": key, "origin": origin(ids.device.type)}
         result["active_ffn"] = active_share(model, dense_ffn)
-        add_row(file, done, row.label, result)
+        add_row(args, done, row.label, row.key(), result)
         print(f"{row.label}: {result['before']:.2f} -> {result['after']:.2f}", flush=True)
     plot_tokens(done, file.with_suffix(".png"))
     publish(file, finetune_tables(done))
@@ -1135,11 +1103,7 @@ def finetune_cell(done: dict, name: str, percent: float) -> str:
 
 def finetune_table(done: dict) -> str:
     """The table of the README."""
-    lines = {name: {} for name in ("dense", *MAIN)}
-    for name, percent in product(lines, (75, 50, 25)):
-        of = 100 if name == "dense" else percent  # which has one size
-        lines[name][f"{percent} %"] = finetune_cell(done, name, of)
-    return markdown("active FFN", lines)
+    return sizes_table(MAIN, [75, 50, 25], partial(finetune_cell, done))
 
 def finetune_tables(done: dict) -> str:
     lines = {}
@@ -1241,11 +1205,11 @@ def plot_words(model: Decoder, tokenizer, shown: Tensor, words: list[list[str]],
     ax.set_ylabel("routed expert: the words that it is for", fontsize=9)
     figure.savefig(file, dpi=120)
 
-def balanced_load(moe: MoE, x: Tensor, steps: int = 400) -> tuple[Tensor, Tensor]:
+def balanced_load(moe: MoE, x: Tensor) -> tuple[Tensor, Tensor]:
     """The share of the tokens x [T, D] of each routed expert, before and after the paper's adaptive
     bias (`train.balance`): [R], [R]."""
     bias, loads = moe.router_bias.clone(), []
-    for count in (0, steps):
+    for count in (0, 400):
         for _ in range(count):
             moe.last_input = x
             train.balance([moe], 0.02)
@@ -1300,21 +1264,19 @@ def figures(args: argparse.Namespace):
 
 # ---------------------------------------------------------------------- 8. README and command line
 
+def default_table(done: dict) -> str:
+    return f"```\n{done['table']}\n```\n"
+
 def readme_tables() -> dict[str, str]:
     """The tables of the README, by the names in its markers, from the files in results/."""
+    makers = {"default": default_table, "quality": main_table, "speed": speed_overview,
+              "finetune": finetune_table}  # fmt: skip
     tables = {}
-    if (RESULTS / "default.json").exists():
-        done = read_json(RESULTS / "default.json")
-        tables["default"] = f"```\n{done['table']}\n```\n\n{describe_origin([done])}"
-    if (RESULTS / "quality.json").exists():
-        done = read_json(RESULTS / "quality.json")
-        tables["quality"] = f"{main_table(done)}\n{describe_origin(done['rows'].values())}"
-    if (RESULTS / "speed.json").exists():
-        done = read_json(RESULTS / "speed.json")
-        tables["speed"] = f"{speed_overview(done)}\n{describe_origin(done['rows'].values())}"
-    if (RESULTS / "finetune.json").exists():
-        done = read_json(RESULTS / "finetune.json")
-        tables["finetune"] = f"{finetune_table(done)}\n{describe_origin(done['rows'].values())}"
+    for name, make in makers.items():
+        if (RESULTS / f"{name}.json").exists():
+            done = read_json(RESULTS / f"{name}.json")
+            rows = done["rows"].values() if "rows" in done else [done]
+            tables[name] = f"{make(done)}\n{describe_origin(rows)}"
     return tables
 
 def with_tables(text: str, tables: dict[str, str]) -> str:
@@ -1336,8 +1298,8 @@ def default(args: argparse.Namespace):
     write_json(args.json, read_json(args.json) | {"origin": origin(args.device)})
 
 def everything(args: argparse.Namespace):
-    """All measurements of the README, in order; rows that are done are not repeated."""
-    for name in ("default", "quality", "speed", "finetune", "figures", "readme"):
+    """All measurements of the README, in order. Rows that are done are not measured again."""
+    for name in [name for name in COMMANDS if name != "all"]:
         print(f"--- {name}", flush=True)
         COMMANDS[name](argparse.Namespace(**vars(args) | {"json": RESULTS / f"{name}.json"}))
 
@@ -1353,7 +1315,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("command", choices=COMMANDS)
     add("--model", metavar="SOURCE", help="as for ffn2moe.py; splits are chosen for the default")
-    add("--calib", "--text", default="manual", metavar="TEXT", help="to calibrate or fine-tune on")
+    add("--calib", default="manual", metavar="TEXT", help="to calibrate or fine-tune on")
     add("--eval", nargs="+", default=["manual"], metavar="TEXT",
         help=f"evaluation texts; {HELD_BACK}: the end of the calibration text")  # fmt: skip
     add("--eval-tokens", type=int, default=20480, metavar="N", help="first N of each; 0: all")
@@ -1378,19 +1340,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.json = args.json or RESULTS / f"{args.command}.json"
     return args
 
-COMMANDS = {
-    "default": default,
-    "quality": quality,
-    "speed": speed,
-    "finetune": finetune,
-    "figures": figures,
-    "all": everything,
-    "readme": readme,
-}
+COMMANDS = {one.__name__: one for one in (default, quality, speed, finetune, figures, readme)}
+COMMANDS["all"] = everything
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    return run_command("bench", lambda: COMMANDS[args.command](args))
+
+    def job():
+        origin(args.device)  # remembered now: the code may be changed while it runs
+        COMMANDS[args.command](args)
+
+    return run_command("bench", job)
 
 if __name__ == "__main__":
     sys.exit(main())

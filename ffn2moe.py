@@ -43,7 +43,7 @@ from tqdm import tqdm
 from kernels import setting, swiglu
 from model import DEFAULT_MODEL, FFN, Decoder, InputError, MoE, MoESpec, Split, active_parameters
 from model import as_ids, check_output, check_writable, cut_windows, encode, generate, load_model
-from model import perplexity, read_ids, run_command, save_model, spec_of, split_spec
+from model import perplexity, read_ids, require, run_command, save_model, spec_of, split_spec
 from model import warn_if_same, write_json
 
 # Settings of the joint method, chosen by perplexity on training text held back from calibration
@@ -52,6 +52,7 @@ ROUTER_RIDGE = 1e-3  # penalty of the router's regression, over the median of th
 HIDDEN_RIDGE = 0.3  # the same for regressions on hidden activations
 ROUTER_SCALE = 2.0**-4  # the largest score: so small that experts run nearly as in the dense FFN
 LEAST_GAIN = 1e-3  # a round of alternation that gains less is the last
+ACTIVE = 0.74  # share of all FFN neurons that run for a token, for the choice of dense layers
 FISHER_TOKENS = 2048  # to predict what the conversion of each layer costs
 TOKENS_PER_NEURON = 10  # of calibration, so that the refit fits the model rather than the text
 
@@ -189,38 +190,38 @@ def l1_distances(markers: Tensor, centroids: Tensor) -> Tensor:
         overlap += m.double().T @ c.double()
     return sizes - 2 * overlap
 
-def group_routed(markers: Tensor, num_routed: int) -> tuple[Tensor, Tensor]:
+def group_routed(markers: Tensor, num_routed: int) -> Tensor:
     """Balanced k-means on the columns of markers [T, n], which are in falling order of rate.
 
     The R neurons that fire most are the seeds. Every expert gets n / R neurons, at the least total
-    L1 distance to the seeds; its centroid is the mean of its members. As in the official code,
-    there is one round. -> expert of each column [n], centroids [T, R].
+    L1 distance to the seeds. As in the official code, there is one round.
+    -> expert of each column [n].
     """
     capacity = [markers.shape[1] // num_routed] * num_routed
     cost = l1_distances(markers, markers[:, :num_routed].float())
-    expert = torch.from_numpy(balanced_assignment(cost.numpy(), capacity))
-    means = [markers[:, expert == e].float().mean(dim=1) for e in range(num_routed)]
-    return expert, torch.stack(means, dim=1)
+    return torch.from_numpy(balanced_assignment(cost.numpy(), capacity))
 
 # ----------------------------- 4. Analytical router: a representative neuron stands for its expert
 #
 # From here on neurons live in bins: bin 0 is the shared expert, bin 1 + e is routed expert e.
 # bin_of [q] says which.
 
-def representative_neurons(markers: Tensor, expert: Tensor, centroids: Tensor) -> Tensor:
-    """The member of each expert that is closest (L1) to its centroid: columns of markers, [R]."""
-    distance = l1_distances(markers, centroids)  # [n, R]
-    outside = expert[:, None] != torch.arange(centroids.shape[1])
+def representative_neurons(markers: Tensor, expert: Tensor, num_routed: int) -> Tensor:
+    """The member of each expert that is closest (L1) to its centroid, the mean of its members:
+    markers [T, n], expert [n] -> columns of markers [R]."""
+    means = [markers[:, expert == e].float().mean(dim=1) for e in range(num_routed)]
+    distance = l1_distances(markers, torch.stack(means, dim=1))  # [n, R]
+    outside = expert[:, None] != torch.arange(num_routed)
     return distance.masked_fill(outside, torch.inf).argmin(dim=0)
 
 def partition_neurons(markers: Tensor, split: Split) -> tuple[Tensor, Tensor]:
     """Steps 2 and 3 for one layer: markers [T, q] -> bin_of [q], and the representatives [R]."""
     num_shared = split.shared * split.slice_size(markers.shape[1])
     _, rest = split_shared(activation_rates(markers), num_shared)
-    expert, centroids = group_routed(markers[:, rest], split.routed)
+    expert = group_routed(markers[:, rest], split.routed)
     bin_of = torch.zeros(markers.shape[1], dtype=torch.long)
     bin_of[rest] = 1 + expert
-    return bin_of, rest[representative_neurons(markers[:, rest], expert, centroids)]
+    return bin_of, rest[representative_neurons(markers[:, rest], expert, split.routed)]
 
 def analytical_router(ffn: FFN, representatives: Tensor) -> dict[str, Tensor]:
     """The router scores expert e with the gate and up rows of its representative neuron r:
@@ -243,7 +244,6 @@ def members(bin_of: Tensor, num_routed: int) -> tuple[Tensor, Tensor]:
     num_shared = int((bin_of == 0).sum())
     return order[:num_shared], order[num_shared:].view(num_routed, -1)
 
-@torch.no_grad()
 def build_moe(ffn: FFN, bin_of: Tensor, router: dict[str, Tensor], split: Split) -> MoE:
     """Slice an FFN into experts by bin_of [q], under a router (tensors named as in `model.MoE`).
 
@@ -307,8 +307,7 @@ def fast_products():
     return setting(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
 
 def check_finite(values: Tensor):
-    if not values.isfinite().all():
-        raise InputError("hidden activations overflow: choose another dtype")
+    require(values.isfinite().all(), "hidden activations overflow: choose another dtype")
 
 def ridge_solver(xx: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
     """Ridge regression by its normal equations: X'X [n, n] -> a function of X'Y [n, k] that returns
@@ -324,20 +323,12 @@ def ridge_solver(xx: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
     diagonal = xx.diagonal().clone()
     median = diagonal[diagonal > 0].median().nan_to_num()  # of none it is nan
     penalty = (strength * median + 1e-6 * diagonal).clamp_min(1e-30)
-    for _ in range(10):
+    failed = True
+    while failed:
         xx.diagonal().copy_(diagonal + penalty)
         factor, failed = torch.linalg.cholesky_ex(xx)
-        if not failed:
-            break
         penalty *= 10
-    else:
-        raise InputError("a ridge regression has no solution: choose another dtype")
-
-    def solve(xy: Tensor) -> Tensor:
-        check_finite(xy)
-        return torch.cholesky_solve(xy, factor)
-
-    return solve
+    return lambda xy: torch.cholesky_solve(xy, factor)
 
 def expert_norms(energy: Tensor, bin_of: Tensor, num_routed: int) -> Tensor:
     """What the router predicts, sqrt(sum_{i in e} c[t, i]^2): [T, n], [n] -> [T, R]."""
@@ -426,7 +417,6 @@ def unpredicted_energy(h: Tensor, down: Tensor, bin_of: Tensor) -> Tensor:
     predicted = h_shared @ solve(h_shared.T @ h_routed)
     return contribution_energy(h_routed - predicted, down[:, bin_of > 0])
 
-@torch.no_grad()
 @fast_products()
 def partition_and_router(
     ffn: FFN, x: Tensor, split: Split, rounds: int = 8
@@ -448,7 +438,6 @@ def partition_and_router(
     bin_of[routed] = alternate(energy, x, bin_of[routed], capacity, split.active, rounds)
     return bin_of, ridge_router(energy, x, bin_of[routed], num_routed)
 
-@torch.no_grad()
 @fast_products()
 def refit_down(ffn: FFN, x: Tensor, running: Callable, ridge: float = HIDDEN_RIDGE) -> Tensor:
     """The least-squares W_down' for the neurons that run. It costs nothing at inference.
@@ -478,7 +467,6 @@ def neuron_weights(moe: MoE, x: Tensor) -> Tensor:
     bins = running_bins(chosen, moe.spec.num_experts, moe.spec.down_scale * weights)
     return bins[:, moe.bin_of]
 
-@torch.no_grad()
 def refit_moe(ffn: FFN, moe: MoE, x: Tensor) -> MoE:
     """Refit, in place, the W_down of an MoE made of an FFN, under its own routing of x [T, D]."""
     down = refit_down(ffn, x, partial(neuron_weights, moe))
@@ -565,8 +553,7 @@ def parse_layers(text: str) -> frozenset[int]:
     for part in [] if text == "none" else text.split(","):
         match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
         found = match and range(int(match[1]), int(match[2] or match[1]) + 1)
-        if not found:
-            raise InputError(f"layers {text!r}: expected, for example, 0-7,24-29, or none")
+        require(found, f"layers {text!r}: expected, for example, 0-7,24-29, or none")
         layers.update(found)
     return frozenset(layers)
 
@@ -583,17 +570,15 @@ def format_layers(layers: Iterable[int]) -> str:
 # ------------------------------------------------------------------------------ 7. The whole model
 
 class Method(NamedTuple):
-    """A way to convert a layer, its kind of router, and defaults."""
+    """A way to convert a layer, and defaults."""
 
     convert_layer: Callable
-    router: str
     experts: str
-    active: float  # share of the FFN neurons that run, for the choice of dense layers
     calib_tokens: int
 
 METHODS = {
-    "joint": Method(joint_layer, "linear", "S2A2E8", 0.74, 16 * 2048),
-    "paper": Method(paper_layer, "neurons", "S3A3E8", 0.75, 8 * 2048),
+    "joint": Method(joint_layer, "S2A2E8", 16 * 2048),
+    "paper": Method(paper_layer, "S3A3E8", 8 * 2048),
 }
 
 def convert_ffn(ffn: FFN | MoE, x: Tensor, convert_layer: Callable) -> MoE:
@@ -626,8 +611,7 @@ def check_conversion(
 ) -> tuple[Split, frozenset[int] | None]:
     """The split, and the layers that stay dense (None: still to be chosen). InputError if `convert`
     cannot do it."""
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
+    require(method in METHODS, f"unknown method {method!r}; there are {', '.join(METHODS)}")
     split, ffns = Split.parse(experts or METHODS[method].experts), model.config.ffns
     if dense == "auto" and any(isinstance(ffn, MoESpec) for ffn in ffns):
         dense = frozenset(i for i, ffn in enumerate(ffns) if isinstance(ffn, int))
@@ -641,9 +625,8 @@ def check_conversion(
         raise InputError(f"{split} runs {split.share:.1%} of each FFN, more than --active {active}")
     kept, layers = dense or frozenset(), frozenset(range(len(ffns)))
     sparse = layers - kept
-    if not sparse or not kept <= layers:
-        text = format_layers(kept)
-        raise InputError(f"dense layers {text}: the model has {len(ffns)}, some must be converted")
+    wrong = f"dense layers {format_layers(kept)}: the model has {len(ffns)}, some must be converted"
+    require(sparse and kept <= layers, wrong)
     for i in sparse:
         width, spec = ffns[i], split_spec(ffns[i], split, "linear")
         if spec.inner:
@@ -675,8 +658,8 @@ def replace_ffns(
         for sequence, normed in zip(x.split(1), ffn_input.split(1)):
             sequence += layer.self_attn(layer.input_layernorm(sequence), rope)
             normed.copy_(layer.post_attention_layernorm(sequence))
-        if not ffn_input.isfinite().all():
-            raise InputError(f"inputs of the FFN of layer {i} are not finite: choose another dtype")
+        overflow = f"inputs of the FFN of layer {i} are not finite: choose another dtype"
+        require(ffn_input.isfinite().all(), overflow)
         if i not in dense:
             layer.mlp = replacement(i, layer.mlp, ffn_input.flatten(0, 1))
         for sequence, normed in zip(x.split(1), ffn_input.split(1)):
@@ -700,7 +683,8 @@ def convert(
     experts     the split, such as "S2A2E8"; None: the method's default
     dense       layers that stay dense: numbers, or text like "0-7,24-29" or "none"; "auto": those
                 whose conversion costs most (joint), none (paper), those that are (in an MoE)
-    active      the share of all FFN neurons that runs for a token, for "auto" (joint)
+    active      the share of all FFN neurons that runs for a token, for "auto" (joint); None:
+                ACTIVE, or more if the split runs more
     k_act       the k of ATopK (paper)
     progress    wraps the layers, as tqdm does
 
@@ -710,10 +694,9 @@ def convert(
     calib_ids = as_ids(model, calib_ids)
     if calib_ids.dim() == 1:
         calib_ids = cut_windows(model, calib_ids, window)
-    if not calib_ids.numel():
-        raise InputError("there are no calibration tokens")
+    require(calib_ids.numel(), "there are no calibration tokens")
     if dense is None:
-        dense = choose_dense(model, calib_ids, split, active or METHODS[method].active)
+        dense = choose_dense(model, calib_ids, split, active or ACTIVE)
     convert_layer = partial(METHODS[method].convert_layer, split=split)
     if method == "paper":
         convert_layer = partial(convert_layer, k_act=k_act)
@@ -727,7 +710,6 @@ def convert(
 
 # ------------------------------------------------- 8. Explain: the words that each expert runs for
 
-@torch.no_grad()
 def chosen_experts(model: Decoder, windows: Tensor, layer: int) -> Tensor:
     """The routed experts that run in a layer for each token: windows [B, T] -> [B * T, A]."""
     chosen = []
@@ -752,11 +734,9 @@ def favourite_words(
     c_e times has the score z = (c_e - c p_e) / sqrt(c p_e (1 - p_e)), which has to be above 1.
     Words without letters do not count.
     """
-    names = list(dict.fromkeys(words))
-    number = {name: i for i, name in enumerate(names)}
-    index = torch.tensor([number[word] for word in words])  # [T]
-    ran = torch.zeros(len(words), num_routed, dtype=torch.float64)
-    ran.scatter_(1, chosen.cpu(), 1.0)  # [T, R]
+    names, index = np.unique(words, return_inverse=True)
+    names, index = names.tolist(), torch.from_numpy(index)  # [words], [T]
+    ran = F.one_hot(chosen.cpu(), num_routed).sum(dim=1).double()  # [T, R]
     count = torch.bincount(index).double()[:, None]  # [words, 1]
     count_together = torch.zeros(len(names), num_routed, dtype=torch.float64)
     count_together.index_add_(0, index, ran)  # [words, R]
@@ -800,7 +780,7 @@ def explain(
 
 def time_in_turns(functions: dict[str, Callable], turns: int, device: str) -> dict[str, np.ndarray]:
     """Milliseconds per call, of each turn. The functions are called in turns A B A B, so that what
-    slows the machine slows all of them; in each turn for at least 20 ms."""
+    slows the machine slows all of them; in each turn for about 20 ms."""
 
     def run(function: Callable, calls: int) -> float:
         start = time.perf_counter()
@@ -812,8 +792,8 @@ def time_in_turns(functions: dict[str, Callable], turns: int, device: str) -> di
 
     calls = {}
     for name, function in functions.items():
-        first = run(function, 1)  # it may compile, and map memory
-        calls[name] = max(1, round(20 / (first if first > 1000 else run(function, 1))))
+        run(function, 1)  # it may compile, and map memory
+        calls[name] = max(1, round(20 / run(function, 1)))
     times = {name: [] for name in functions}
     for _ in range(turns):
         for name, function in functions.items():
@@ -821,40 +801,44 @@ def time_in_turns(functions: dict[str, Callable], turns: int, device: str) -> di
     return {name: np.array(ms) for name, ms in times.items()}
 
 @torch.no_grad()
-def prefill(model: Decoder, ffns: list[nn.Module], ids: Tensor):
-    """One pass over ids [B, T] with these FFNs, to the logits of the last token."""
-    model.ffns = ffns
-    model.logits(model.hidden_states(ids)[:, -1])
+def time_model(model: Decoder, versions: dict[str, list[nn.Module]], ids: Tensor, steps: int,
+               turns: int, compiled: bool = False) -> dict[str, np.ndarray]:  # fmt: skip
+    """Milliseconds of each turn, for each version of all FFNs.
 
-@torch.no_grad()
-def decode(model: Decoder, ffns: list[nn.Module], ids: Tensor, cache: list, start: int,
-           compiled=False):  # fmt: skip
-    """One token of ids [B, T] at a time with these FFNs; `start` tokens are in the cache."""
-    model.ffns, model.compiled = ffns, compiled
-    for t in range(start, ids.shape[1]):
-        model(ids[:, t : t + 1], cache, t)
+    steps = 0: of one pass over ids [B, T], to the logits of the last token. Else: of one token, the
+    mean of the last `steps` of ids, one at a time with a KV cache. compiled: also by torch.compile.
+    """
+    ffns_now, cache, start = model.ffns, None, ids.shape[1] - steps
+
+    def run(ffns: list[nn.Module], compiled: bool):
+        model.ffns, model.compiled = ffns, compiled
+        if not steps:
+            model.logits(model.hidden_states(ids)[:, -1])
+        for t in range(start, ids.shape[1]):
+            model(ids[:, t : t + 1], cache, t)
+
+    if steps:
+        cache = model.new_cache(*ids.shape)
+        model.hidden_states(ids, cache)
+    functions = {name: partial(run, ffns, False) for name, ffns in versions.items()}
+    if compiled:
+        functions |= {f"{name}, compiled": partial(run, versions[name], True) for name in versions}
+    times = time_in_turns(functions, turns, ids.device.type)
+    model.ffns, model.compiled = ffns_now, False
+    return {name: ms / max(1, steps) for name, ms in times.items()}
 
 TIMED_TOKENS, TIMED_STEPS = 2048, 16  # of a prefill, and decoded at its end
 
-@torch.no_grad()
 def model_times(
     model: Decoder, versions: dict[str, list[nn.Module]], ids: Tensor, turns: int = 3
 ) -> dict[str, dict[str, float]]:
     """For each version of all FFNs, the milliseconds of a prefill of at most TIMED_TOKENS of ids
     [T], and of one token at its end. Medians, without torch.compile."""
     ids = ids[: min(TIMED_TOKENS, model.config.max_position_embeddings)][None]
-    steps, ffns_now = min(TIMED_STEPS, ids.shape[1]), model.ffns
-    cache = model.new_cache(*ids.shape)
-    model.hidden_states(ids, cache)
-    functions, times = {}, {}
-    for name, ffns in versions.items():
-        functions[name, "prefill_ms", 1] = partial(prefill, model, ffns, ids)
-    for name, ffns in versions.items():
-        decoding = partial(decode, model, ffns, ids, cache, ids.shape[1] - steps)
-        functions[name, "decode_ms", steps] = decoding
-    for (name, what, calls), ms in time_in_turns(functions, turns, ids.device.type).items():
-        times.setdefault(name, {})[what] = float(np.median(ms)) / calls
-    model.ffns = ffns_now
+    times = {name: {} for name in versions}
+    for what, steps in (("prefill_ms", 0), ("decode_ms", min(TIMED_STEPS, ids.shape[1]))):
+        for name, ms in time_model(model, versions, ids, steps, turns).items():
+            times[name][what] = float(np.median(ms))
     return times
 
 def describe(ffns: list[int | MoESpec]) -> str:

@@ -65,15 +65,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     For a few rows on a CPU, the time is that of reading W from memory, and F.linear leaves the CPU
     idle there. In float32, MKL reads with one core: cut into 8 slices, W is a batch of products,
-    which all cores share. In bfloat16 and for one row, oneDNN reads half as fast as PyTorch's own
-    product. Under torch.compile, a sum becomes one fast loop.
+    which all cores share; a small W is not worth it. In bfloat16 and for one row, oneDNN reads half
+    as fast as PyTorch's own product. Under torch.compile, a sum becomes one fast loop.
     """
     N, D = weight.shape
     rows, compiling = x.numel() // D, torch.compiler.is_compiling()
     few = x.is_cpu and 0 < rows <= FEW_TOKENS
     if compiling and rows == 1:
         y = (weight * widened(x.reshape(-1))).sum(-1).to(x.dtype).view(*x.shape[:-1], N)
-    elif few and x.dtype == torch.float32 and N % 8 == 0:
+    elif few and x.dtype == torch.float32 and N % 8 == 0 and N * D > 2**16:
         slices = weight.view(8, -1, D).transpose(1, 2)  # [8, D, N / 8]
         y = torch.bmm(x.reshape(1, rows, D).expand(8, rows, D), slices)  # [8, rows, N / 8]
         y = y.transpose(0, 1).reshape(*x.shape[:-1], N)
@@ -111,9 +111,9 @@ def can_compile(device: str) -> bool:
 
 def ffn(x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor | None = None) -> Tensor:
     """weight * F(x): x [..., D], gate_up [2q, D], down [D, q], weight [..., 1] -> [..., D]."""
-    rows = max(1024, SCRATCH_BYTES // (len(gate_up) * x.element_size()))
+    rows = SCRATCH_BYTES // (len(gate_up) * x.element_size())
     trains = x.requires_grad or gate_up.requires_grad
-    if x.is_cpu and not trains and x.numel() > rows * x.shape[-1]:
+    if x.is_cpu and not trains and 1024 <= rows < x.numel() // x.shape[-1]:  # few rows run slower
         weights = itertools.repeat(None) if weight is None else weight.flatten(0, -2).split(rows)
         blocks = zip(x.flatten(0, -2).split(rows), weights)
         return torch.cat([ffn(block, gate_up, down, w) for block, w in blocks]).view(x.shape)

@@ -25,10 +25,10 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 # isort: off
-from ffn2moe import METHODS, convert, sample_rows
+from ffn2moe import convert, sample_rows
 from model import Decoder, InputError, Linear, MoE, check_output, check_writable, cut_windows
-from model import first_line, load_model, perplexity, read_ids, run_command
-from model import save_model, warn_if_same, write_json
+from model import load_model, perplexity, read_ids, refusing, require, run_command, save_model
+from model import warn_if_same, write_json
 
 SETTINGS = {  # each is a flag of the command line: name -> (default, help)
     "samples": (2048, "training sequences, in whole batches; a short text is used several times"),
@@ -196,8 +196,8 @@ def finetune(model: Decoder, ids: Tensor, settings: SimpleNamespace, state_file:
             loss = loss_of(model, batches[step], teacher, settings.distill)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(trained, CLIP)
-            if not (loss.isfinite() and norm.isfinite()):
-                raise InputError(f"step {step}: loss {loss}, gradient {norm}; try a smaller --rate")
+            finite = loss.isfinite() and norm.isfinite()
+            require(finite, f"step {step}: loss {loss}, gradient {norm}; try a smaller --rate")
             if state_file and (step % save_every == 0 or step == len(batches) - 1):
                 save_state(state_file, run, step, log, tensors, adam)  # nothing has moved yet
             log["loss"].append(loss.item())
@@ -224,29 +224,26 @@ def save_state(file: Path, run: dict, step: int, log: dict, tensors: list[Tensor
     state = {"run": run, "step": step, "log": log, "tensors": tensors, "adam": adam.state_dict()}
     scratch = file.with_name(f"{file.name}.tmp")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(scratch, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(scratch, file)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-        raise InputError(f"could not write {file}: {first_line(error)}") from None
+        with refusing(f"could not write {file}"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(scratch, "wb") as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(scratch, file)
     finally:
         scratch.unlink(missing_ok=True)
 
 def load_state(file: Path, run: dict, tensors: list[Tensor], adam) -> tuple[int, dict]:
     """Restore tensors and optimizer -> the step to go on with, and the log so far."""
-    try:
+    other = f"{file} is of a run with other settings, another model or another text"
+    with refusing(f"{file} cannot be resumed from"):
         state = torch.load(file, map_location="cpu", weights_only=True)
-        if state["run"] != run:
-            raise InputError("it is of a run with other settings, another model or another text")
+        require(state["run"] == run, other)
         for tensor, value in zip(tensors, state["tensors"], strict=True):
             tensor.data.copy_(value.data)
         adam.load_state_dict(state["adam"])
         return state["step"], state["log"]
-    except Exception as error:  # noqa: BLE001 (a damaged file can raise almost anything)
-        raise InputError(f"{file} cannot be resumed from: {first_line(error)}") from None
 
 # --------------------------------------------------------------------------------- 5. Command line
 
@@ -255,22 +252,23 @@ def add_settings(add, names):
     for name in names:
         default, help = SETTINGS[name]
         kind = {"action": "store_true"} if default is False else {"type": type(default)}
-        add("--" + name.replace("_", "-"), default=default, help=f"{help} (%(default)s)", **kind)
+        add("--" + name.replace("_", "-"), default=default, help=help, **kind)
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
     add = parser.add_argument
     add("--model", metavar="SOURCE", help="converted or dense checkpoint (none: convert SmolLM2)")
     add("--teacher", metavar="SOURCE", help="dense model that --model was converted from")
-    add("--text", default="manual", help="training text: file, wikitext2 or manual (%(default)s)")
-    add("--eval", default="manual", metavar="TEXT", help="evaluation text (%(default)s)")
-    add("--eval-tokens", type=int, default=6 * 2048, help="first N; 0: all (%(default)s)")
-    add("--out", metavar="DIR", default="tuned", help="where to write the result (%(default)s)")
+    add("--text", default="manual", help="training text: file, wikitext2 or manual")
+    add("--eval", default="manual", metavar="TEXT", help="evaluation text")
+    add("--eval-tokens", type=int, default=6 * 2048, help="first N; 0: all")
+    add("--out", metavar="DIR", default="tuned", help="where to write the result")
     add("--force", action="store_true", help="replace the checkpoint in --out")
-    add("--save-every", type=int, default=50, help="steps between saves (%(default)s)")
+    add("--save-every", type=int, default=50, help="steps between saves")
     add("--resume", action="store_true", help="go on from the state saved in OUT.state")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="(%(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     add("--json", metavar="FILE", help="write results and settings to this file")
     add_settings(add, SETTINGS)
     return parser.parse_args(argv)
@@ -308,9 +306,7 @@ def run(args: argparse.Namespace):
     if args.model is None:
         result["dense"] = measure(model)
         teacher = teacher or copy.deepcopy(model)
-        windows = cut_windows(model, ids, 2048)
-        num_windows = METHODS["joint"].calib_tokens // windows.shape[1]
-        calib = sample_rows(windows, num_windows, chosen.seed)
+        calib = sample_rows(cut_windows(model, ids, 2048), 16, chosen.seed)
         convert(model, calib, progress=partial(tqdm, desc="converting", unit="layer"))
     result["before"] = measure(model)
     log = finetune(model, ids, chosen, state_file, args.save_every, args.resume, teacher)

@@ -61,7 +61,7 @@ def test_the_main_job(method, experts, dense_layers, argv, checkpoint, tmp_path,
     second = json.loads(table.read_text())
     assert "dense_perplexity" not in second and second["experts"] is None
     assert second["moe_perplexity"] == result["moe_perplexity"]
-    assert ffn2moe.main([*again, "--experts", "S1A1E2"]) == 0
+    assert ffn2moe.main([*again, "--experts", "S1A1E4"]) == 0
     assert "MoE of MoEs" in capsys.readouterr().out
     third = json.loads(table.read_text())
     assert third["dense_perplexity"] == second["moe_perplexity"] != third["moe_perplexity"]
