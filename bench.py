@@ -8,7 +8,7 @@
     python bench.py all         all of these in order, then `readme`
     python bench.py readme      put the tables of results/ into README.md
 
-Results go to a JSON file after each row; quality and finetune go on from the rows in it. Tables and
+Results go to a JSON file after each row, and a later run goes on from the rows in it. Tables and
 plots are made from that file. Each row says which commit measured it, and where.
 """
 
