@@ -111,9 +111,9 @@ def can_compile(device: str) -> bool:
 
 def ffn(x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor | None = None) -> Tensor:
     """weight * F(x): x [..., D], gate_up [2q, D], down [D, q], weight [..., 1] -> [..., D]."""
-    rows = SCRATCH_BYTES // (len(gate_up) * x.element_size())
+    rows = max(2048, SCRATCH_BYTES // (len(gate_up) * x.element_size()))  # fewer run slower
     trains = x.requires_grad or gate_up.requires_grad
-    if x.is_cpu and not trains and 1024 <= rows < x.numel() // x.shape[-1]:  # few rows run slower
+    if x.is_cpu and not trains and x.numel() > rows * x.shape[-1]:
         weights = itertools.repeat(None) if weight is None else weight.flatten(0, -2).split(rows)
         blocks = zip(x.flatten(0, -2).split(rows), weights)
         return torch.cat([ffn(block, gate_up, down, w) for block, w in blocks]).view(x.shape)
