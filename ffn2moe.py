@@ -244,6 +244,7 @@ def members(bin_of: Tensor, num_routed: int) -> tuple[Tensor, Tensor]:
     num_shared = int((bin_of == 0).sum())
     return order[:num_shared], order[num_shared:].view(num_routed, -1)
 
+@torch.no_grad()
 def build_moe(ffn: FFN, bin_of: Tensor, router: dict[str, Tensor], split: Split) -> MoE:
     """Slice an FFN into experts by bin_of [q], under a router (tensors named as in `model.MoE`).
 
@@ -323,12 +324,20 @@ def ridge_solver(xx: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
     diagonal = xx.diagonal().clone()
     median = diagonal[diagonal > 0].median().nan_to_num()  # of none it is nan
     penalty = (strength * median + 1e-6 * diagonal).clamp_min(1e-30)
-    failed = True
-    while failed:
+    for _ in range(10):
         xx.diagonal().copy_(diagonal + penalty)
         factor, failed = torch.linalg.cholesky_ex(xx)
+        if not failed:
+            break
         penalty *= 10
-    return lambda xy: torch.cholesky_solve(xy, factor)
+    else:
+        raise InputError("a ridge regression has no solution: choose another dtype")
+
+    def solve(xy: Tensor) -> Tensor:
+        check_finite(xy)
+        return torch.cholesky_solve(xy, factor)
+
+    return solve
 
 def expert_norms(energy: Tensor, bin_of: Tensor, num_routed: int) -> Tensor:
     """What the router predicts, sqrt(sum_{i in e} c[t, i]^2): [T, n], [n] -> [T, R]."""
@@ -417,6 +426,7 @@ def unpredicted_energy(h: Tensor, down: Tensor, bin_of: Tensor) -> Tensor:
     predicted = h_shared @ solve(h_shared.T @ h_routed)
     return contribution_energy(h_routed - predicted, down[:, bin_of > 0])
 
+@torch.no_grad()
 @fast_products()
 def partition_and_router(
     ffn: FFN, x: Tensor, split: Split, rounds: int = 8
@@ -438,6 +448,7 @@ def partition_and_router(
     bin_of[routed] = alternate(energy, x, bin_of[routed], capacity, split.active, rounds)
     return bin_of, ridge_router(energy, x, bin_of[routed], num_routed)
 
+@torch.no_grad()
 @fast_products()
 def refit_down(ffn: FFN, x: Tensor, running: Callable, ridge: float = HIDDEN_RIDGE) -> Tensor:
     """The least-squares W_down' for the neurons that run. It costs nothing at inference.
@@ -467,6 +478,7 @@ def neuron_weights(moe: MoE, x: Tensor) -> Tensor:
     bins = running_bins(chosen, moe.spec.num_experts, moe.spec.down_scale * weights)
     return bins[:, moe.bin_of]
 
+@torch.no_grad()
 def refit_moe(ffn: FFN, moe: MoE, x: Tensor) -> MoE:
     """Refit, in place, the W_down of an MoE made of an FFN, under its own routing of x [T, D]."""
     down = refit_down(ffn, x, partial(neuron_weights, moe))
@@ -710,6 +722,7 @@ def convert(
 
 # ------------------------------------------------- 8. Explain: the words that each expert runs for
 
+@torch.no_grad()
 def chosen_experts(model: Decoder, windows: Tensor, layer: int) -> Tensor:
     """The routed experts that run in a layer for each token: windows [B, T] -> [B * T, A]."""
     chosen = []

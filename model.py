@@ -706,19 +706,28 @@ def cut_windows(model: Decoder, ids: Tensor | list[int], window: int) -> Tensor:
     return torch.cat((as_ids(model, [bos]).expand(len(windows), 1), windows), dim=1)
 
 @torch.no_grad()
-def generate(model: Decoder, ids: Tensor | list[int], max_new_tokens: int) -> list[int]:
-    """Continue the ids [T] by the likeliest token -> the new ids. Stops after an end token."""
+def generate(model: Decoder, ids: Tensor | list[int], max_new_tokens: int, temperature=0.0,
+             top_k: int | None = None, seed=0) -> list[int]:  # fmt: skip
+    """Continue the ids [T] -> the new ids. Greedy at temperature 0; stops after an end token."""
     ids = as_ids(model, ids).view(1, -1)
     require(ids.numel(), "the prompt is empty")
+    random = torch.Generator().manual_seed(seed)
     cache = model.new_cache(1, ids.shape[1] + max_new_tokens)
     new, done = [], 0  # done: tokens that are in the cache
     for _ in range(max_new_tokens):
-        last = model.hidden_states(ids, cache, done)[0, -1]
-        done += ids.shape[1]
-        new.append(model.logits(last).argmax().item())
+        last = model.hidden_states(ids[:, done:], cache, done)[:, -1]
+        scores = model.logits(last)[0].float().cpu()
+        if top_k and temperature > 0:
+            scores[scores < scores.topk(min(top_k, len(scores))).values[-1]] = -math.inf
+        if temperature > 0:
+            token = torch.multinomial((scores / temperature).softmax(-1), 1, generator=random)
+        else:
+            token = scores.argmax().view(1)
+        done = ids.shape[1]
+        ids = torch.cat((ids, token.view(1, 1).to(ids)), dim=1)
+        new.append(token.item())
         if new[-1] in model.config.eos_ids:
             break
-        ids = as_ids(model, new[-1:]).view(1, 1)
     return new
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 # isort: off
-from ffn2moe import convert, sample_rows
+from ffn2moe import METHODS, convert, sample_rows
 from model import Decoder, InputError, Linear, MoE, check_output, check_writable, cut_windows
 from model import load_model, perplexity, read_ids, refusing, require, run_command, save_model
 from model import warn_if_same, write_json
@@ -306,7 +306,9 @@ def run(args: argparse.Namespace):
     if args.model is None:
         result["dense"] = measure(model)
         teacher = teacher or copy.deepcopy(model)
-        calib = sample_rows(cut_windows(model, ids, 2048), 16, chosen.seed)
+        windows = cut_windows(model, ids, 2048)
+        num_windows = METHODS["joint"].calib_tokens // windows.shape[1]
+        calib = sample_rows(windows, num_windows, chosen.seed)
         convert(model, calib, progress=partial(tqdm, desc="converting", unit="layer"))
     result["before"] = measure(model)
     log = finetune(model, ids, chosen, state_file, args.save_every, args.resume, teacher)

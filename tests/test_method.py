@@ -210,7 +210,7 @@ def test_a_singular_system_gets_a_larger_penalty_and_a_broken_one_a_sentence():
     w = ffn2moe.ridge_solver(x.T @ x, 1e-12)(x.T @ x[:, :3])
     assert torch.allclose(x @ w, x[:, :3], rtol=1e-2)
     with pytest.raises(InputError, match="overflow"):
-        ffn2moe.ridge_solver(torch.full((3, 3), torch.inf), 0.1)
+        ffn2moe.ridge_solver(torch.eye(3), 0.1)(torch.full((3, 1), torch.inf))
 
 def test_energy_norms_and_bins_equal_a_count_by_hand():
     ffn, x, bin_of = random_ffn(dtype=torch.float32), torch.randn(30, 16), random_bins()

@@ -226,9 +226,18 @@ def test_blockwise_attention(heads, kv_heads, length):
 
 # --- Generation and perplexity
 
-def test_generating_stops_after_an_end_token():
+def test_sampling():
     model, prompt = random_model(LLAMA), torch.arange(7)
     greedy = generate(model, prompt, 20)
+    assert generate(model, prompt, 20, temperature=2.0, top_k=1) == greedy
+    one, again, other = (generate(model, prompt, 20, temperature=2.0, seed=s) for s in (1, 1, 2))
+    assert one == again != other
+    # At temperature 1 tokens come with the probabilities of the softmax over the top k.
+    p = model(prompt[None])[0, -1].topk(4)
+    found = [generate(model, prompt, 1, 1.0, top_k=4, seed=s)[0] for s in range(400)]
+    assert set(found) <= set(p.indices.tolist())
+    share = np.array([found.count(i) / 400 for i in p.indices.tolist()])
+    assert np.abs(share - p.values.softmax(-1).numpy()).max() < 0.1
     model.config.eos_ids = [greedy[3]]
     assert generate(model, prompt, 20) == greedy[: greedy.index(greedy[3]) + 1]
 
