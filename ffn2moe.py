@@ -508,6 +508,7 @@ def joint_layer(ffn: FFN, x: Tensor, split: Split, rounds: int = 8, refit: bool 
 # backward pass for all layers.
 
 @torch.no_grad()
+@fast_products()
 def conversion_losses(model: Decoder, windows: Tensor) -> Tensor:
     """What the conversion of each layer costs, predicted, in nats per token: windows [B, T] ->
     float64 [layers]."""
@@ -667,15 +668,17 @@ def replace_ffns(
     for i, layer in enumerate(progress(model.layers[: last + 1])):
         ffn_input = torch.empty_like(x)
         # One sequence at a time, to need little memory; these are views, so x itself changes.
-        for sequence, normed in zip(x.split(1), ffn_input.split(1)):
-            sequence += layer.self_attn(layer.input_layernorm(sequence), rope)
-            normed.copy_(layer.post_attention_layernorm(sequence))
+        with fast_products():
+            for sequence, normed in zip(x.split(1), ffn_input.split(1)):
+                sequence += layer.self_attn(layer.input_layernorm(sequence), rope)
+                normed.copy_(layer.post_attention_layernorm(sequence))
         overflow = f"inputs of the FFN of layer {i} are not finite: choose another dtype"
         require(ffn_input.isfinite().all(), overflow)
         if i not in dense:
             layer.mlp = replacement(i, layer.mlp, ffn_input.flatten(0, 1))
-        for sequence, normed in zip(x.split(1), ffn_input.split(1)):
-            sequence += layer.mlp(normed)
+        with fast_products():
+            for sequence, normed in zip(x.split(1), ffn_input.split(1)):
+                sequence += layer.mlp(normed)
 
 @torch.no_grad()
 def convert(

@@ -11,7 +11,8 @@ The functions below all compute that, and `moe` at the end picks one of them:
 1. `moe_reference`   The definition: every expert runs on every token. The others are tested by it.
 2. `moe_grouped`     Many tokens: each expert runs once, on the rows of the tokens that chose it.
 3. `moe_few_tokens`  A few tokens under torch.compile: the weights of each choice are read once.
-   `moe_one_token`   One token on a CPU, without torch.compile.
+   `moe_all_experts` A few tokens on a CPU, without it: all experts run, in one batch.
+   `moe_one_token`   One token on a CPU, without it.
 4. `moe_triton`      The products of all experts as two Triton kernels, for CUDA.
 
 Shapes in comments: T tokens, D hidden_size, R routed experts of m neurons, A of them active per
@@ -41,6 +42,7 @@ try:
 except ImportError:
     triton = None
 
+SOME_TOKENS = 32  # up to so many, all experts in one batch are faster than one by one
 FEW_TOKENS = 8  # up to so many, a product takes as long as reading its weights
 SCRATCH_BYTES = 24 * 2**20  # glibc maps larger buffers anew each time, and page faults cost more
 SETTINGS_LOCK = threading.RLock()  # held while a setting of the whole process is changed
@@ -91,6 +93,10 @@ def swiglu(both: Tensor) -> Tensor:
         return F.silu(gate) * up
     if both.is_cuda and has_triton() and len(both):
         return compiled_swiglu()(both.reshape(-1, both.shape[-1])).view(gate.shape)
+    if both.numel() < 2**18 and gate.shape[-1] * gate.element_size() % 128:
+        # PyTorch's loops take 128 bytes a step, and what is left of each row number by number.
+        # Small copies stay in the cache, and have one long row.
+        gate, up = gate.contiguous(), up.contiguous()
     return F.silu(gate, inplace=True).mul_(up)  # fresh memory would cost more than the arithmetic
 
 @functools.cache
@@ -147,21 +153,23 @@ def add_experts(y, x, run: Callable, num_routed: int, chosen, weights):
     per_expert = weights.new_zeros(len(x), num_routed).scatter(1, chosen, weights)  # [T, R]
     experts, tokens = chose.T.nonzero(as_tuple=True)  # in the order of the experts
     weights = per_expert[tokens, experts][:, None]
-    counts = chose.sum(dim=0).tolist()
-    for e, (rows, weight) in enumerate(zip(tokens.split(counts), weights.split(counts))):
-        if len(rows):
-            y = y.index_add_(0, rows, run(e, x.index_select(0, rows), weight))
+    # oneDNN compiles a product for each number of bfloat16 rows that it has not met, which takes
+    # as long as the product. So numbers are rounded up to multiples of 16, by the first rows of the
+    # next expert, and what comes out for those is dropped.
+    step = 16 if x.is_cpu and x.element_size() == 2 else 1
+    tokens, weights = F.pad(tokens, (0, step - 1)), F.pad(weights, (0, 0, 0, step - 1))
+    first = 0
+    for e, n in enumerate(chose.sum(dim=0).tolist()):
+        own, padded = slice(first, first + n), slice(first, first + n + -n % step)
+        if n:
+            out = run(e, x.index_select(0, tokens[padded]), weights[padded])
+            y = y.index_add_(0, tokens[own], out[:n])
+        first += n
     return y
 
 def moe_grouped(y, x, gate_up, down, chosen, weights):
     def run(e, rows, weight):
-        n = len(rows)
-        if n > FEW_TOKENS and x.is_cpu and x.dtype.itemsize == 2:
-            # oneDNN compiles a product for each number of rows that it has not met, which takes as
-            # long as the product. So numbers are rounded up to multiples of 16.
-            padding = (0, 0, 0, -n % 16)
-            rows, weight = F.pad(rows, padding), F.pad(weight, padding)
-        return ffn(rows, gate_up[e], down[e], weight)[:n]
+        return ffn(rows, gate_up[e], down[e], weight)
 
     return add_experts(y, x, run, len(down), chosen, weights)
 
@@ -178,12 +186,20 @@ def moe_of_modules(y, x, experts: Sequence[Callable], chosen, weights):
 # All of their time is that of reading the weights of the experts that run, and of starting
 # operations: for one token some thirty, of a few microseconds each, which outweigh a small FFN.
 # Compiled, they are three or four, and experts' weights are read where they lie, once per choice,
-# from the cache if they were chosen before (`model.Decoder.compiled`).
+# from the cache if they were chosen before (`model.Decoder.compiled`). Without torch.compile, a few
+# tokens that choose nearly all experts between them do best to run all, as one batch of products.
 
 def moe_few_tokens(y, x, gate_up, down, chosen, weights):
     h = swiglu((gate_up[chosen] * widened(x)[:, None, None]).sum(-1))  # [T, A, m]
     h = h * weights[..., None]
     return y + (down[chosen] * h[:, :, None]).sum(-1).sum(1).to(y.dtype)
+
+def moe_all_experts(y, x, gate_up, down, chosen, weights):
+    R = len(down)
+    per_expert = weights.new_zeros(len(x), R).scatter(1, chosen, weights).T[..., None]  # [R, T, 1]
+    h = swiglu(torch.bmm(x.expand(R, *x.shape), gate_up.transpose(1, 2)))  # [R, T, m]
+    h = (h * per_expert).masked_fill(per_expert == 0, 0)  # 0 times an overflow is not 0
+    return y + torch.bmm(h, down.transpose(1, 2)).sum(dim=0)
 
 def moe_one_token(y, x, gate_up, down, chosen, weights):
     experts = chosen[0].tolist()
@@ -330,10 +346,13 @@ def moe(y, x, gate_up, down, chosen, weights):
     trains = torch.is_grad_enabled() and any(
         t.requires_grad for t in (y, x, gate_up, down, weights)
     )
-    if torch.compiler.is_compiling() and len(x) <= FEW_TOKENS:
+    T, A = chosen.shape
+    if torch.compiler.is_compiling() and T <= FEW_TOKENS:
         path = moe_few_tokens
-    elif x.is_cpu and len(x) == 1 and not trains:
+    elif x.is_cpu and T == 1 and not trains:
         path = moe_one_token
+    elif x.is_cpu and T <= SOME_TOKENS and T * A >= 2 * len(down) and not trains:
+        path = moe_all_experts
     elif x.is_cuda and not trains and x.dtype != torch.float64 and has_triton():
         path = moe_triton
     else:

@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TO_RUN = "pip install triton==3.9.0 (beside the requirements), then pytest tests/test_kernels.py"
 NEEDS_TRITON = pytest.mark.skipif(kernels.triton is None, reason=f"needs triton: {TO_RUN}")
 TRITON = pytest.param("moe_triton", marks=NEEDS_TRITON)
-PATHS = ["moe_grouped", "moe", "moe_few_tokens", TRITON]  # few_tokens is right uncompiled too
+PATHS = ["moe_grouped", "moe", "moe_few_tokens", "moe_all_experts", TRITON]  # all uncompiled
 
 def random_layer(T, D, m, R, A, routing="random", dtype=torch.float32):
     """y, x, gate_up, down, chosen, weights. Skewed: all tokens choose the last A experts."""
@@ -100,6 +100,14 @@ def test_tiles_of_128_slots_and_no_tokens_at_all(path):
     assert torch.allclose(run(path, arguments).double(), definition(arguments), atol=1e-4)
     assert run(path, random_layer(0, 8, 4, 3, 2)).shape == (0, 8)
 
+def test_experts_that_were_not_chosen_may_overflow():
+    y, x, gate_up, down, _, weights = random_layer(20, 16, 8, 4, 2)
+    chosen = random_layer(20, 16, 8, 3, 2)[4]  # the last expert never runs
+    expected = definition((y, x, gate_up, down, chosen, weights))
+    gate_up[3] = 1e38
+    found = kernels.moe_all_experts(y, x, gate_up, down, chosen, weights)
+    assert torch.allclose(found.double(), expected, atol=1e-5)
+
 @pytest.mark.parametrize("path", [*PATHS, "moe_one_token"])
 def test_in_bfloat16_the_error_is_that_of_bfloat16(path):
     T = 1 if path == "moe_one_token" else 77
@@ -134,18 +142,22 @@ class Pretender(SimpleNamespace):
     """What `kernels.moe` looks at of a tensor, and no more."""
 
     def __len__(self):
-        return self.tokens
+        return self.shape[0]
 
 def test_which_path_is_taken(monkeypatch):
     def path(tokens=100, cuda=False, dtype=torch.float32, grad=False, triton=True):
         monkeypatch.setattr(kernels, "triton", object() if triton else None)
         kernels.has_triton.cache_clear()
         about = {"requires_grad": grad, "is_cuda": cuda, "is_cpu": not cuda, "dtype": dtype}
-        return kernels.moe(*[Pretender(tokens=tokens, **about)] * 6)
+        y, x, gate_up, weights = [Pretender(**about)] * 4
+        down, chosen = Pretender(shape=(6, 4, 3), **about), Pretender(shape=(tokens, 2))
+        return kernels.moe(y, x, gate_up, down, chosen, weights)
 
-    for name in ("moe_grouped", "moe_one_token", "moe_triton"):
+    for name in ("moe_grouped", "moe_one_token", "moe_all_experts", "moe_triton"):
         monkeypatch.setattr(kernels, name, lambda *_, name=name: name)
-    assert path() == path(dtype=torch.bfloat16) == path(tokens=3) == "moe_grouped"
+    assert path() == path(dtype=torch.bfloat16) == "moe_grouped"
+    assert path(tokens=5) == path(tokens=33) == path(tokens=6, grad=True) == "moe_grouped"
+    assert path(tokens=6) == path(tokens=32) == "moe_all_experts"  # 12 choices of 6 experts
     assert path(tokens=1) == "moe_one_token"
     assert path(cuda=True) == path(cuda=True, tokens=1) == "moe_triton"
     for cuda, tokens in ((False, 100), (True, 100), (False, 1)):
