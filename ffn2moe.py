@@ -295,7 +295,7 @@ def hidden(ffn: FFN, x: Tensor) -> Tensor:
 
 def contribution_energy(h: Tensor, down: Tensor) -> Tensor:
     """c[t, i]^2 = |h_i(x_t)|^2 |W_down[:, i]|^2: h [T, n], down [D, n] -> float32 [T, n]."""
-    return (h * down.float().norm(dim=0)).square()
+    return (h * down.float().norm(dim=0)).square_()
 
 def sample_rows(rows: Tensor, n: int, seed: int = 0) -> Tensor:
     """At most n of the rows, in random order."""
@@ -307,8 +307,9 @@ def fast_products():
     bfloat16, which is accurate enough for sums over thousands of tokens."""
     return setting(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
 
-def check_finite(values: Tensor):
-    require(values.isfinite().all(), "hidden activations overflow: choose another dtype")
+def check_finite(values: Tensor, what: str = "hidden activations"):
+    total = values.sum(dtype=torch.float32)  # nan or inf if any value is; one pass over memory
+    require(total.isfinite(), f"{what} overflow: choose another dtype")
 
 def ridge_solver(xx: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
     """Ridge regression by its normal equations: X'X [n, n] -> a function of X'Y [n, k] that returns
@@ -423,8 +424,8 @@ def unpredicted_energy(h: Tensor, down: Tensor, bin_of: Tensor) -> Tensor:
     """
     h_shared, h_routed = h[:, bin_of == 0], h[:, bin_of > 0]
     solve = ridge_solver(h_shared.T @ h_shared, HIDDEN_RIDGE)
-    predicted = h_shared @ solve(h_shared.T @ h_routed)
-    return contribution_energy(h_routed - predicted, down[:, bin_of > 0])
+    h_routed -= h_shared @ solve(h_shared.T @ h_routed)
+    return contribution_energy(h_routed, down[:, bin_of > 0])
 
 @torch.no_grad()
 @fast_products()
@@ -467,7 +468,7 @@ def refit_down(ffn: FFN, x: Tensor, running: Callable, ridge: float = HIDDEN_RID
     for block in x.split(BLOCK):
         h = hidden(ffn, block)  # [t, q]
         h_running = h * running(block)
-        missing = (h - h_running) @ down.T  # [t, D]
+        missing = h.sub_(h_running) @ down.T  # [t, D]
         gram.addmm_(h_running.T, h_running)
         cross.addmm_(h_running.T, missing)
     return down + ridge_solver(gram, ridge)(cross).T
@@ -672,8 +673,7 @@ def replace_ffns(
             for sequence, normed in zip(x.split(1), ffn_input.split(1)):
                 sequence += layer.self_attn(layer.input_layernorm(sequence), rope)
                 normed.copy_(layer.post_attention_layernorm(sequence))
-        overflow = f"inputs of the FFN of layer {i} are not finite: choose another dtype"
-        require(ffn_input.isfinite().all(), overflow)
+        check_finite(ffn_input, f"inputs of the FFN of layer {i}")
         if i not in dense:
             layer.mlp = replacement(i, layer.mlp, ffn_input.flatten(0, 1))
         with fast_products():
