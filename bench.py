@@ -176,7 +176,7 @@ class Masked(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         h = hidden(self.ffn, rows)
-        return F.linear((h * self.weights(h, rows)).to(x), self.down).view(x.shape)
+        return F.linear((h * self.weights(h, rows)).to(x), self.down.to(x)).view(x.shape)
 
 def oracle_router_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
     """The joint partition under a router that knows how much energy each expert has, and refit."""
@@ -184,7 +184,8 @@ def oracle_router_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
     routed = moe.bin_of[moe.bin_of > 0]
 
     def norms(rows):
-        energy = contribution_energy(hidden(ffn, rows), ffn.down_proj)[:, moe.bin_of > 0]
+        h = hidden(ffn, rows.to(ffn.down_proj))  # which calibration may have in another dtype
+        energy = contribution_energy(h, ffn.down_proj)[:, moe.bin_of > 0]
         return expert_norms(energy, routed, split.routed)
 
     scale = ffn2moe.ROUTER_SCALE / norms(sample_rows(x, SAMPLE_TOKENS)).max()
@@ -212,7 +213,7 @@ def wina_layer(ffn: FFN, x: Tensor, split: Split, keep: float) -> Masked:
     n = round(keep * split.share * down.shape[1])
 
     def weights(h, rows):
-        running = neuron_weights(moe, rows)
+        running = neuron_weights(moe, rows.to(moe.down_proj))
         return running * atopk_markers(contribution_energy(h * running, down), n)
 
     return Masked(ffn, weights, keep * split.share, down)
@@ -398,9 +399,12 @@ def machine_name(device: str) -> str:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return platform.processor() or platform.machine()
-    name = re.search(r"model name\s*:\s*(.+)", text)
+    about = dict(re.findall(r"^(.+?)\s*:\s*(.+)$", text, re.MULTILINE))
     units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {unit} " in text]
-    return f"{name[1] if name else platform.machine()} ({units[-1] if units else 'no avx2'})"
+    # A virtual machine may have a name that several generations of processors share.
+    kind = [f"{key} {about[key]}" for key in ("cpu family", "model") if key in about]
+    name = about.get("model name", platform.machine())
+    return f"{name} ({', '.join([*kind, *units[-1:]])})"
 
 def describe_origin(rows: Iterable[dict]) -> str:
     """One line under a table that says where its rows come from."""
@@ -544,9 +548,10 @@ def measure_row(model: Decoder, row: Row, windows: Tensor, texts: list[Text], ti
         "seconds": time.perf_counter() - start,
     }
     if row.timed:
-        versions = {"dense": dense_ffns, "row": model.ffns}
-        times = ffn2moe.model_times(model, versions, texts[0].windows.flatten(), args.turns)
-        result |= times["row"] | {f"dense_{what}": ms for what, ms in times["dense"].items()}
+        versions, ids = {"dense_": dense_ffns, "": model.ffns}, texts[0].windows[:1]
+        for what, steps in (("prefill", 0), ("decode", 16)):
+            times = ffn2moe.time_model(model, versions, ids, steps, args.turns)
+            result |= {f"{side}{what}_ms": float(np.median(ms)) for side, ms in times.items()}
     result["texts"] = {}
     for text in texts if row.quoted else texts[:1]:
         bar = partial(tqdm, desc=f"{title}: {text.name}", unit="window")
@@ -961,13 +966,15 @@ def milliseconds(ms: float) -> str:
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
 
 def speed_overview(done: dict) -> str:
-    """The table of the README: a line for each workload, a column for each split."""
+    """The table of the README: a line for each workload, a column for each split. Left out are what
+    the lines of the whole model show too: FFNs with one token, and prefills of short sequences."""
     lines = {}
     for row in done["rows"].values():
         key, line = row["key"], workload(row["key"])
         if key["device"] != "cpu":
             line += f", {row['origin']['machine']}"
-        if "+" not in key["experts"]:  # one level
+        left_out = key["tokens"] == 1 or (key["what"] == "prefill" and key["batch"] > 1)
+        if not left_out and "+" not in key["experts"]:  # one level
             speedup = f"{row['speedup']:.2f}x of {row['bound']:.2f}x"
             lines.setdefault(line, {})[key["experts"]] = speedup
     return markdown("speedup", lines)

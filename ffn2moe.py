@@ -22,6 +22,7 @@ those run for each token. This is written S3A3E8 for S = 3, A = 3, E = 8.
 """
 
 import argparse
+import copy
 import math
 import re
 import sys
@@ -42,9 +43,9 @@ from tqdm import tqdm
 # isort: off
 from kernels import setting, swiglu
 from model import DEFAULT_MODEL, FFN, Decoder, InputError, MoE, MoESpec, Split, active_parameters
-from model import as_ids, check_output, check_writable, cut_windows, encode, generate, load_model
-from model import perplexity, read_ids, require, run_command, save_model, spec_of, split_spec
-from model import warn_if_same, write_json
+from model import as_ids, check_output, check_writable, cut_windows, encode, generate
+from model import has_bfloat16_units, load_model, read_ids, require, run_command, save_model
+from model import spec_of, split_spec, warn_if_same, window_loss, write_json
 
 # Settings of the joint method, chosen by perplexity on training text held back from calibration
 SAMPLE_TOKENS = 8192  # for partition and router; the refit uses all calibration tokens
@@ -303,9 +304,9 @@ def sample_rows(rows: Tensor, n: int, seed: int = 0) -> Tensor:
     return rows[order[:n].to(rows.device)]
 
 def fast_products():
-    """float32 products on the CPU by oneDNN. With bfloat16 matrix units it rounds factors to
-    bfloat16: accurate enough for sums over thousands of tokens, and to make the activations that
-    are calibrated on. Perplexities and the paper's scores are not computed so."""
+    """float32 products on the CPU by oneDNN. With bfloat16 matrix units it may round factors to
+    bfloat16: accurate enough for sums over thousands of tokens. Perplexities and the paper's scores
+    are not computed so."""
     return setting(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
 
 def check_finite(values: Tensor, fault: str = "hidden activations overflow"):
@@ -319,7 +320,8 @@ def ridge_solver(xx: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
     The median, because a few neurons that are huge for one token would dominate the mean. Neurons
     that never run, with 0 on the diagonal, do not count in it. Each neuron's penalty also has a
     millionth of its own diagonal, about what float32 can tell. Where that is too little for the
-    factorisation, all penalties become ten times as large. xx is overwritten.
+    factorisation, all penalties become ten times as large. Of xx only the lower triangle is read;
+    it is overwritten.
     """
     check_finite(xx)
     diagonal = xx.diagonal().clone()
@@ -465,11 +467,14 @@ def refit_down(ffn: FFN, x: Tensor, running: Callable, ridge: float = HIDDEN_RID
     D, q = ffn.down_proj.shape
     gram, cross = torch.zeros(q, q, device=x.device), torch.zeros(q, D, device=x.device)
     down = ffn.down_proj.float()  # in float16, what is missing can overflow
+    width = math.ceil(q / 4)
     for block in x.split(BLOCK):
         h = hidden(ffn, block)  # [t, q]
         h_running = h * running(block)
         missing = h.sub_(h_running) @ down.T  # [t, D]
-        gram.addmm_(h_running.T, h_running)
+        for start in range(0, q, width):  # up to the diagonal, all that the solver reads
+            stop = start + width
+            gram[start:stop, :stop].addmm_(h_running[:, start:stop].T, h_running[:, :stop])
         cross.addmm_(h_running.T, missing)
     return down + ridge_solver(gram, ridge)(cross).T
 
@@ -649,6 +654,17 @@ def check_conversion(
             raise InputError(f"k_act = {k_act} is not between 1 and the {width} neurons of an FFN")
     return split, dense
 
+def calibration_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which layers make the activations that are calibrated on: that of the model,
+    whose hidden states are x, or bfloat16 where a CPU has units for it, which is accurate enough.
+    """
+    faster = x.is_cpu and x.dtype == torch.float32 and has_bfloat16_units()
+    return torch.bfloat16 if faster else x.dtype
+
+def in_dtype(module: nn.Module, x: Tensor, dtype: torch.dtype) -> nn.Module:
+    """A module of the dtype of x, or a copy of it in another dtype."""
+    return module if x.dtype == dtype else copy.deepcopy(module).to(dtype)
+
 @torch.no_grad()
 def replace_ffns(
     model: Decoder,
@@ -663,22 +679,23 @@ def replace_ffns(
     for the FFN of layer i, given its inputs; the layers above see what that puts out (the paper's
     sequential conversion). Layers in `dense` stay as they are.
     """
-    rope = model.rope(0, calib_ids.shape[1])
     x = model.embed_tokens(calib_ids)  # [B, T, D], what flows into the next layer
+    dtype = calibration_dtype(x)
+    rope = [t.to(dtype) for t in model.rope(0, calib_ids.shape[1])]
     last = max(set(range(len(model.layers))) - set(dense))
     for i, layer in enumerate(progress(model.layers[: last + 1])):
         ffn_input = torch.empty_like(x)
         # One sequence at a time, to need little memory; these are views, so x itself changes.
-        with fast_products():
-            for sequence, normed in zip(x.split(1), ffn_input.split(1)):
-                sequence += layer.self_attn(layer.input_layernorm(sequence), rope)
-                normed.copy_(layer.post_attention_layernorm(sequence))
+        attention = in_dtype(layer.self_attn, x, dtype)
+        for sequence, normed in zip(x.split(1), ffn_input.split(1)):
+            sequence += attention(layer.input_layernorm(sequence).to(dtype), rope)
+            normed.copy_(layer.post_attention_layernorm(sequence))
         check_finite(ffn_input, f"inputs of the FFN of layer {i} are not finite")
         if i not in dense:
             layer.mlp = replacement(i, layer.mlp, ffn_input.flatten(0, 1))
-        with fast_products():
-            for sequence, normed in zip(x.split(1), ffn_input.split(1)):
-                sequence += layer.mlp(normed)
+        ffn = in_dtype(layer.mlp, x, dtype)
+        for sequence, normed in zip(x.split(1), ffn_input.split(1)):
+            sequence += ffn(normed.to(dtype))
 
 @torch.no_grad()
 def convert(
@@ -843,19 +860,36 @@ def time_model(model: Decoder, versions: dict[str, list[nn.Module]], ids: Tensor
     model.ffns, model.compiled = ffns_now, False
     return {name: ms / max(1, steps) for name, ms in times.items()}
 
-TIMED_TOKENS, TIMED_STEPS = 2048, 16  # of a prefill, and decoded at its end
+DECODED = 16  # tokens that are timed one at a time
 
-def model_times(
-    model: Decoder, versions: dict[str, list[nn.Module]], ids: Tensor, turns: int = 3
+@torch.no_grad()
+def perplexity_and_times(
+    model: Decoder, versions: dict[str, list[nn.Module]], windows: Tensor
 ) -> dict[str, dict[str, float]]:
-    """For each version of all FFNs, the milliseconds of a prefill of at most TIMED_TOKENS of ids
-    [T], and of one token at its end. Medians, without torch.compile."""
-    ids = ids[: min(TIMED_TOKENS, model.config.max_position_embeddings)][None]
-    times = {name: {} for name in versions}
-    for what, steps in (("prefill_ms", 0), ("decode_ms", min(TIMED_STEPS, ids.shape[1]))):
-        for name, ms in time_model(model, versions, ids, steps, turns).items():
-            times[name][what] = float(np.median(ms))
-    return times
+    """For each version of all FFNs: the perplexity of windows [N, T], and the median milliseconds
+    of a prefill of one of them (to the logits of its last token), and of a token at its end.
+
+    The versions take turns at each window, so that what slows the machine slows all of them.
+    """
+    passes = windows if len(windows) > 1 else windows.repeat(2, 1)  # the first may have to compile
+    ffns_now, found = model.ffns, {}
+    losses, times = ({name: [] for name in versions} for _ in range(2))
+    for window in tqdm(passes, desc=f"perplexity, {' and '.join(versions)}", unit="window"):
+        for name, ffns in versions.items():
+            model.ffns, start = ffns, time.perf_counter()
+            x = model.hidden_states(window[None])[0]
+            model.logits(x[-1:]).sum().item()  # waits until it is there
+            times[name].append(1e3 * (time.perf_counter() - start))
+            losses[name].append(window_loss(model, x, window) / (len(window) - 1))
+    model.ffns = ffns_now
+    decode = time_model(model, versions, windows[:1], min(DECODED, windows.shape[1]), turns=3)
+    for name in versions:
+        found[name] = {
+            "perplexity": float(np.exp(np.mean(losses[name]))),
+            "prefill_ms": float(np.median(times[name][1:])),
+            "decode_ms": float(np.median(decode[name])),
+        }
+    return found
 
 def describe(ffns: list[int | MoESpec]) -> str:
     """In a word or two, what the FFNs of a model are."""
@@ -886,7 +920,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--active", type=float, metavar="SHARE", help="of FFN neurons that run, for --dense auto")
     add("--k-act", type=int, default=10, metavar="K", help="neurons that fire per token (paper)")
     add("--calib-tokens", type=int, metavar="N", help="in random windows; by method if not given")
-    add("--eval-tokens", type=int, default=6 * 2048, metavar="N", help="first N tokens; 0: all")
+    add("--eval-tokens", type=int, default=5 * 2048, metavar="N", help="first N tokens; 0: all")
     add("--window", type=int, default=2048, metavar="N", help="tokens per sequence")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of weights")
     add("--device", default=cuda, help="where to run")
@@ -931,15 +965,13 @@ def calibration_windows(model: Decoder, tokenizer: Tokenizer, args: argparse.Nam
         print(f"warning: {found}: the refit may fit the text, not the model", file=sys.stderr)
     return windows
 
-def measure(model: Decoder, tokenizer: Tokenizer, ids: Tensor, window: int, prompt: Tensor) -> dict:
-    """One column of the final table, without the times. ids [T] to evaluate on, prompt [T]."""
+def describe_model(model: Decoder, tokenizer: Tokenizer, prompt: Tensor) -> dict:
+    """What the final table says of a model beside perplexity and times. prompt [T]."""
     specs = [spec_of(ffn) for ffn in model.ffns]
-    name, (ffn_parameters, parameters) = describe(specs), active_parameters(model)
-    bar = partial(tqdm, desc=f"perplexity, {name}", unit="window")
+    ffn_parameters, parameters = active_parameters(model)
     return {
-        "name": name,
+        "name": describe(specs),
         "text": tokenizer.decode(prompt.tolist() + generate(model, prompt, 24)),
-        "perplexity": perplexity(model, ids, window, bar),
         "dense_layers": sum(isinstance(spec, int) for spec in specs),
         "ffn_parameters": ffn_parameters,
         "parameters": parameters,
@@ -978,14 +1010,13 @@ def run(args: argparse.Namespace):
         layer = min(moes, key=lambda i: abs(i - wanted))  # or the next one, if it stays dense
         print(explain(model, tokenizer, prompt, windows, layer))
         return
-    versions["moe"], sides = model.ffns, {}
+    versions["moe"] = model.ffns
+    sides = perplexity_and_times(model, versions, windows)
     for side, ffns in versions.items():
         model.ffns = ffns
-        sides[side] = measure(model, tokenizer, eval_ids, args.window, prompt)
-    for side, times in model_times(model, versions, windows.flatten()).items():
-        sides[side] |= times
-    length = min(TIMED_TOKENS, windows.numel(), model.config.max_position_embeddings)
-    result["table"] = final_table(sides, length, result.get("conversion_seconds"))
+        sides[side] |= describe_model(model, tokenizer, prompt)
+    seconds = result.get("conversion_seconds")
+    result["table"] = final_table(sides, windows.shape[1], seconds)
     print("\n" + result["table"] + (f"\n\nwrote {args.out}" if args.out else ""))
     add_sides(result, sides)
     if args.json:

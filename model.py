@@ -729,6 +729,14 @@ def generate(model: Decoder, ids: Tensor | list[int], max_new_tokens: int, tempe
             break
     return new
 
+def window_loss(model: Decoder, x: Tensor, ids: Tensor) -> float:
+    """The sum of the negative log-likelihoods of all ids [T] but the first, given the last hidden
+    states x [T, D]."""
+    total = 0.0
+    for part, target in zip(x[:-1].split(256), ids[1:].split(256)):  # all logits would be large
+        total += F.cross_entropy(model.logits(part).float(), target, reduction="sum").item()
+    return total
+
 @torch.no_grad()
 def perplexity(model: Decoder, ids: Tensor | list[int], window: int,
                progress: Callable = iter) -> float:  # fmt: skip
@@ -740,10 +748,7 @@ def perplexity(model: Decoder, ids: Tensor | list[int], window: int,
     """
     total, count = 0.0, 0
     for one in progress(cut_windows(model, ids, window)):
-        x = model.hidden_states(one[None])[0, :-1]
-        for part, target in zip(x.split(256), one[1:].split(256), strict=True):
-            # All logits at once would be large.
-            total += F.cross_entropy(model.logits(part).float(), target, reduction="sum").item()
+        total += window_loss(model, model.hidden_states(one[None])[0], one)
         count += len(one) - 1
     return float(np.exp(total / count))  # inf rather than an exception, for a broken model
 

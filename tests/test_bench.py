@@ -374,7 +374,11 @@ def test_speed_rows(tmp_path, monkeypatch):
         assert row["speedup"] == pytest.approx(row["dense_ms"] / row["moe_ms"])
         assert row["parameters"] == [3 * 16 * 64, round(3 * 16 * 64 / row["ideal"])]
         assert {"static", "plain"} <= row["peers_ms"].keys() and row["origin"]["machine"]
-        assert f"{row['speedup']:.2f}x of {row['ideal']:.2f}x" in bench.readme_tables()["speed"]
+        table = bench.speed_tables({"rows": {experts: row}})
+        assert f"| {row['speedup']:.2f}x | {row['spread']:.1%} |" in table
+        overview = bench.readme_tables()["speed"]
+        shown = f"{row['speedup']:.2f}x of {row['ideal']:.2f}x" in overview
+        assert "1 token" not in overview and (shown or tokens == 1)
     key = rows[0]["key"] | {"shape": "16x256", "tokens": 4, "experts": "S2A4E8+S3A3E8"}
     row = bench.ffn_speed(key, turns=1)
     assert row["ideal"] == pytest.approx(1 / (6 / 8 * 6 / 8)) and "static" in row["peers_ms"]

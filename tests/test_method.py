@@ -11,7 +11,7 @@ from conftest import CONFIGS, LLAMA, SHARED, random_ffn, random_ids, random_mode
 
 import ffn2moe
 from ffn2moe import balanced_assignment
-from model import FFN, InputError, Split
+from model import FFN, InputError, Split, perplexity
 
 SPLIT = Split.parse("S2A2E8")  # of 48 neurons: 12 are shared, 6 are in each of 6 experts
 
@@ -437,7 +437,8 @@ def test_converted_model_with_all_experts_active_is_the_dense_model(name, even_w
         found = ffn2moe.convert(model, ids, "S2A6E8", method, dense)(ids)
         assert torch.allclose(found, expected, rtol=0, atol=tolerance)
 
-def test_layers_are_converted_on_what_converted_layers_put_out():
+def test_layers_are_converted_on_what_converted_layers_put_out(monkeypatch):
+    monkeypatch.setattr(ffn2moe, "has_bfloat16_units", lambda: False)  # as the model itself runs
     dense, model, ids = random_model(LLAMA), random_model(LLAMA), random_ids(2, 100)
     ffn2moe.convert(model, ids, "S1A1E8", "paper", dense=iter([1]), k_act=6)
     inputs = []
@@ -452,6 +453,22 @@ def test_layers_are_converted_on_what_converted_layers_put_out():
     whole = random_model(LLAMA)  # on the same windows, cut from a flat text
     ffn2moe.convert(whole, ids.flatten(), "S1A1E8", "paper", dense="1", k_act=6, window=100)
     assert torch.equal(whole(ids), model(ids))
+
+def test_calibration_in_bfloat16_sees_nearly_the_same_inputs(monkeypatch):
+    inputs = {}
+    for units in (False, True):
+        monkeypatch.setattr(ffn2moe, "has_bfloat16_units", lambda units=units: units)
+        model, seen = random_model(LLAMA), []
+
+        def keep(i, ffn, x, seen=seen):
+            seen.append(x)
+            return ffn
+
+        ffn2moe.replace_ffns(model, random_ids(2, 100), keep)
+        inputs[units] = torch.stack(seen)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    error = (inputs[True] - inputs[False]).norm() / inputs[False].norm()
+    assert inputs[True].dtype == torch.float32 and 1e-4 < error < 0.05
 
 REFUSED = [
     ({"method": "magic"}, "magic"),  # more of these in test_cli.py
@@ -507,11 +524,14 @@ def test_versions_are_timed_in_turns_and_the_model_is_left_as_it_was(monkeypatch
         ffn.register_forward_hook(lambda _, x, y, name=name: ran.append((name, x[0].shape[1])))
     clock = itertools.count()  # each call takes 30 ms
     monkeypatch.setattr(ffn2moe.time, "perf_counter", lambda: 0.03 * next(clock))
-    times = ffn2moe.model_times(model, {"a": now, "b": others}, torch.arange(100), turns=3)
+    windows = torch.arange(300).view(3, 100)
+    found = ffn2moe.perplexity_and_times(model, {"a": now, "b": others}, windows)
     prefills = [name for name, tokens in ran if tokens == 100]
     decoded = [name for name, tokens in ran if tokens == 1]
-    # The first two calls of each are a warm-up, and the last prefill fills the cache to decode.
-    assert "".join(prefills) == "aabb" + "ab" * 3 + "a"
+    # The last prefill fills the cache to decode; the first two calls of each are a warm-up.
+    assert "".join(prefills) == "ab" * 3 + "a"
     assert "".join(decoded[::16]) == "aabb" + "ab" * 3 and len(decoded) == 16 * 10
-    assert model.ffns == now and times["b"] == pytest.approx(times["a"])
-    assert times["a"] == pytest.approx({"prefill_ms": 30, "decode_ms": 30 / 16})
+    assert model.ffns == now and found["b"] == pytest.approx(found["a"])
+    times = {"prefill_ms": 30, "decode_ms": 30 / 16}
+    expected = times | {"perplexity": perplexity(model, windows.flatten(), 100)}
+    assert found["a"] == pytest.approx(expected)
