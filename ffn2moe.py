@@ -53,7 +53,7 @@ ROUTER_RIDGE = 1e-3  # penalty of the router's regression, over the median of th
 HIDDEN_RIDGE = 0.3  # the same for regressions on hidden activations
 ROUTER_SCALE = 2.0**-4  # the largest score: so small that experts run nearly as in the dense FFN
 LEAST_GAIN = 1e-3  # a round of alternation that gains less is the last
-ACTIVE = 0.74  # share of all FFN neurons that run for a token, for the choice of dense layers
+ACTIVE = 2 / 3  # share of all FFN neurons that run for a token, for the choice of dense layers
 FISHER_TOKENS = 2048  # to predict what the conversion of each layer costs
 TOKENS_PER_NEURON = 10  # of calibration, so that the refit fits the model rather than the text
 
@@ -309,6 +309,17 @@ def fast_products():
     are not computed so."""
     return setting(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
 
+def calibration_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which layers make the activations that are calibrated on: that of the inputs x,
+    or bfloat16 where a CPU has units for it, which is accurate enough."""
+    faster = x.is_cpu and x.dtype == torch.float32 and has_bfloat16_units()
+    return torch.bfloat16 if faster else x.dtype
+
+def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A module with weights of this dtype: itself, or a copy."""
+    right = all(weight.dtype == dtype for weight in module.parameters())
+    return module if right else copy.deepcopy(module).to(dtype)
+
 def check_finite(values: Tensor, fault: str = "hidden activations overflow"):
     require(values.isfinite().all(), f"{fault}: choose another dtype")
 
@@ -520,15 +531,19 @@ def conversion_losses(model: Decoder, windows: Tensor) -> Tensor:
     float64 [layers]."""
     losses = torch.zeros(len(model.layers), dtype=torch.float64)
     generator = torch.Generator(windows.device).manual_seed(0)
-    rope = model.rope(0, windows.shape[1])
+    dtype = calibration_dtype(model.embed_tokens.weight)
+    rope = [t.to(dtype) for t in model.rope(0, windows.shape[1])]
+    attentions = [in_dtype(layer.self_attn, dtype) for layer in model.layers]
+    ffns = [in_dtype(layer.mlp, dtype) for layer in model.layers]
     for window in windows:
         hiddens, outputs = [], []  # of the FFN of each layer, [T, q] and [T, D]
         with torch.enable_grad():
             x = model.embed_tokens(window[None]).requires_grad_()
-            for layer in model.layers:
-                x = x + layer.self_attn(layer.input_layernorm(x), rope)
-                hiddens.append(hidden(layer.mlp, layer.post_attention_layernorm(x)[0]))
-                outputs.append(F.linear(hiddens[-1].to(x), layer.mlp.down_proj))
+            for layer, attention, ffn in zip(model.layers, attentions, ffns):
+                x = x + attention(layer.input_layernorm(x).to(dtype), rope)
+                normed = layer.post_attention_layernorm(x)[0].to(dtype)
+                hiddens.append(hidden(ffn, normed))
+                outputs.append(F.linear(hiddens[-1].to(dtype), ffn.down_proj))
                 x = x + outputs[-1]
             last = model.norm(x)[0]
         gradients = torch.autograd.grad(last, outputs, label_gradient(model, last, generator))
@@ -654,17 +669,6 @@ def check_conversion(
             raise InputError(f"k_act = {k_act} is not between 1 and the {width} neurons of an FFN")
     return split, dense
 
-def calibration_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which layers make the activations that are calibrated on: that of the model,
-    whose hidden states are x, or bfloat16 where a CPU has units for it, which is accurate enough.
-    """
-    faster = x.is_cpu and x.dtype == torch.float32 and has_bfloat16_units()
-    return torch.bfloat16 if faster else x.dtype
-
-def in_dtype(module: nn.Module, x: Tensor, dtype: torch.dtype) -> nn.Module:
-    """A module of the dtype of x, or a copy of it in another dtype."""
-    return module if x.dtype == dtype else copy.deepcopy(module).to(dtype)
-
 @torch.no_grad()
 def replace_ffns(
     model: Decoder,
@@ -686,14 +690,14 @@ def replace_ffns(
     for i, layer in enumerate(progress(model.layers[: last + 1])):
         ffn_input = torch.empty_like(x)
         # One sequence at a time, to need little memory; these are views, so x itself changes.
-        attention = in_dtype(layer.self_attn, x, dtype)
+        attention = in_dtype(layer.self_attn, dtype)
         for sequence, normed in zip(x.split(1), ffn_input.split(1)):
             sequence += attention(layer.input_layernorm(sequence).to(dtype), rope)
             normed.copy_(layer.post_attention_layernorm(sequence))
         check_finite(ffn_input, f"inputs of the FFN of layer {i} are not finite")
         if i not in dense:
             layer.mlp = replacement(i, layer.mlp, ffn_input.flatten(0, 1))
-        ffn = in_dtype(layer.mlp, x, dtype)
+        ffn = in_dtype(layer.mlp, dtype)
         for sequence, normed in zip(x.split(1), ffn_input.split(1)):
             sequence += ffn(normed.to(dtype))
 
