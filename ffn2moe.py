@@ -689,8 +689,8 @@ def replace_ffns(
     last = max(set(range(len(model.layers))) - set(dense))
     for i, layer in enumerate(progress(model.layers[: last + 1])):
         ffn_input = torch.empty_like(x)
-        # One sequence at a time, to need little memory; these are views, so x itself changes.
         attention = in_dtype(layer.self_attn, dtype)
+        # One sequence at a time, to need little memory; these are views, so x itself changes.
         for sequence, normed in zip(x.split(1), ffn_input.split(1)):
             sequence += attention(layer.input_layernorm(sequence).to(dtype), rope)
             normed.copy_(layer.post_attention_layernorm(sequence))
