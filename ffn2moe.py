@@ -310,8 +310,8 @@ def fast_products():
     return setting(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
 
 def calibration_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which layers make the activations that are calibrated on: that of the inputs x,
-    or bfloat16 where a CPU has units for it, which is accurate enough."""
+    """The dtype in which layers run during calibration: that of their inputs x, or bfloat16 where a
+    CPU has units for it, which is accurate enough."""
     faster = x.is_cpu and x.dtype == torch.float32 and has_bfloat16_units()
     return torch.bfloat16 if faster else x.dtype
 
@@ -331,8 +331,8 @@ def ridge_solver(xx: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
     The median, because a few neurons that are huge for one token would dominate the mean. Neurons
     that never run, with 0 on the diagonal, do not count in it. Each neuron's penalty also has a
     millionth of its own diagonal, about what float32 can tell. Where that is too little for the
-    factorisation, all penalties become ten times as large. Of xx only the lower triangle is read;
-    it is overwritten.
+    factorisation, all penalties become ten times as large. The solution needs only the lower
+    triangle of xx. xx is changed.
     """
     check_finite(xx)
     diagonal = xx.diagonal().clone()
@@ -364,7 +364,8 @@ def ridge_router(energy: Tensor, x: Tensor, bin_of: Tensor, num_routed: int) -> 
 
     There is no intercept: standard MoE layers have no place for one. What all experts have in
     common changes no choice, so scores have mean 0 over the experts, which saves bfloat16 digits.
-    The largest score of the sample is ROUTER_SCALE: weights differ by e^(2 ROUTER_SCALE) at most.
+    The largest absolute score of the sample is ROUTER_SCALE, so that the weights of the experts
+    that run differ by a factor of e^(2 ROUTER_SCALE) at most.
     """
     inputs = x.float()
     solve = ridge_solver(inputs.T @ inputs, ROUTER_RIDGE)
@@ -396,7 +397,8 @@ def alternate(
         experts, given the router    the assignment that captures the most energy under its choices
 
     The shared expert is the bin that always runs: one assignment decides shared and routed at once.
-    The second step can only gain. The first has another aim and may lose, so the best is kept.
+    The second step can only gain. The first has another aim and may lose. So the best assignment
+    is kept, and a round that gains less than LEAST_GAIN is the last.
     energy [T, n], x [T, D], bin_of [n], capacity [1 + R] -> bin_of [n].
     """
     x, num_routed = x.float(), len(capacity) - 1
@@ -468,12 +470,12 @@ def refit_down(ffn: FFN, x: Tensor, running: Callable, ridge: float = HIDDEN_RID
     """The least-squares W_down' for the neurons that run. It costs nothing at inference.
 
     running(x [t, D]) -> [t, q] is the weight of each neuron, 0 for one that does not run. With
-    h~ = h * running,
+    h~ = h * running, and W_down h(x) the output of the dense FFN,
 
-        min over W'   sum_t |W' h~(x_t) - F(x_t)|^2 + penalty |W' - W_down|^2
+        min over W'   sum_t |W' h~(x_t) - W_down h(x_t)|^2 + penalty |W' - W_down|^2
 
-    is a ridge regression of what is missing, W_down (h - h~), on h~. x [T, D] is read in blocks, so
-    that T may be large. -> float32 [D, q]
+    is a ridge regression of what is missing, W_down (h - h~), on h~; its solution is added to
+    W_down. x [T, D] is read in blocks, so that T may be large. -> float32 [D, q]
     """
     D, q = ffn.down_proj.shape
     gram, cross = torch.zeros(q, q, device=x.device), torch.zeros(q, D, device=x.device)
@@ -483,7 +485,7 @@ def refit_down(ffn: FFN, x: Tensor, running: Callable, ridge: float = HIDDEN_RID
         h = hidden(ffn, block)  # [t, q]
         h_running = h * running(block)
         missing = h.sub_(h_running) @ down.T  # [t, D]
-        for start in range(0, q, width):  # up to the diagonal, all that the solver reads
+        for start in range(0, q, width):  # only blocks up to the diagonal: the solver needs no more
             stop = start + width
             gram[start:stop, :stop].addmm_(h_running[:, start:stop].T, h_running[:, :stop])
         cross.addmm_(h_running.T, missing)
@@ -516,19 +518,20 @@ def joint_layer(ffn: FFN, x: Tensor, split: Split, rounds: int = 8, refit: bool 
 #
 # Layers differ by a factor of ten in what their conversion costs. Let g_t be the gradient of the
 # log-likelihood with respect to the output of an FFN for token t, and e_t the error that the
-# conversion makes there. To second order, token by token, the divergence from the dense model is
+# conversion makes there. To second order, without interactions between tokens, the divergence from
+# the dense model is
 #
 #     KL(p || p') ~= 1/2 mean_t E[(g_t . e_t)^2],
 #
 # with labels sampled from the model's own predictions p (the Fisher information). For e_t we take
-# what the half of the neurons with the least energy adds. That needs no conversion, and one
-# backward pass for all layers.
+# what the half of the neurons with the least energy adds to the output. That needs no conversion,
+# and one backward pass for all layers at once.
 
 @torch.no_grad()
 @fast_products()
 def conversion_losses(model: Decoder, windows: Tensor) -> Tensor:
-    """What the conversion of each layer costs, predicted, in nats per token: windows [B, T] ->
-    float64 [layers]."""
+    """Predicted cost of leaving out the half of each FFN with the least energy, in nats per token:
+    windows [B, T] -> float64 [layers]."""
     losses = torch.zeros(len(model.layers), dtype=torch.float64)
     generator = torch.Generator(windows.device).manual_seed(0)
     dtype = calibration_dtype(model.embed_tokens.weight)
@@ -679,9 +682,9 @@ def replace_ffns(
 ):
     """Replace the FFNs of a model in place, layer by layer.
 
-    calib_ids [B, T] walk through the model. replacement(i, ffn, x [B * T, D]) returns what stands
-    for the FFN of layer i, given its inputs; the layers above see what that puts out (the paper's
-    sequential conversion). Layers in `dense` stay as they are.
+    calib_ids [B, T] are passed through the model. replacement(i, ffn, x [B * T, D]) returns the
+    replacement of the FFN of layer i, given its inputs. The layers above see its output (the
+    paper's sequential conversion). Layers in `dense` stay as they are.
     """
     x = model.embed_tokens(calib_ids)  # [B, T, D], what flows into the next layer
     dtype = calibration_dtype(x)
@@ -718,10 +721,11 @@ def convert(
     calib_ids   token ids, [B, T], or [T] to be cut into windows
     experts     the split, such as "S2A2E8"; None: the method's default
     dense       layers that stay dense: numbers, or text like "0-7,24-29" or "none"; "auto": those
-                whose conversion costs most (joint), none (paper), those that are (in an MoE)
+                whose conversion costs most (joint), none (paper), the layers that are (in an MoE)
     active      the share of all FFN neurons that runs for a token, for "auto" (joint); None:
                 ACTIVE, or more if the split runs more
     k_act       the k of ATopK (paper)
+    window      the length of the windows that calib_ids [T] is cut into
     progress    wraps the layers, as tqdm does
 
     Raises InputError; for bad arguments, before anything is changed.
@@ -842,8 +846,9 @@ def time_model(model: Decoder, versions: dict[str, list[nn.Module]], ids: Tensor
                turns: int, compiled: bool = False) -> dict[str, np.ndarray]:  # fmt: skip
     """Milliseconds of each turn, for each version of all FFNs.
 
-    steps = 0: of one pass over ids [B, T], to the logits of the last token. Else: of one token, the
-    mean of the last `steps` of ids, one at a time with a KV cache. compiled: also by torch.compile.
+    steps = 0     of a prefill: one pass over ids [B, T], to the logits of the last token
+    steps > 0     of one token: the mean over the last `steps` of ids, one at a time with a KV cache
+    compiled      by torch.compile too
     """
     ffns_now, cache, start = model.ffns, None, ids.shape[1] - steps
 
@@ -871,11 +876,11 @@ def perplexity_and_times(
     model: Decoder, versions: dict[str, list[nn.Module]], windows: Tensor
 ) -> dict[str, dict[str, float]]:
     """For each version of all FFNs: the perplexity of windows [N, T], and the median milliseconds
-    of a prefill of one of them (to the logits of its last token), and of a token at its end.
+    of a prefill of one of them (to the logits of its last token), and of decoding one token.
 
     The versions take turns at each window, so that what slows the machine slows all of them.
     """
-    passes = windows if len(windows) > 1 else windows.repeat(2, 1)  # the first may have to compile
+    passes = windows if len(windows) > 1 else windows.repeat(2, 1)  # the first time is not counted
     ffns_now, found = model.ffns, {}
     losses, times = ({name: [] for name in versions} for _ in range(2))
     for window in tqdm(passes, desc=f"perplexity, {' and '.join(versions)}", unit="window"):
@@ -959,7 +964,7 @@ def calibration_windows(model: Decoder, tokenizer: Tokenizer, args: argparse.Nam
     window, needed = windows.shape[1], 0
     for ffn in model.config.ffns if args.method == "joint" else ():
         neurons = ffn
-        if isinstance(ffn, MoESpec):  # whose experts see A of R tokens each
+        if isinstance(ffn, MoESpec):  # whose experts see a share A / R of the tokens
             neurons = max(ffn.shared_size, ffn.expert_size * ffn.num_experts // ffn.active)
         needed = max(needed, TOKENS_PER_NEURON * neurons)
     tokens = args.calib_tokens or max(METHODS[args.method].calib_tokens, needed + window)
@@ -970,7 +975,7 @@ def calibration_windows(model: Decoder, tokenizer: Tokenizer, args: argparse.Nam
     return windows
 
 def describe_model(model: Decoder, tokenizer: Tokenizer, prompt: Tensor) -> dict:
-    """What the final table says of a model beside perplexity and times. prompt [T]."""
+    """What the final table says of a model besides perplexity and times. prompt [T]."""
     specs = [spec_of(ffn) for ffn in model.ffns]
     ffn_parameters, parameters = active_parameters(model)
     return {
@@ -1011,7 +1016,7 @@ def run(args: argparse.Namespace):
     if args.explain is not None:
         moes = [i for i, ffn in enumerate(model.config.ffns) if isinstance(ffn, MoESpec)]
         wanted = model.config.num_layers // 2 if args.layer is None else args.layer
-        layer = min(moes, key=lambda i: abs(i - wanted))  # or the next one, if it stays dense
+        layer = min(moes, key=lambda i: abs(i - wanted))  # or the nearest MoE
         print(explain(model, tokenizer, prompt, windows, layer))
         return
     versions["moe"] = model.ffns
@@ -1027,7 +1032,8 @@ def run(args: argparse.Namespace):
         write_json(Path(args.json), result)
 
 def final_table(sides: dict[str, dict], length: int, seconds: float | None) -> str:
-    """Perplexity, times and parameters of the sides, and their ratio; then how they continue."""
+    """Perplexity, times and parameters of the sides, with ratios (of times: the speedup); then how
+    each continues the prompt."""
     rows = [
         ("perplexity", "perplexity", "{:.2f}"),
         (f"prefill, {length:,} tokens", "prefill_ms", "{:,.0f} ms"),
