@@ -535,3 +535,5 @@ def test_versions_are_timed_in_turns_and_the_model_is_left_as_it_was(monkeypatch
     times = {"prefill_ms": 30, "decode_ms": 30 / 16}
     expected = times | {"perplexity": perplexity(model, windows.flatten(), 100)}
     assert found["a"] == pytest.approx(expected)
+    one = ffn2moe.perplexity_and_times(model, {"a": now}, windows[:1])["a"]
+    assert one == pytest.approx(times | {"perplexity": perplexity(model, windows[0], 100)})
