@@ -702,14 +702,17 @@ PLOTTED = {
 PERPLEXITIES = [20, 30, 50, 100, 200, 500, 1000]  # on axes
 
 def plot_quality(done: dict, file: Path):
-    """Perplexity on the first text: against the share of the FFN that runs, and against time."""
+    """Perplexity on the first text: against the share of the FFN that runs, and against time, where
+    all points are of one machine, the first row's."""
+    machine = next((r["origin"]["machine"] for r in done["rows"].values()), "")
     figure = Figure(figsize=(9.6, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for ax, timed in zip(panels, (False, True)):
         for name, (colour, marker) in PLOTTED.items():
             points = []
             for r in done["rows"].values():
-                if r["key"]["name"] == name and (not timed or "prefill_ms" in r):
+                here = r["origin"]["machine"] == machine and "prefill_ms" in r
+                if r["key"]["name"] == name and (here or not timed):
                     share = r["prefill_ms"] / r["dense_prefill_ms"] if timed else r["active_ffn"]
                     points.append((share, perplexity_of(done, name, r["key"]["percent"])))
             if points:
