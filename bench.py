@@ -26,11 +26,13 @@ from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
 from itertools import cycle, product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure  # not pyplot: it would set the caller's backend
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -39,10 +41,9 @@ import ffn2moe
 import kernels
 import train
 from ffn2moe import HIDDEN_RIDGE, SAMPLE_TOKENS, atopk_markers, balanced_assignment, build_moe
-from ffn2moe import contribution_energy
-from ffn2moe import expert_norms, hidden, joint_layer, members, neuron_markers, neuron_weights
-from ffn2moe import paper_layer, partition_and_router, partition_neurons, refit_down, refit_moe
-from ffn2moe import representative_neurons, ridge_router, running_bins, sample_rows
+from ffn2moe import contribution_energy, expert_norms, hidden, joint_layer, members, neuron_markers
+from ffn2moe import neuron_weights, paper_layer, partition_and_router, partition_neurons, refit_down
+from ffn2moe import refit_moe, representative_neurons, ridge_router, running_bins, sample_rows
 from ffn2moe import unpredicted_energy
 from model import DEFAULT_MODEL, FFN, Decoder, MoE, MoESpec, Split
 from model import active_parameters, as_ids, cut_windows, encode, has_bfloat16_units, load_model
@@ -55,9 +56,7 @@ RESULTS = Path(__file__).parent / "results"
 #
 # Each takes an FFN, its inputs x [T, D] and a split, and returns what stands for the FFN.
 
-def static_layer(
-    ffn: FFN, x: Tensor, split: Split, refit: bool = True, ridge: float = HIDDEN_RIDGE
-) -> FFN:
+def static_layer(ffn: FFN, x: Tensor, split: Split, refit=True, ridge=HIDDEN_RIDGE) -> FFN:
     """Static pruning: the S + A slices of neurons with the most energy, the same for all tokens."""
     down, q = ffn.down_proj, ffn.down_proj.shape[1]
     energy = torch.zeros(q, device=x.device)
@@ -134,9 +133,7 @@ def mlp_scores(x: Tensor, norms: Tensor) -> nn.Module:
         mlp[2].bias *= scale
     return mlp.requires_grad_(False)
 
-def grid_layer(
-    ffn: FFN, x: Tensor, split: Split, group: Callable, router: str, refit: bool
-) -> MoE:
+def grid_layer(ffn: FFN, x: Tensor, split: Split, group: Callable, router: str, refit: bool) -> MoE:
     """One cell of the grid: a way to group neurons, a router, with or without refit."""
     bin_of, sample = group(ffn, x, split), sample_rows(x, SAMPLE_TOKENS)
     if router == "representative":
@@ -168,15 +165,14 @@ class Masked(nn.Module):
     """An FFN of which, for each token, only some neurons count: y = W_down (h * weights(h, x)). It
     computes all of h: a reference, not a method. share: of the neurons that count."""
 
-    def __init__(self, ffn: FFN, weights: Callable, share: float, down: Tensor | None = None):
+    def __init__(self, ffn: FFN, weights: Callable, share: float):
         super().__init__()
         self.ffn, self.weights, self.share = ffn, weights, share
-        self.down = ffn.down_proj if down is None else down.to(ffn.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         h = hidden(self.ffn, rows)
-        return F.linear((h * self.weights(h, rows)).to(x), self.down.to(x)).view(x.shape)
+        return F.linear((h * self.weights(h, rows)).to(x), self.ffn.down_proj).view(x.shape)
 
 def oracle_router_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
     """The joint partition under a router that knows how much energy each expert has, and refit."""
@@ -216,7 +212,7 @@ def wina_layer(ffn: FFN, x: Tensor, split: Split, keep: float) -> Masked:
         running = neuron_weights(moe, rows.to(moe.down_proj))
         return running * atopk_markers(contribution_energy(h * running, down), n)
 
-    return Masked(ffn, weights, keep * split.share, down)
+    return Masked(FFN.of(ffn.gate_up_proj, down), weights, keep * split.share)
 
 # ---------------------------------------------------------------------------- 2. Quality: the rows
 
@@ -256,117 +252,103 @@ def label(name: str, percent: float) -> str:
     return f"{name}, {percent:g} %"
 
 # Splits by percent of the FFN that runs. Joint rows leave some layers dense ("auto") and cut the
-# others deeper, in slices for quality (E = 32) or for speed (16 and 8).
+# others deeper, in slices for quality (E = 32) or for speed (16 and 8). ALIKE cuts all layers.
 PAPER = {87.5: "S4A3E8", 75: "S3A3E8", 62.5: "S3A2E8", 50: "S2A2E8", 37.5: "S2A1E8", 25: "S2A2E16"}
 JOINT = {87.5: "S10A10E32", 75: "S10A10E32", 62.5: "S8A8E32", 50: "S7A7E32", 37.5: "S5A5E32",
          25: "S4A3E32"}  # fmt: skip
+ALIKE = {87.5: "S14A14E32", 75: "S12A12E32", 62.5: "S10A10E32", 50: "S8A8E32", 37.5: "S6A6E32",
+         25: "S4A4E32"}  # fmt: skip
 JOINT_E16 = {75: "S6A4E16", 50: "S3A3E16", 25: "S2A1E16"}
 JOINT_E8 = {75: "S2A2E8", 50: "S1A2E8", 25: "S1A1E8"}
+SIZES = (75, 50, 25)  # percent, of most tables
 MAIN = ["paper", "static pruning, refit", "joint"]
 GROUPINGS = {"random": random_bins, "weights": weight_bins, "paper": paper_bins,
              "joint": joint_bins}  # fmt: skip
 ROUTERS = ("representative", "MLP", "ridge")
 GRID = list(product(GROUPINGS, ROUTERS, (False, True)))  # True: with refit
-CELLS = {  # that are a system with a row of its own
-    ("random", "MLP", False): "LLaMA-MoE",
-    ("weights", "MLP", False): "MoEfication",
-    ("joint", "ridge", True): "joint",
-}
+# Cells of the grid that have a name of their own
+SYSTEMS = {"random x MLP": "LLaMA-MoE", "weights x MLP": "MoEfication",
+           "joint x ridge x refit": "joint"}  # fmt: skip
+DENSE = Row("dense", 100, None, "")
+UNIFIED = Row("paper, no shared expert", 50, unified_layer, "S2A2E8", calib_windows=8)
 
 def main_rows(percent: float, seed: int = 0) -> list[Row]:
     """The three methods that everything else is compared with."""
-    same = {"quoted": percent in (75, 50, 25) and not seed, "timed": not seed, "seed": seed}
+    same = {"quoted": percent in SIZES and not seed, "timed": not seed, "seed": seed}
     return [
         Row("paper", percent, paper_layer, PAPER[percent], calib_windows=8, **same),
-        Row("static pruning, refit", percent, static_layer, all_alike(percent), **same),
+        Row("static pruning, refit", percent, static_layer, ALIKE[percent], **same),
         Row("joint", percent, joint_layer, JOINT[percent], "auto", **same),
     ]
 
 def control_rows(percent: float) -> list[Row]:
-    joint = JOINT[percent]
+    joint, alike = JOINT[percent], ALIKE[percent]
     static, no_refit = partial(static_layer, refit=False), partial(joint_layer, refit=False)
     own_ridge = partial(static_layer, ridge=0.03)  # its best on held-back text; joint does not care
     return [
-        Row("static pruning", percent, static, all_alike(percent)),
-        Row("static pruning, own penalty", percent, own_ridge, all_alike(percent), quoted=True),
+        Row("static pruning", percent, static, alike),
+        Row("static pruning, own penalty", percent, own_ridge, alike, quoted=True),
         Row("static pruning, refit, same layers dense", percent, static_layer, joint, "auto"),
-        Row("joint, all layers alike", percent, joint_layer, all_alike(percent)),
+        Row("joint, all layers alike", percent, joint_layer, alike),
         Row("joint, no refit", percent, no_refit, joint, "auto"),
         Row("joint, E = 16", percent, joint_layer, JOINT_E16[percent], "auto", timed=True),
         Row("joint, E = 8", percent, joint_layer, JOINT_E8[percent], "auto", timed=True),
         Row("oracle router", percent, oracle_router_layer, joint, "auto"),
-        Row("oracle neurons", percent, oracle_neurons_layer, all_alike(percent)),
+        Row("oracle neurons", percent, oracle_neurons_layer, alike),
     ]
 
-def grid_row(cell: tuple[str, str, bool], percent: float = 50) -> Row:
-    """One grouping, router, and refit or not, all else equal."""
-    group, router, refit = cell
+def grid_row(group: str, router: str, refit: bool, percent: float = 50) -> Row:
+    """One grouping, router, and refit or not, all else equal; with the name of the system that it
+    is (without the training that other systems end with), or of its parts."""
     layer = partial(grid_layer, group=GROUPINGS[group], router=router, refit=refit)
-    return Row(cell_name(*cell), percent, layer, JOINT[percent], "auto")
-
-def system_rows(percent: float) -> list[Row]:
-    """Other systems, before the training that they end with."""
-    return [grid_row(cell, percent) for cell, name in CELLS.items() if name != "joint"]
-
-def all_alike(percent: float) -> str:
-    """A split into 32 slices that runs just so many neurons, half of them shared."""
-    half = round(percent * 32 / 200)
-    return f"S{half}A{half}E32"
-
-def cell_name(group: str, router: str, refit: bool) -> str:
-    """The name of the system that a cell of the grid is, or of its parts."""
     parts = f"{group} x {router}" + (" x refit" if refit else "")
-    return CELLS.get((group, router, refit), parts)
+    return Row(SYSTEMS.get(parts, parts), percent, layer, JOINT[percent], "auto")
 
 # From the paper's method to ours, one change at a time: the change, and the row that has it
 WATERFALL = [
     ("paper", "paper"),
     ("more calibration text", "paper, 16 calibration windows"),
     ("layers stay dense", "paper, layers dense"),
-    ("finer slices", cell_name("paper", "representative", False)),
-    ("refit", cell_name("paper", "representative", True)),
-    ("ridge router", cell_name("paper", "ridge", True)),
+    ("finer slices", "paper x representative"),
+    ("refit", "paper x representative x refit"),
+    ("ridge router", "paper x ridge x refit"),
     ("joint partition", "joint"),
 ]
 
-def ablation_rows() -> list[Row]:
-    joint = JOINT[50]
-    rows = [
-        Row("paper, 16 calibration windows", 50, paper_layer, "S2A2E8"),
-        Row("paper, layers dense", 50, paper_layer, "S1A2E8", "auto"),
-        Row("paper, no shared expert", 50, unified_layer, "S2A2E8", calib_windows=8),
-        Row("joint + WINA", 50, partial(wina_layer, keep=4 / 5), "S10A10E32"),
-        Row("joint + WINA", 25, partial(wina_layer, keep=4 / 7), "S7A7E32"),
-        Row("joint, more shared", 50, joint_layer, "S11A3E32", "auto"),
-        Row("joint, more routed", 50, joint_layer, "S3A11E32", "auto"),
-        Row("joint, one level", 77.5, joint_layer, "S2A4E8", "0-2"),
-        Row("joint, two levels", 60, partial(two_level_layer, inner="S3A3E8"), "S2A4E8", "0-2"),
-        Row("joint, one level as sparse", 60, joint_layer, "S9A9E32", "0-2"),
-    ]
-    for k in (50, 200):
-        layer = partial(paper_layer, k_act=k)
-        rows.append(Row(f"paper, K_a = {k}", 50, layer, "S2A2E8", calib_windows=8))
-    for rounds in (0, 1):
-        layer = partial(joint_layer, rounds=rounds)
-        rows.append(Row(f"joint, {rounds} rounds", 50, layer, joint, "auto"))
-    for windows in (8, 32, 64):
-        name = f"joint, {windows} calibration windows"
-        rows.append(Row(name, 50, joint_layer, joint, "auto", windows))
-    return rows
+ABLATIONS = [
+    Row("paper, 16 calibration windows", 50, paper_layer, "S2A2E8"),
+    Row("paper, layers dense", 50, paper_layer, "S1A2E8", "auto"),
+    UNIFIED,
+    Row("joint + WINA", 50, partial(wina_layer, keep=4 / 5), "S10A10E32"),
+    Row("joint + WINA", 25, partial(wina_layer, keep=4 / 7), "S7A7E32"),
+    Row("joint, more shared", 50, joint_layer, "S11A3E32", "auto"),
+    Row("joint, more routed", 50, joint_layer, "S3A11E32", "auto"),
+    Row("joint, one level", 77.5, joint_layer, "S2A4E8", "0-2"),
+    Row("joint, two levels", 60, partial(two_level_layer, inner="S3A3E8"), "S2A4E8", "0-2"),
+    Row("joint, one level as sparse", 60, joint_layer, "S9A9E32", "0-2"),
+    Row("paper, K_a = 50", 50, partial(paper_layer, k_act=50), "S2A2E8", calib_windows=8),
+    Row("paper, K_a = 200", 50, partial(paper_layer, k_act=200), "S2A2E8", calib_windows=8),
+    Row("joint, 0 rounds", 50, partial(joint_layer, rounds=0), "S7A7E32", "auto"),
+    Row("joint, 1 rounds", 50, partial(joint_layer, rounds=1), "S7A7E32", "auto"),
+    Row("joint, 8 calibration windows", 50, joint_layer, "S7A7E32", "auto", 8),
+    Row("joint, 32 calibration windows", 50, joint_layer, "S7A7E32", "auto", 32),
+    Row("joint, 64 calibration windows", 50, joint_layer, "S7A7E32", "auto", 64),
+]
 
 def quality_rows() -> list[Row]:
     """All rows, those that the README quotes first."""
-    rows = [Row("dense", 100, None, "", quoted=True)]
-    for percent in (75, 50, 25):
+    rows = [replace(DENSE, quoted=True)]
+    for percent in SIZES:
         rows += main_rows(percent)
-    for percent in (50, 75, 25):
-        rows += system_rows(percent)
-    rows += [grid_row(cell) for cell in GRID if cell not in CELLS] + ablation_rows()
-    for percent in (75, 50, 25):
+    for percent, group in product((50, 75, 25), ("random", "weights")):
+        rows.append(grid_row(group, "MLP", False, percent))
+    cells = [grid_row(*cell) for cell in GRID]
+    rows += [row for row in cells if row.name not in SYSTEMS.values()] + ABLATIONS
+    for percent in SIZES:
         rows += control_rows(percent)
     for percent in (87.5, 62.5, 37.5):
         rows += main_rows(percent)
-    for percent, seed in product((75, 50, 25), (1, 2)):
+    for percent, seed in product(SIZES, (1, 2)):
         rows += [replace(row, name=f"{row.name}, seed {seed}") for row in main_rows(percent, seed)]
     return rows
 
@@ -452,15 +434,20 @@ def markdown(corner: str, lines: dict[str, dict[str, str]]) -> str:
         table.append([name, *(cells.get(column, "") for column in columns)])
     return "".join("| " + " | ".join(cells) + " |\n" for cells in table)
 
+def publish(file: Path, title: str, done: dict, tables: str):
+    """Print the tables of a command under their origin, and write them beside the results."""
+    text = f"# {title}\n\n{describe_origin(done['rows'].values())}\n{tables}"
+    file.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+
 # --------------------------------------------------------------------------- 3. Quality: measuring
 
 HELD_BACK = "held-back"  # as a text: the end of the calibration text, on which settings are chosen
 
-@dataclass
-class Text:
+class Text(NamedTuple):
     name: str
     windows: Tensor  # [N, T]
-    dense: list[Tensor] = field(default_factory=list)  # last hidden states of the dense model
+    dense: list[Tensor]  # last hidden states of the dense model, for the first windows
 
 def settings_of(args: argparse.Namespace, *more: str) -> dict:
     """What must be equal for rows to stand in one file; these names of flags too."""
@@ -468,13 +455,14 @@ def settings_of(args: argparse.Namespace, *more: str) -> dict:
     found = {name: getattr(args, name) for name in (*common, *more)}
     found |= {"model": args.model or DEFAULT_MODEL, "dtype": args.dtype[0]}
     found |= {"calib": Path(args.calib).stem, "eval": [Path(text).stem for text in args.eval]}
-    sha = hashlib.sha256(load_text(args.calib, "train").encode())
-    for text in args.eval:
-        sha.update(b"" if text == HELD_BACK else load_text(text, "test").encode())
+    texts = [load_text(text, "test") for text in args.eval if text != HELD_BACK]
+    sha = hashlib.sha256("".join([load_text(args.calib, "train"), *texts]).encode())
     return found | {"texts_sha256": sha.hexdigest()[:16]}
 
-def read_texts(args: argparse.Namespace, model: Decoder, tokenizer) -> tuple[Tensor, dict]:
-    """Token ids to calibrate or train on [T], and those of each evaluation text, by its name."""
+def load(args: argparse.Namespace) -> tuple[Decoder, Tokenizer, Tensor, dict[str, Tensor]]:
+    """The model, its tokenizer, the token ids to calibrate or train on [T], and those of each
+    evaluation text, by its name."""
+    model, tokenizer = load_model(args.model, args.dtype[0], args.device)
     calib, texts = read_ids(model, tokenizer, args.calib, "train"), {}
     for text in args.eval:
         warn_if_same(args.calib, text)
@@ -483,7 +471,7 @@ def read_texts(args: argparse.Namespace, model: Decoder, tokenizer) -> tuple[Ten
         else:
             texts[Path(text).stem] = read_ids(model, tokenizer, text, "test")
     require(len(texts) == len(args.eval), "two evaluation texts have the same name")
-    return calib, texts
+    return model, tokenizer, calib, texts
 
 def hold_back(ids: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Token ids [T] -> those to calibrate on, and the last 8 windows. The 4 windows between are
@@ -492,11 +480,12 @@ def hold_back(ids: Tensor, window: int) -> tuple[Tensor, Tensor]:
     require(enough, f"{len(ids)} tokens are too few to hold back 8 of 13 windows of {window}")
     return ids[: -12 * window], ids[-8 * window :]
 
-def evaluate(model: Decoder, text: Text, whole: bool, bar: Callable) -> dict:
+def evaluate(model: Decoder, text: Text, whole: bool, title: str) -> dict:
     """Over the windows that the dense model has seen: perplexity, mean KL(dense || model) in nats,
     and the share of positions where both put the same token first. whole: perplexity of all."""
     nll, kl, same, first = [], 0.0, 0.0, len(text.dense)
-    for i, window in enumerate(bar(text.windows if whole else text.windows[:first])):
+    windows = text.windows if whole else text.windows[:first]
+    for i, window in enumerate(tqdm(windows, desc=f"{title}: {text.name}", unit="window")):
         x, total = model.hidden_states(window[None])[0, :-1], 0.0
         for start in range(0, len(x), 256):  # float32 logits are large
             part = slice(start, start + 256)
@@ -508,11 +497,8 @@ def evaluate(model: Decoder, text: Text, whole: bool, bar: Callable) -> dict:
                 same += (logp.argmax(dim=-1) == dense.argmax(dim=-1)).sum().item()
         nll.append(total / len(x))
     positions = first * (text.windows.shape[1] - 1)
-    result = {
-        "perplexity": float(np.exp(np.mean(nll[:first]))),
-        "kl": kl / positions,
-        "same_top": same / positions,
-    }
+    result = {"perplexity": float(np.exp(np.mean(nll[:first])))}
+    result |= {"kl": kl / positions, "same_top": same / positions}
     if whole:
         result["perplexity_whole"] = float(np.exp(np.mean(nll)))
     return result
@@ -535,65 +521,53 @@ def active_share(model: Decoder, dense_ffn: int) -> float:
     extra = sum(getattr(ffn, "extra_parameters", 0) for ffn in model.ffns)
     return (active_parameters(model)[0] + extra) / dense_ffn
 
-def measure_row(model: Decoder, row: Row, windows: Tensor, texts: list[Text], title: str, args):
-    """Convert and evaluate -> the result of one row."""
-    start, dense_ffns, dense = time.perf_counter(), model.ffns, frozenset()
-    dense_ffn = active_parameters(model)[0]
-    if row.layer:
-        dense = convert_by_row(model, row, windows, title)
-    result = {
-        "active_ffn": active_share(model, dense_ffn),
-        "dense_layers": ffn2moe.format_layers(dense),
-        "calib_tokens": windows.numel(),
-        "seconds": time.perf_counter() - start,
-    }
-    if row.timed:
-        versions, ids = {"dense_": dense_ffns, "": model.ffns}, texts[0].windows[:1]
-        for what, steps in (("prefill", 0), ("decode", 16)):
-            times = ffn2moe.time_model(model, versions, ids, steps, args.turns)
-            result |= {f"{side}{what}_ms": float(np.median(ms)) for side, ms in times.items()}
-    result["texts"] = {}
-    for text in texts if row.quoted else texts[:1]:
-        bar = partial(tqdm, desc=f"{title}: {text.name}", unit="window")
-        whole = args.whole and row.quoted and text is texts[0]
-        result["texts"][text.name] = evaluate(model, text, whole, bar)
-    return result
-
 def quality(args: argparse.Namespace):
-    file = args.json
+    file, missing = args.json, []
     done = read_results(file, settings_of(args))
-
-    def is_missing(row: Row) -> bool:
+    for row in chosen_rows(quality_rows(), args.only):
         whole = perplexity_of(done, row.name, row.percent, key="perplexity_whole")
         unread = args.whole and row.quoted and whole is None
-        return unread or not is_done(done, row.label, row.key(), args)
-
-    rows = list(filter(is_missing, chosen_rows(quality_rows(), args.only)))
-    if rows:
-        measure_rows(args, rows, done)
+        if unread or not is_done(done, row.label, row.key(), args):
+            missing.append(row)
+    if missing:
+        measure_rows(args, missing, done)
     plot_quality(done, file.with_suffix(".png"))
     plot_waterfall(done, file.with_name(f"{file.stem}-waterfall.png"))
-    publish(file, quality_tables(done))
+    publish(file, "Quality", done, quality_tables(done))
 
 def measure_rows(args: argparse.Namespace, rows: list[Row], done: dict):
-    """Measure each row, and write the file after each."""
-    model, tokenizer = load_model(args.model, args.dtype[0], args.device)
-    calib, found = read_texts(args, model, tokenizer)
+    """Convert and evaluate by each row, and write the file after each."""
+    model, _, calib, found = load(args)
     calib, texts = cut_windows(model, calib, args.window), []
     for name, ids in found.items():
-        text = Text(name, cut_windows(model, ids, args.window))
-        first, size = len(text.windows), text.windows.shape[1]
-        first = max(1, args.eval_tokens // size) if args.eval_tokens else first
-        for one in tqdm(text.windows[:first], desc=f"dense, {text.name}", unit="window"):
-            text.dense.append(model.hidden_states(one[None])[0, :-1])
-        texts.append(text)
-    dense_ffns = model.ffns
+        windows = cut_windows(model, ids, args.window)
+        first = max(1, args.eval_tokens // windows.shape[1]) if args.eval_tokens else len(windows)
+        bar = tqdm(windows[:first], desc=f"dense, {name}", unit="window")
+        states = [model.hidden_states(one[None])[0, :-1] for one in bar]
+        texts.append(Text(name, windows, states))
+    dense_ffns, dense_ffn = model.ffns, active_parameters(model)[0]
     for n, row in enumerate(rows):
         title, model.ffns = f"{n + 1}/{len(rows)} {row.label}", dense_ffns
         windows = sample_rows(calib, row.calib_windows if row.layer else 0, args.seed + row.seed)
         if row.layer and len(windows) < row.calib_windows:
             print(f"warning: only {len(windows)} calibration windows", file=sys.stderr)
-        result = measure_row(model, row, windows, texts, title, args)
+        start = time.perf_counter()
+        dense = convert_by_row(model, row, windows, title) if row.layer else frozenset()
+        result = {
+            "active_ffn": active_share(model, dense_ffn),
+            "dense_layers": ffn2moe.format_layers(dense),
+            "calib_tokens": windows.numel(),
+            "seconds": time.perf_counter() - start,
+        }
+        if row.timed:
+            versions, ids = {"dense_": dense_ffns, "": model.ffns}, texts[0].windows[:1]
+            for what, steps in (("prefill", 0), ("decode", 16)):
+                times = ffn2moe.time_model(model, versions, ids, steps, args.turns)
+                result |= {f"{side}{what}_ms": float(np.median(ms)) for side, ms in times.items()}
+        result["texts"] = {}
+        for text in texts if row.quoted else texts[:1]:
+            whole = args.whole and row.quoted and text is texts[0]
+            result["texts"][text.name] = evaluate(model, text, whole, title)
         add_row(args, done, row.label, row.key(), result)
         print(f"{title}: {result['texts'][texts[0].name]['perplexity']:.2f}", flush=True)
 
@@ -619,9 +593,9 @@ def sizes_table(names: Iterable[str], percents: Iterable, of: Callable) -> str:
 
 def main_table(done: dict) -> str:
     """The table of the README."""
-    names = [row.name for row in system_rows(50)] + ["paper", "static pruning, refit"]
+    names = ["LLaMA-MoE", "MoEfication", "paper", "static pruning, refit"]
     names += ["static pruning, refit, same layers dense", "joint"]
-    return sizes_table(names, [75, 50, 25], partial(cell, done))
+    return sizes_table(names, SIZES, partial(cell, done))
 
 def details_table(done: dict) -> str:
     """Every row: what runs, how fast, and how far from the dense model."""
@@ -630,10 +604,6 @@ def details_table(done: dict) -> str:
         r = done["rows"].get(row.label)
         if not r:
             continue
-        speedups = {}
-        for what in ("prefill", "decode"):
-            if f"{what}_ms" in r:
-                speedups[what] = f"{r[f'dense_{what}_ms'] / r[f'{what}_ms']:.2f}x"
         lines[row.label] = {
             "split": r["key"]["experts"],
             "dense layers": r["dense_layers"],
@@ -643,16 +613,18 @@ def details_table(done: dict) -> str:
             "same top token": f"{r['texts'][text]['same_top']:.1%}",
             "perplexity": cell(done, row.name, row.percent),
             "whole text": cell(done, row.name, row.percent, key="perplexity_whole"),
-            **speedups,
         }
+        for what in ("prefill", "decode"):
+            if f"{what}_ms" in r:
+                lines[row.label][what] = f"{r[f'dense_{what}_ms'] / r[f'{what}_ms']:.2f}x"
     return markdown("", lines)
 
 def grid_table(done: dict) -> str:
     lines = {}
     for group, router, refit in GRID:
-        name = cell_name(group, router, refit)
+        name = grid_row(group, router, refit).name
         found = cell(done, name, 50)
-        system = f" ({name})" if found and (group, router, refit) in CELLS else ""
+        system = f" ({name})" if found and name in SYSTEMS.values() else ""
         cells = lines.setdefault("random" if group == "random" else f"grouped by {group}", {})
         cells[f"{router}, refit" if refit else router] = found + system
     return markdown("at 50 %", lines)
@@ -668,37 +640,30 @@ def seeds_cell(done: dict, name: str, percent: float) -> str:
 def quality_tables(done: dict) -> str:
     (text, *others), tokens = done["settings"]["eval"], done["settings"]["eval_tokens"]
     much = f"first {tokens:,} tokens" if tokens else "all"
-    names = [row.name for row in system_rows(50) + main_rows(50) + control_rows(50)]
+    names = ["LLaMA-MoE", "MoEfication", *MAIN, *(row.name for row in control_rows(50))]
     steps = {change: {"row": row, "perplexity": cell(done, row, 50)} for change, row in WATERFALL}
     parts = {
-        f"Perplexity ({text}, {much})": sizes_table(names, [75, 50, 25], partial(cell, done)),
+        f"Perplexity ({text}, {much})": sizes_table(names, SIZES, partial(cell, done)),
         "How neurons are grouped x how tokens are routed x refit": grid_table(done),
         "One change at a time, at 50 %": markdown("", steps),
         "More sizes": sizes_table(MAIN, PAPER, partial(cell, done)),
-        "Three seeds": sizes_table(MAIN, [75, 50, 25], partial(seeds_cell, done)),
+        "Three seeds": sizes_table(MAIN, SIZES, partial(seeds_cell, done)),
     }
     for other in others:
         title = f"Calibrated on {done['settings']['calib']}, evaluated on {other}"
-        parts[title] = sizes_table(names, [75, 50, 25], partial(cell, done, text=other))
+        parts[title] = sizes_table(names, SIZES, partial(cell, done, text=other))
     parts["All rows"] = details_table(done)
-    tables = "\n".join(f"## {title}\n\n{table}" for title, table in parts.items() if table)
-    return f"# Quality\n\n{describe_origin(done['rows'].values())}\n{tables}"
-
-def publish(file: Path, table: str):
-    """Print tables, and write them beside the results."""
-    file.with_suffix(".md").write_text(table, encoding="utf-8")
-    print(table)
+    return "\n".join(f"## {title}\n\n{table}" for title, table in parts.items() if table)
 
 PLOTTED = {
-    "paper": ("#b03a2e", "o"),
-    "static pruning": ("#999999", "s"),
-    "static pruning, refit": ("#555555", "D"),
-    "joint": ("#1f6fb4", "o"),
-    "joint, E = 16": ("#5aa0d8", "v"),
-    "joint, E = 8": ("#8ec6ee", "P"),
-    "oracle neurons": ("#6a9e5c", "^"),
+    "paper": ("#b03a2e", "o-"),
+    "static pruning": ("#999999", "s-"),
+    "static pruning, refit": ("#555555", "D-"),
+    "joint": ("#1f6fb4", "o-"),
+    "joint, E = 16": ("#5aa0d8", "v-"),
+    "joint, E = 8": ("#8ec6ee", "P-"),
+    "oracle neurons": ("#6a9e5c", "^--"),
 }
-
 PERPLEXITIES = [20, 30, 50, 100, 200, 500, 1000]  # on axes
 
 def plot_quality(done: dict, file: Path):
@@ -706,28 +671,30 @@ def plot_quality(done: dict, file: Path):
     all points are of one machine, the first row's."""
     machine = next((r["origin"]["machine"] for r in done["rows"].values()), "")
     figure = Figure(figsize=(9.6, 4.2), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for ax, timed in zip(panels, (False, True)):
-        for name, (colour, marker) in PLOTTED.items():
-            points = []
-            for r in done["rows"].values():
-                here = r["origin"]["machine"] == machine and "prefill_ms" in r
-                if r["key"]["name"] == name and (here or not timed):
-                    share = r["prefill_ms"] / r["dense_prefill_ms"] if timed else r["active_ffn"]
-                    points.append((share, perplexity_of(done, name, r["key"]["percent"])))
+    left, right = figure.subplots(1, 2, sharey=True)
+    for name, (colour, style) in PLOTTED.items():
+        shares, times = [], []  # the points of each panel
+        for r in done["rows"].values():
+            if r["key"]["name"] == name:
+                value = perplexity_of(done, name, r["key"]["percent"])
+                shares.append((r["active_ffn"], value))
+                if "prefill_ms" in r and r["origin"]["machine"] == machine:
+                    times.append((r["prefill_ms"] / r["dense_prefill_ms"], value))
+        for ax, points in ((left, shares), (right, times)):
             if points:
-                dashes = "--" if name.startswith("oracle") else "-"
-                ax.plot(*zip(*sorted(points)), dashes, marker=marker, color=colour, label=name)
-        dense = perplexity_of(done, "dense", 100)
+                ax.plot(*zip(*sorted(points)), style, color=colour, label=name)
+    dense = perplexity_of(done, "dense", 100)
+    for ax in (left, right):
         if dense:
             ax.axhline(dense, color="black", linewidth=0.8, label="dense")
-        what = "time of a prefill / dense" if timed else "active FFN parameters / dense"
-        ax.set(yscale="log", xlabel=what)
+        ax.set_yscale("log")
         ax.set_yticks(PERPLEXITIES, PERPLEXITIES)
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-    panels[0].set_ylabel(f"perplexity, {done['settings']['eval'][0]}")
-    panels[0].legend(fontsize=8)
+    left.set_xlabel("active FFN parameters / dense")
+    right.set_xlabel("time of a prefill / dense")
+    left.set_ylabel(f"perplexity, {done['settings']['eval'][0]}")
+    left.legend(fontsize=8)
     figure.savefig(file, dpi=120)
 
 def plot_waterfall(done: dict, file: Path):
@@ -772,16 +739,12 @@ def parse_spec(text: str, q: int) -> MoESpec:
 
 def random_ffn(hidden_size: int, spec: int | MoESpec, dtype: torch.dtype, device: str) -> nn.Module:
     ffn = make_ffn(hidden_size, spec).to(device, dtype).requires_grad_(False)
-    for name, weight in ffn.named_parameters():
-        if name.endswith(("router_scale", "router_bias")):
-            weight.zero_()
-        else:
+    for weight in ffn.parameters():
+        if weight.dim() > 1:  # the router's scale and bias stay 0
             weight.normal_().div_(weight.shape[-1] ** 0.5)
     return ffn
 
-# Peers: the same layer by other means
-
-PEERS = ("static", "plain", "grouped_mm", "transformers")
+PEERS = ("static", "plain", "grouped_mm", "transformers")  # the same layer by other means
 
 def plain_ffn(ffn: FFN, x: Tensor) -> Tensor:
     """The dense FFN as it is usually written."""
@@ -804,20 +767,17 @@ def transformers_layer(moe: MoE) -> nn.Module | None:
         from transformers.models.qwen2_moe import configuration_qwen2_moe, modeling_qwen2_moe
     except ImportError:
         return None
-    spec, shared = moe.spec, moe.shared_expert
+    D, spec, shared = moe.down_proj.shape[1], moe.spec, moe.shared_expert
     config = configuration_qwen2_moe.Qwen2MoeConfig(
-        hidden_size=moe.down_proj.shape[1],
-        moe_intermediate_size=spec.expert_size,
-        shared_expert_intermediate_size=spec.shared_size,
-        num_experts=spec.num_experts,
-        num_experts_per_tok=spec.active,
+        hidden_size=D, num_experts=spec.num_experts, num_experts_per_tok=spec.active,
+        moe_intermediate_size=spec.expert_size, shared_expert_intermediate_size=spec.shared_size,
         norm_topk_prob=True,
-    )
+    )  # fmt: skip
     layer = modeling_qwen2_moe.Qwen2MoeSparseMoeBlock(config)
     layer = layer.to(moe.down_proj).requires_grad_(False).eval()
     layer.load_state_dict({
         "gate.weight": moe.router_weight,
-        "shared_expert_gate.weight": torch.zeros(1, moe.down_proj.shape[1]),
+        "shared_expert_gate.weight": torch.zeros(1, D),
         "shared_expert.gate_proj.weight": shared.gate_proj,
         "shared_expert.up_proj.weight": shared.up_proj,
         "shared_expert.down_proj.weight": shared.down_proj,
@@ -857,10 +817,9 @@ def speed_row(key: dict, times: dict, ffns: list, parameters: list, rest_ms=0.0)
     dense, moe = float(np.median(times["dense"])), float(np.median(times["MoE"]))
     low, middle, high = np.quantile(times["dense"] / times["MoE"], [0.25, 0.5, 0.75])
     tokens = key["batch"] * (1 if key["what"] == "decode" else key["tokens"])
-    neurons, running, read = (
-        sum(neurons_read(ffn, batch) for ffn in ffns) for batch in (np.inf, 1, tokens)
-    )
-    ideal, by_reading = neurons / running, neurons / read
+    neurons = sum(neurons_read(ffn, np.inf) for ffn in ffns)
+    ideal = neurons / sum(neurons_read(ffn, 1) for ffn in ffns)
+    by_reading = neurons / sum(neurons_read(ffn, tokens) for ffn in ffns)
     return {
         "tokens_at_once": tokens,
         "dense_ms": dense,
@@ -886,9 +845,8 @@ def ffn_speed(key: dict, turns: int) -> dict:
     calls = {}
     for name, of in {"dense": q, "MoE": spec, "static": width}.items():
         calls[name] = [partial(random_ffn(D, of, dtype, device), x) for _ in range(num_copies)]
-    ffns, moes = ([call.func for call in calls[name]] for name in ("dense", "MoE"))
-    can_compile = tokens == 1 and kernels.can_compile(device) and not spec.inner
-    if can_compile:
+    ffns, moes = [call.func for call in calls["dense"]], [call.func for call in calls["MoE"]]
+    if tokens == 1 and kernels.can_compile(device) and not spec.inner:
         torch.compiler.reset()
         compiled = torch.compile(lambda layer: layer())
         for name in list(calls):
@@ -897,8 +855,8 @@ def ffn_speed(key: dict, turns: int) -> dict:
     if not spec.inner:
         if spec.expert_size * dtype.itemsize % 16 == 0:  # what grouped_mm can do
             calls["grouped_mm"] = [partial(moe_by_grouped_mm, moe, x) for moe in moes]
-        if transformers_layer(moes[0]):
-            peers = [transformers_layer(moe) for moe in moes]
+        peers = [transformers_layer(moe) for moe in moes]
+        if peers[0]:
             calls["transformers"] = [partial(peer, x[None]) for peer in peers]
     turn = {name: cycle(copies) for name, copies in calls.items()}
     functions = {name: lambda name=name: next(turn[name])() for name in calls}
@@ -907,13 +865,15 @@ def ffn_speed(key: dict, turns: int) -> dict:
 
 @lru_cache(maxsize=1)
 def model_versions(dtype: str, device: str, experts: str):
-    """The default model, its FFNs as they were, converted, and left out, and a text [T]."""
+    """The default model, its FFNs as they were, converted, and left out, the parameters that one
+    token uses before and after, and a text [T]."""
     model, tokenizer = load_model(None, dtype, device)
     versions = {"dense": model.ffns, "bare": [nn.Identity() for _ in model.layers]}
+    before = active_parameters(model)[1]
     calib_ids = read_ids(model, tokenizer, "manual", "train")[:2048]
     ffn2moe.convert(model, calib_ids, experts, dense="none")
-    versions["MoE"] = model.ffns
-    return model, versions, read_ids(model, tokenizer, "manual", "test")
+    versions["MoE"], parameters = model.ffns, [before, active_parameters(model)[1]]
+    return model, versions, parameters, read_ids(model, tokenizer, "manual", "test")
 
 DECODED = 32  # tokens of a sequence
 
@@ -921,15 +881,11 @@ def model_speed(key: dict, turns: int) -> dict:
     """The default model -> a row. prefill: to the logits of the last token; decode: the last
     DECODED tokens, one at a time with a KV cache."""
     batch, device = key["batch"], key["device"]
-    model, versions, text = model_versions(key["dtype"], device, key["experts"])
+    model, versions, parameters, text = model_versions(key["dtype"], device, key["experts"])
     ids = text[: batch * key["tokens"]].view(batch, -1)
     steps = DECODED if key["what"] == "decode" else 0
     compiled = 0 < steps and batch <= kernels.FEW_TOKENS and kernels.can_compile(device)
     times = faster(ffn2moe.time_model(model, versions, ids, steps, turns, compiled))
-    parameters = []
-    for name in ("dense", "MoE"):
-        model.ffns = versions[name]
-        parameters.append(active_parameters(model)[1])
     rest_ms = float(np.median(times["bare"]))
     return speed_row(key, times, list(map(spec_of, versions["MoE"])), parameters, rest_ms)
 
@@ -954,16 +910,15 @@ def speed_keys(args: argparse.Namespace) -> list[dict]:
     return keys
 
 def speed(args: argparse.Namespace):
-    file, keys = args.json, speed_keys(args)
-    done = read_results(file, {})
+    done = read_results(args.json, {})
     torch.manual_seed(0)
-    for key in keys:
+    for key in speed_keys(args):
         if not is_done(done, key["name"], key, args):
             measure = ffn_speed if key["what"] == "ffn" else model_speed
             row = measure(key, args.turns)
             add_row(args, done, key["name"], key, row)
             print(f"{key['name']}: {row['speedup']:.2f}x of {row['bound']:.2f}x", flush=True)
-    publish(file, speed_tables(done))
+    publish(args.json, "Speed", done, speed_tables(done))
 
 def milliseconds(ms: float) -> str:
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
@@ -982,8 +937,8 @@ def speed_overview(done: dict) -> str:
             lines.setdefault(line, {})[key["experts"]] = speedup
     return markdown("speedup", lines)
 
-def speed_table(done: dict) -> str:
-    """All rows. Peers are given as speedups over dense too."""
+def speed_tables(done: dict) -> str:
+    """The overview, then all rows. Peers are given as speedups over dense too."""
     lines = {}
     for name, r in done["rows"].items():
         dense, moe, tokens = r["dense_ms"], r["moe_ms"], r["tokens_at_once"]
@@ -1004,15 +959,12 @@ def speed_table(done: dict) -> str:
         for peer in PEERS:
             ms = r["peers_ms"].get(peer)
             lines[name][peer] = f"{dense / ms:.2f}x" if ms else ""
-    return markdown("", lines)
-
-def speed_tables(done: dict) -> str:
-    origins = describe_origin(done["rows"].values())
-    return f"# Speed\n\n{origins}\n{speed_overview(done)}\n## All rows\n\n{speed_table(done)}"
+    return f"{speed_overview(done)}\n## All rows\n\n{markdown('', lines)}"
 
 # ---------------------------------------------------------------------------------- 6. Fine-tuning
 
 RECIPE = ("samples", "length", "rate", "distill", "dropout", "scale_rate", "bias_step")
+FACTORS = (2, 4, 8, 16)  # how far more training tokens get
 
 def blank_router_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
     """The joint method's experts under a router with random weights."""
@@ -1027,39 +979,31 @@ def finetune_rows(samples: int) -> list[Row]:
     Rows without a teacher (distill = 0) are in the paper's order: the dense model is converted, and
     the result learns the text.
     """
-    dense, joint = Row("dense", 100, None, ""), Row("joint", 50, joint_layer, JOINT[50], "auto")
-    unified = Row("paper, no shared expert", 50, unified_layer, "S2A2E8", calib_windows=8)
-    blank = replace(joint, name="joint, router learned from nothing", layer=blank_router_layer)
-    rows = [dense, *main_rows(50), *main_rows(75), *main_rows(25)]
-    changes = {
-        "with balancing": {"bias_step": 0.02},
-        "with gate scales": {"scale_rate": 1e-3},
-        "with dropout": {"dropout": 0.1},
-        "router trained too": {"router": True},
-        "in the paper's order": {"distill": 0.0},
-    }
-    for change, settings in changes.items():
-        rows.append(replace(joint, name=f"joint, {change}", settings=settings))
-    rows += [replace(blank, settings={"router": True}), unified]
-    for factor, row in product(FACTORS, (dense, *main_rows(50))):
-        if row.name in ("dense", "paper", "joint"):
-            longer = {"samples": factor * samples}
-            rows.append(replace(row, name=longer_run(row.name, factor), settings=longer))
+    paper, static, joint = main_rows(50)
+    rows = [DENSE, paper, static, joint, *main_rows(75), *main_rows(25)]
+    change = partial(Row, percent=50, layer=joint_layer, experts=JOINT[50], dense="auto")
+    trained = {"router": True}
+    rows += [
+        change("joint, with balancing", settings={"bias_step": 0.02}),
+        change("joint, with gate scales", settings={"scale_rate": 1e-3}),
+        change("joint, with dropout", settings={"dropout": 0.1}),
+        change("joint, router trained too", settings=trained),
+        change("joint, in the paper's order", settings={"distill": 0.0}),
+        change("joint, router learned from nothing", layer=blank_router_layer, settings=trained),
+        UNIFIED,
+    ]
+    for factor, row in product(FACTORS, (DENSE, paper, joint)):
+        name = f"{row.name}, {factor} x the samples"
+        rows.append(replace(row, name=name, settings={"samples": factor * samples}))
     return rows
-
-FACTORS = (2, 4, 8, 16)  # how far more training tokens get
-
-def longer_run(name: str, factor: int) -> str:
-    return f"{name}, {factor} x the samples"
 
 def finetune(args: argparse.Namespace):
     args.eval = args.eval[:1]  # the others are for the quality of conversions
     file, recipe = args.json, {name: getattr(args, name) for name in (*RECIPE, "seed")}
     done = read_results(file, settings_of(args, *RECIPE))
     rows = chosen_rows(finetune_rows(args.samples), args.only)
-    dense, tokenizer = load_model(args.model, args.dtype[0], args.device)
+    dense, _, ids, texts = load(args)
     dense_ffn = active_parameters(dense)[0]
-    ids, texts = read_texts(args, dense, tokenizer)
     eval_ids = next(iter(texts.values()))[: args.eval_tokens or None]
     windows = cut_windows(dense, ids, args.window)
 
@@ -1068,8 +1012,8 @@ def finetune(args: argparse.Namespace):
         before, start = perplexity(model, eval_ids, args.window), time.perf_counter()
         log = train.finetune(model, ids, settings, teacher=teacher)
         result = {"before": before, "seconds": time.perf_counter() - start}
-        result |= {"after": perplexity(model, eval_ids, args.window)}
-        result |= {"tokens": settings.samples * settings.length}
+        result["after"] = perplexity(model, eval_ids, args.window)
+        result["tokens"] = settings.samples * settings.length
         tenth = len(log["loss"]) // 10 + 1
         for name in ("loss", "imbalance"):  # at first and at last
             result[name] = [float(np.mean(log[name][:tenth])), float(np.mean(log[name][-tenth:]))]
@@ -1099,7 +1043,7 @@ def finetune(args: argparse.Namespace):
         add_row(args, done, row.label, row.key(), result)
         print(f"{row.label}: {result['before']:.2f} -> {result['after']:.2f}", flush=True)
     plot_tokens(done, file.with_suffix(".png"))
-    publish(file, finetune_tables(done))
+    publish(file, "Fine-tuning", done, finetune_tables(done))
 
 def finetune_cell(done: dict, name: str, percent: float) -> str:
     """Perplexity before → after, in brackets over the dense model's after as many tokens."""
@@ -1113,7 +1057,7 @@ def finetune_cell(done: dict, name: str, percent: float) -> str:
 
 def finetune_table(done: dict) -> str:
     """The table of the README."""
-    return sizes_table(MAIN, [75, 50, 25], partial(finetune_cell, done))
+    return sizes_table(MAIN, SIZES, partial(finetune_cell, done))
 
 def finetune_tables(done: dict) -> str:
     lines = {}
@@ -1125,20 +1069,17 @@ def finetune_tables(done: dict) -> str:
             "seconds": f"{row['seconds']:.0f}",
         }
     recipe = {name: done["settings"][name] for name in RECIPE}
-    about = f"{describe_origin(done['rows'].values())}\nRecipe: {recipe}"
-    tables = f"{finetune_table(done)}\n## All rows\n\n{markdown('', lines)}"
-    return f"# Fine-tuning\n\n{about}\n\n{tables}"
+    return f"Recipe: {recipe}\n\n{finetune_table(done)}\n## All rows\n\n{markdown('', lines)}"
 
 def plot_tokens(done: dict, file: Path):
     """Perplexity after the fine-tune against training tokens, at 50 %, beside the dense model."""
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")
     ax = figure.subplots()
     for method, colour in (("dense", "black"), ("paper", "#b03a2e"), ("joint", "#1f6fb4")):
-        points, percent = [], 100 if method == "dense" else 50
-        for name in (method, *(longer_run(method, factor) for factor in FACTORS)):
-            row = done["rows"].get(label(name, percent))
-            if row:
-                points.append((row["tokens"], row["after"]))
+        names = [method, *(f"{method}, {factor} x the samples" for factor in FACTORS)]
+        labels = [label(name, 100 if method == "dense" else 50) for name in names]
+        rows = [done["rows"][one] for one in labels if one in done["rows"]]
+        points = [(row["tokens"], row["after"]) for row in rows]
         if points:
             ax.plot(*zip(*points), "o-", color=colour, label=method)
     ax.axvline(4.2e6, color="#999999", linewidth=0.8, linestyle="--")
@@ -1157,18 +1098,17 @@ def plot_tokens(done: dict, file: Path):
 FIGURES = Path(__file__).parent / "figures"
 SHOWN = "The river rose in 1913, and the old bridge was carried away. She sings better than he."
 
-def plot_rates(rates: dict[int, dict[int, Tensor]], file: Path):
-    """Activation rates as in the paper's Figure 2: a row per K_a, a panel per layer, linear axes.
-    rates: K_a -> layer -> [q]."""
-    layers = list(next(iter(rates.values())))
-    figure = Figure(figsize=(2.6 * len(layers) + 0.6, 2.0 * len(rates) + 0.4), layout="constrained")
-    axes = figure.subplots(len(rates), len(layers), squeeze=False)
-    for row, (k, of_layer) in zip(axes, rates.items()):
-        for ax, (layer, rate) in zip(row, of_layer.items()):
-            ax.hist(rate.numpy(), np.linspace(0, 1, 51), color="#4878a8")
-            often = (rate > 0.5).double().mean().item()
-            ax.set_title(f"layer {layer}, K_a = {k}: {often:.1%} above 0.5", fontsize=8)
-            ax.tick_params(labelsize=7)
+def plot_rates(rates: dict[tuple[int, int], Tensor], file: Path):
+    """Activation rates as in the paper's Figure 2: a row per K_a, a column per layer, linear axes.
+    rates: layer, K_a -> [q], by layers."""
+    rows, columns = len({k for _, k in rates}), len({layer for layer, _ in rates})
+    figure = Figure(figsize=(2.6 * columns + 0.6, 2.0 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax, ((layer, k), rate) in zip(axes.T.flat, rates.items()):
+        ax.hist(rate.numpy(), np.linspace(0, 1, 51), color="#4878a8")
+        often = (rate > 0.5).double().mean().item()
+        ax.set_title(f"layer {layer}, K_a = {k}: {often:.1%} above 0.5", fontsize=8)
+        ax.tick_params(labelsize=7)
     figure.supxlabel("activation rate: share of tokens for which a neuron fires", fontsize=9)
     figure.supylabel("neurons", fontsize=9)
     figure.savefig(file, dpi=120)
@@ -1245,19 +1185,17 @@ def plot_load(loads: dict[int, tuple[Tensor, Tensor]], even: float, file: Path):
 def figures(args: argparse.Namespace):
     """The pictures of the README, from one conversion."""
     FIGURES.mkdir(exist_ok=True)
-    model, tokenizer = load_model(args.model, args.dtype[0], args.device)
-    calib, texts = read_texts(args, model, tokenizer)
+    model, tokenizer, calib, texts = load(args)
     calib = cut_windows(model, calib, args.window)
     test = cut_windows(model, next(iter(texts.values())), args.window)[:20]
     split, q = Split.parse(args.experts[0]), model.config.intermediate_size
-    last = len(model.layers) - 1
-    rates, loads = {10: {}, round(q / 11): {}}, {}  # the paper draws 1,000 of 11,008 neurons
+    last, rates, loads = len(model.layers) - 1, {}, {}
 
     def replacement(i, ffn, x):
         if i in (0, last // 2, last):
             sample = sample_rows(x, SAMPLE_TOKENS)
-            for k, of_layer in rates.items():
-                of_layer[i] = ffn2moe.activation_rates(neuron_markers(ffn, sample, k))
+            for k in (10, round(q / 11)):  # the paper draws 1,000 of 11,008 neurons
+                rates[i, k] = ffn2moe.activation_rates(neuron_markers(ffn, sample, k))
         if i == last // 2:
             plot_partition(ffn, x, split, FIGURES / "partition.png")
         moe = joint_layer(ffn, x, split)
@@ -1274,13 +1212,10 @@ def figures(args: argparse.Namespace):
 
 # ---------------------------------------------------------------------- 8. README and command line
 
-def default_table(done: dict) -> str:
-    return f"```\n{done['table']}\n```\n"
-
 def readme_tables() -> dict[str, str]:
     """The tables of the README, by the names in its markers, from the files in results/."""
-    makers = {"default": default_table, "quality": main_table, "speed": speed_overview,
-              "finetune": finetune_table}  # fmt: skip
+    makers = {"default": lambda done: f"```\n{done['table']}\n```\n", "quality": main_table,
+              "speed": speed_overview, "finetune": finetune_table}  # fmt: skip
     tables = {}
     for name, make in makers.items():
         if (RESULTS / f"{name}.json").exists():

@@ -881,8 +881,9 @@ def perplexity_and_times(
     The versions take turns at each window, so that what slows the machine slows all of them.
     """
     passes = windows if len(windows) > 1 else windows.repeat(2, 1)  # the first time is not counted
-    ffns_now, found = model.ffns, {}
-    losses, times = ({name: [] for name in versions} for _ in range(2))
+    ffns_now = model.ffns
+    losses = {name: [] for name in versions}  # per token, of each window
+    times = {name: [] for name in versions}
     for window in tqdm(passes, desc=f"perplexity, {' and '.join(versions)}", unit="window"):
         for name, ffns in versions.items():
             model.ffns, start = ffns, time.perf_counter()
@@ -892,6 +893,7 @@ def perplexity_and_times(
             losses[name].append(window_loss(model, x, window) / (len(window) - 1))
     model.ffns = ffns_now
     decode = time_model(model, versions, windows[:1], min(DECODED, windows.shape[1]), turns=3)
+    found = {}
     for name in versions:
         found[name] = {
             "perplexity": float(np.exp(np.mean(losses[name]))),

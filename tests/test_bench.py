@@ -172,7 +172,7 @@ def test_metrics_equal_their_definitions():
     dense, other, windows = random_model(LLAMA), random_model(LLAMA, seed=1), random_ids(4, 100)
     other.embed_tokens, other.lm_head = dense.embed_tokens, dense.lm_head  # as in a conversion
     seen = [dense.hidden_states(window[None])[0, :-1] for window in windows[:3]]
-    found = bench.evaluate(other, bench.Text("text", windows, seen), whole=True, bar=iter)
+    found = bench.evaluate(other, bench.Text("text", windows, seen), whole=True, title="")
     p = dense(windows[:3])[:, :-1].double().softmax(-1)
     q = other(windows[:3])[:, :-1].double().softmax(-1)
     same = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
