@@ -28,7 +28,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -59,10 +59,8 @@ def refusing(what: str):
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001 (the tokenizers package raises plain Exception)
-        raise InputError(f"{what}: {first_line(error)}") from None
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{what}: {why}") from None
 
 def run_command(name: str, job: Callable[[], None]) -> int:
     """Run the job of a command line -> exit code. Errors that the user can fix are printed as one
@@ -123,9 +121,9 @@ class Split(NamedTuple):
 
     def slice_size(self, neurons: int) -> int:
         """Neurons per slice, m = q / E. Raises InputError if E does not divide q."""
-        whole = neurons % self.total == 0
-        require(whole, f"intermediate_size {neurons} is not divisible by E = {self.total}")
-        return neurons // self.total
+        size, rest = divmod(neurons, self.total)
+        require(rest == 0, f"intermediate_size {neurons} is not divisible by E = {self.total}")
+        return size
 
 ROUTERS = {"neurons": "one", "linear": "renormalised"}  # what we make: router -> weights
 
@@ -142,6 +140,11 @@ class MoESpec:
     gated: bool = False  # the output of the shared expert is scaled by a sigmoid
     inner: Split | None = None  # second level: each expert (shared too) is split like this
     inner_router: str = "linear"
+
+    def __post_init__(self):
+        if self.inner:
+            self.inner.slice_size(self.shared_size)  # raises InputError if E does not divide it
+            self.inner.slice_size(self.expert_size)
 
     @classmethod
     def of(cls, q: int, split: Split, router: str) -> "MoESpec":
@@ -166,13 +169,10 @@ class MoESpec:
         return MoESpec.of(size, self.inner, self.inner_router) if self.inner and size else size
 
 def split_spec(ffn: int | MoESpec, split: Split, router: str) -> MoESpec:
-    """The spec after conversion, of a dense FFN or of an MoE whose experts are split. Raises
-    InputError if E does not divide the neurons, or if there are two levels already."""
+    """The spec after conversion, of a dense FFN or of an MoE whose experts are split."""
     if isinstance(ffn, int):
         return MoESpec.of(ffn, split, router)
     require(ffn.inner is None, "this model is a mixture in two levels, and cannot be split again")
-    for size in (ffn.shared_size, ffn.expert_size):
-        split.slice_size(size)
     return replace(ffn, inner=split, inner_router=router)
 
 def spec_to_json(ffn: int | MoESpec) -> int | dict:
@@ -185,18 +185,16 @@ def spec_from_json(entry: int | dict) -> int | MoESpec:
     wrong = f"config.json: {str(entry)[:80]!r} describes no FFN"
     if type(entry) is int and 0 < entry < LARGEST:
         return entry
-    require(isinstance(entry, dict), wrong)
-    require(entry.keys() == {field.name for field in fields(MoESpec)}, wrong)
+    names = {one.name for one in fields(MoESpec)}
+    require(isinstance(entry, dict) and entry.keys() == names, wrong)
+    for name in ("shared_size", "num_experts", "expert_size", "active"):
+        require(type(entry[name]) is int and 0 <= entry[name] < LARGEST, wrong)
     inner = None if entry["inner"] is None else Split.parse(entry["inner"])
     spec = MoESpec(**{**entry, "inner": inner})
-    for number in (spec.shared_size, spec.num_experts, spec.expert_size, spec.active):
-        require(type(number) is int and 0 <= number < LARGEST, wrong)
     require(0 < spec.active <= spec.num_experts <= MOST_EXPERTS and spec.expert_size, wrong)
     require(spec.router in list(ROUTERS) and spec.inner_router in list(ROUTERS), wrong)
     require(spec.weights in ("one", "softmax", "renormalised"), wrong)
     require(type(spec.gated) is bool and (spec.shared_size or not spec.gated), wrong)
-    for size in (spec.shared_size, spec.expert_size):
-        spec.expert_spec(size)  # refuses what the inner split does not divide
     return spec
 
 @dataclass
@@ -217,10 +215,10 @@ class Config:
     o_bias: bool
     qk_norm: bool
     eos_ids: list[int]  # of config.json and of generation_config.json
-    bos_id: int | None  # what the tokenizer puts before a text; set by load_model
     ffns: list[int | MoESpec]  # of each layer
     raw: dict  # the config.json of the model that it was at first
-    files: dict[str, bytes]  # the SMALL_FILES beside it, written back too
+    files: dict[str, bytes] = field(default_factory=dict)  # the SMALL_FILES beside it; load_model
+    bos_id: int | None = None  # what the tokenizer puts before a text; load_model
 
 # What the absence of a key means in transformers. A null means something else: no window, as many
 # key/value heads as heads, head_dim = D / H. Keys that are not here must be there.
@@ -277,8 +275,7 @@ def parse_config(raw: dict) -> Config:
         raw = {key: value for key, value in raw.items() if key != "ffns"}
         raw["model_type"] = raw.pop("base_model_type", None)
     kind = str(raw.get("model_type"))
-    known = ", ".join(DEFAULTS)
-    require(kind in DEFAULTS, f"model_type is {kind!r}, and only {known} are implemented")
+    require(kind in DEFAULTS, f"model_type is {kind!r}, and only {', '.join(DEFAULTS)} can run")
     full = DEFAULTS[kind] | {"num_experts": raw.get("num_local_experts")} | raw  # Mixtral's name
     rope = full.get("rope_scaling") or full.get("rope_parameters") or {}
     require(isinstance(rope, dict), f"rope_scaling = {str(rope)[:80]!r} is not an object")
@@ -308,10 +305,8 @@ def parse_config(raw: dict) -> Config:
         o_bias=biases,
         qk_norm=kind in ("qwen3", "qwen3_moe"),
         eos_ids=parse_eos(full),
-        bos_id=None,
         ffns=parse_ffns(kind, get) if ffns is None else list(map(spec_from_json, ffns)),
         raw=raw,
-        files={},
     )
     found = len(config.ffns)
     require(found == num_layers, f"ffns describes {found} layers, and not {num_layers}")
@@ -324,9 +319,8 @@ def longest_context(kind: str, get: Callable) -> int:
     """Tokens that may run. Up to one window, attention with a sliding window is full attention.
     Beyond it the decoder refuses to run. All layers of a Mistral slide if there is a window."""
     limit, layer_types = get("max_position_embeddings", int), get("layer_types", list, if_null=[])
-    for one in layer_types:
-        known = one in ("full_attention", "sliding_attention")
-        require(known, f"layer_types has {one!r}, and only full attention is implemented")
+    others = [one for one in layer_types if one not in ("full_attention", "sliding_attention")]
+    require(not others, f"layer_types has {others[:1]}, and only full attention is implemented")
     slides = get("use_sliding_window", bool) or "sliding_attention" in layer_types
     if slides or kind in ("mistral", "mixtral"):
         return min(limit, get("sliding_window", int, if_null=limit))
@@ -690,19 +684,19 @@ def cut_windows(model: Decoder, ids: Tensor | list[int], window: int) -> Tensor:
     """Token ids [T] -> windows that do not overlap, [N, window]; the rest of the text is dropped.
 
     A window is at most as long as the model can run. Every one begins with config.bos_id, if there
-    is one, as every text does in training. Raises InputError if the text does not fill one window.
+    is one, not only the text's first one: models that were trained with one need it. Raises
+    InputError if the text does not fill one window.
     """
     ids, bos = as_ids(model, ids), model.config.bos_id
+    first = as_ids(model, [] if bos is None else [bos])
+    if ids[: len(first)].equal(first):
+        ids = ids[len(first) :]
     window = min(window, model.config.max_position_embeddings)
-    size = window if bos is None else window - 1  # tokens of text in each
-    if bos is not None and len(ids) and ids[0] == bos:
-        ids = ids[1:]
+    size = window - len(first)  # tokens of text in each
     enough = len(ids) >= size and window >= 2
     require(enough, f"{len(ids)} tokens of text are less than one window of {max(window, 2)}")
     windows = ids[: len(ids) // size * size].view(-1, size)
-    if bos is None:
-        return windows
-    return torch.cat((as_ids(model, [bos]).expand(len(windows), 1), windows), dim=1)
+    return torch.cat((first.expand(len(windows), -1), windows), dim=1)
 
 @torch.no_grad()
 def generate(model: Decoder, ids: Tensor | list[int], max_new_tokens: int, temperature=0.0,
@@ -714,16 +708,15 @@ def generate(model: Decoder, ids: Tensor | list[int], max_new_tokens: int, tempe
     cache = model.new_cache(1, ids.shape[1] + max_new_tokens)
     new, done = [], 0  # done: tokens that are in the cache
     for _ in range(max_new_tokens):
-        last = model.hidden_states(ids[:, done:], cache, done)[:, -1]
+        last = model.hidden_states(ids, cache, done)[:, -1]
         scores = model.logits(last)[0].float().cpu()
-        if top_k and temperature > 0:
+        if top_k:
             scores[scores < scores.topk(min(top_k, len(scores))).values[-1]] = -math.inf
         if temperature > 0:
             token = torch.multinomial((scores / temperature).softmax(-1), 1, generator=random)
         else:
             token = scores.argmax().view(1)
-        done = ids.shape[1]
-        ids = torch.cat((ids, token.view(1, 1).to(ids)), dim=1)
+        done, ids = done + ids.shape[1], token.view(1, 1).to(ids)
         new.append(token.item())
         if new[-1] in model.config.eos_ids:
             break
@@ -741,33 +734,25 @@ def window_loss(model: Decoder, x: Tensor, ids: Tensor) -> float:
 def perplexity(model: Decoder, ids: Tensor | list[int], window: int,
                progress: Callable = iter) -> float:  # fmt: skip
     """exp of the mean negative log-likelihood, in the usual protocol: the ids [T] are cut into
-    windows of `window` tokens without overlap, and in each all tokens but the first are predicted.
-
-    For a tokenizer that adds a beginning-of-text token, it is the first of every window
-    (`cut_windows`), not only of the text's first one: models trained with one need it.
-    """
+    windows without overlap (`cut_windows`), and in each all tokens but the first are predicted."""
     total, count = 0.0, 0
     for one in progress(cut_windows(model, ids, window)):
         total += window_loss(model, model.hidden_states(one[None])[0], one)
         count += len(one) - 1
     return float(np.exp(total / count))  # inf rather than an exception, for a broken model
 
-def used_parameters(ffn: FFN | MoE) -> int:
+def used_parameters(spec: int | MoESpec, D: int) -> int:
     """Parameters of an FFN or MoE that one token uses, routers counted."""
-    count = sum(p.numel() for p in ffn.parameters(recurse=False))
-    if isinstance(ffn, FFN):
-        return count
-    if ffn.spec.inner:
-        experts = sum(used_parameters(expert) for expert in ffn.experts)
-    else:
-        experts = ffn.gate_up_proj.numel() + ffn.down_proj.numel()
-        count -= experts
-    shared = used_parameters(ffn.shared_expert) if ffn.spec.shared_size else 0
-    return count + shared + experts * ffn.spec.active // ffn.spec.num_experts
+    if isinstance(spec, int):
+        return 3 * spec * D
+    per_expert = (2 * D if spec.router == "neurons" else D) + 2  # of the router; scale and bias
+    shared = used_parameters(spec.expert_spec(spec.shared_size), D) + D * spec.gated
+    expert = used_parameters(spec.expert_spec(spec.expert_size), D)
+    return spec.num_experts * per_expert + shared + spec.active * expert
 
 def active_parameters(model: Decoder) -> tuple[int, int]:
     """Parameters that one token uses: (in all FFNs, in the whole model, a tied embedding once)."""
-    used = sum(used_parameters(ffn) for ffn in model.ffns)
+    used = sum(used_parameters(spec_of(ffn), model.config.hidden_size) for ffn in model.ffns)
     held = sum(p.numel() for ffn in model.ffns for p in ffn.parameters())
     return used, sum(p.numel() for p in model.parameters()) - held + used
 
@@ -780,13 +765,9 @@ SMALL_FILES = (
 )  # fmt: skip
 SHARD_BYTES = 5 * 10**9
 
-class Checkpoint(NamedTuple):
-    """A checkpoint from any source."""
-
-    raw: dict  # config.json
-    tensors: dict[str, Callable[[], Tensor]]  # Hugging Face names, less "model."; read when called
-    tokenizer: Tokenizer
-    files: dict[str, bytes]  # SMALL_FILES
+# From any source: config.json, tensors by their Hugging Face names less "model." (read when
+# called), the tokenizer, and the SMALL_FILES.
+Checkpoint = tuple[dict, dict[str, Callable[[], Tensor]], Tokenizer, dict[str, bytes]]
 
 def load_model(source: str | Path | None = None, dtype: torch.dtype | str = torch.float32,
                device: str = "cpu") -> tuple[Decoder, Tokenizer]:  # fmt: skip
@@ -802,10 +783,9 @@ def load_model(source: str | Path | None = None, dtype: torch.dtype | str = torc
             torch.cuda.set_device(device)  # where Triton launches
     raw, tensors, tokenizer, files = open_checkpoint(source)
     config = parse_config(raw)
-    if "generation_config.json" in files:
-        with refusing("generation_config.json is not usable"):
-            more = parse_eos(json.loads(files["generation_config.json"]))
-        config.eos_ids = sorted({*config.eos_ids, *more})
+    with refusing("generation_config.json is not usable"):
+        more = parse_eos(json.loads(files.get("generation_config.json", "{}")))
+    config.eos_ids = sorted({*config.eos_ids, *more})
     config.files, config.bos_id = files, next(iter(first_ids(tokenizer)), None)
     check_tensors(config, tensors)
     with torch.device("meta"):  # shapes only
@@ -815,8 +795,7 @@ def load_model(source: str | Path | None = None, dtype: torch.dtype | str = torc
         state[name] = read_parameter(name, parameter, tensors, dtype, device)
     # A tensor that the decoder has no place for means that it is another model than we think.
     strangers = [name for name in tensors if not name.endswith("rotary_emb.inv_freq")]
-    what = f"the checkpoint has a tensor that this model type does not use: {strangers[:1]}"
-    require(not strangers, what)
+    require(not strangers, f"the checkpoint has {strangers[:1]}, which this model does not use")
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False), tokenizer
 
@@ -831,28 +810,22 @@ def check_tensors(config: Config, tensors: dict[str, Callable]):
     scales = [name for name in tensors if name.endswith(("weight_scale_inv", "weight_scale"))]
     require(not scales, f"fp8 weights with scales ({scales[:1]}) are not implemented")
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
-        head, embedding = tensors["lm_head.weight"], tensors.get("embed_tokens.weight")
-        if embedding is None:
-            tensors["embed_tokens.weight"] = head
-        elif not torch.equal(head().float(), embedding().float()):  # as in transformers, untied
+        head = tensors["lm_head.weight"]
+        embedding = tensors.setdefault("embed_tokens.weight", head)
+        if torch.equal(head().float(), embedding().float()):
+            del tensors["lm_head.weight"]
+        else:  # as in transformers
             config.tie_word_embeddings = False
             config.raw = {**config.raw, "tie_word_embeddings": False}
-            return
-        del tensors["lm_head.weight"]
 
 def read_parameter(name: str, parameter: Tensor, tensors: dict, dtype, device) -> Tensor:
     """Read a parameter of the shape of `parameter`, and take its tensors out of `tensors`."""
     if name.endswith(("router_scale", "router_bias")) and name not in tensors:
         return torch.zeros(parameter.shape, dtype=dtype, device=device)  # only ours has them
     stem, _, last = name.rpartition(".")
-    stacked = f"{stem}.experts.{last}"  # all experts in one tensor, as transformers 5 may write
-    is_stacked = parameter.dim() == 3 and stacked in tensors
-
-    def views(whole):
-        return {stacked: whole} if is_stacked else checkpoint_parts(name, whole)
-
-    result = None
-    for part, view in views(parameter).items():
+    stacked = parameter.dim() == 3 and f"{stem}.experts.{last}" in tensors
+    result, views = None, {}
+    for part, view in checkpoint_parts(name, parameter, stacked).items():
         require(part in tensors, f"the checkpoint has no tensor {part!r}")
         tensor = tensors.pop(part)()
         fits = tensor.shape == view.shape and tensor.is_floating_point()
@@ -860,96 +833,95 @@ def read_parameter(name: str, parameter: Tensor, tensors: dict, dtype, device) -
         require(fits, f"tensor {part!r} is {found}, and not {list(view.shape)} floats")
         if result is None:  # only after one part was found: config.json may claim any size
             result = torch.empty(parameter.shape, dtype=dtype, device=device)
-        views(result)[part].copy_(tensor)
+            views = checkpoint_parts(name, result, stacked)
+        views[part].copy_(tensor)
     return result
 
-def checkpoint_parts(name: str, parameter: Tensor) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that a parameter of ours is made of: name -> view of it."""
+PARTS = {  # a parameter of ours -> the tensors of a checkpoint that lie above each other in it
+    "gate_up_proj": ["gate_proj.weight", "up_proj.weight"], "down_proj": ["down_proj.weight"],
+    "router_weight": ["gate.weight"], "shared_expert_gate": ["shared_expert_gate.weight"],
+}  # fmt: skip
+
+def checkpoint_parts(name: str, parameter: Tensor, stacked: bool = False) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that a parameter of ours is made of: name -> view of it. If
+    `stacked`, all experts are one tensor, as transformers 5 may write them."""
     stem, _, last = name.rpartition(".")
-    if last == "router_weight":
-        return {f"{stem}.gate.weight": parameter}
-    if last == "shared_expert_gate":
-        return {f"{name}.weight": parameter}
-    if last not in ("gate_up_proj", "down_proj"):
-        return {name: parameter}
+    if stacked:
+        return {f"{stem}.experts.{last}": parameter}
     experts = {stem: parameter}
     if parameter.dim() == 3:
         experts = {f"{stem}.experts.{e}": weight for e, weight in enumerate(parameter)}
-    parts = {}
+    parts, names = {}, PARTS.get(last, [last])
     for expert, weight in experts.items():
-        if last == "down_proj":
-            parts[f"{expert}.down_proj.weight"] = weight
-        else:
-            gate, up = weight.chunk(2)
-            parts[f"{expert}.gate_proj.weight"] = gate
-            parts[f"{expert}.up_proj.weight"] = up
+        for part, view in zip(names, weight.chunk(len(names)), strict=True):
+            parts[f"{expert}.{part}"] = view
     return parts
 
 def open_checkpoint(source: str | Path | None) -> Checkpoint:
     path = fetch_default_model() if source is None else Path(source)
+    if not path.exists():
+        is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.gguf)", str(source))
+        require(is_hub_id and not path.parent.exists(), f"{source}: no such file or directory")
+        from huggingface_hub import snapshot_download
+
+        with refusing(f"could not fetch {source!r} from the Hugging Face hub"):
+            patterns = ["*.json", "*.jinja", "model*.safetensors"]
+            path = Path(snapshot_download(str(source), allow_patterns=patterns))
     if path.is_dir():
         return open_directory(path)
-    if path.is_file():
-        gguf = path.suffix == ".gguf"
-        require(gguf, f"{path} is neither a checkpoint directory nor a .gguf file")
-        return open_gguf(path)
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.gguf)", str(source))
-    require(is_hub_id and not path.parent.exists(), f"{source}: no such file or directory")
-    from huggingface_hub import snapshot_download
-
-    with refusing(f"could not fetch {source!r} from the Hugging Face hub"):
-        patterns = ["*.json", "*.jinja", "model*.safetensors"]
-        path = Path(snapshot_download(str(source), allow_patterns=patterns))
-    return open_directory(path)
+    require(path.suffix == ".gguf", f"{path} is neither a checkpoint directory nor a .gguf file")
+    return open_gguf(path)
 
 def open_directory(path: Path) -> Checkpoint:
     whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
     adapter = (path / "adapter_config.json").exists() and not (whole.exists() or index.exists())
     require(not adapter, f"{path} holds only an adapter (LoRA): merge it into its model first")
     raw = read_json(path / "config.json")
-    files = sorted(file.name for file in path.glob("*.safetensors"))
+    files = sorted(path.glob("*.safetensors"))
     if whole.exists():
-        files = [whole.name]
+        files = [whole]
     elif index.exists():
         places = read_json(index)
         with refusing(f"{index} has no usable weight_map"):
-            files = sorted({Path(name).name for name in places["weight_map"].values()})
+            files = sorted({path / Path(name).name for name in places["weight_map"].values()})
     require(files, f"{path} has no .safetensors file (pickle files are never loaded)")
     tensors = {}
     for file in files:
-        require((path / file).exists(), f"{path / file} is missing")
-        what = f"{path / file} is truncated or not a safetensors file"
-        with refusing(what), safe_open(path / file, framework="pt") as shard:
-            names = list(shard.keys())
-        for name in names:
-            tensors[common_name(name)] = partial(read_tensor, path / file, name)
-    require((path / "tokenizer.json").exists(), f"{path} has no tokenizer.json")
-    with refusing(f"{path / 'tokenizer.json'} is not a usable tokenizer"):
-        tokenizer = Tokenizer.from_buffer((path / "tokenizer.json").read_bytes())
+        require(file.exists(), f"{file} is missing")
+        with refusing(f"{file} is truncated or not a safetensors file"), safe_open(file, "pt") as f:
+            names = list(f.keys())
+        tensors |= {common_name(name): partial(read_tensor, file, name) for name in names}
+    file = path / "tokenizer.json"
+    require(file.exists(), f"{path} has no {file.name}")
+    with refusing(f"{file} is not a usable tokenizer"):
+        tokenizer = Tokenizer.from_buffer(file.read_bytes())
     tokenizer.no_truncation()
     tokenizer.no_padding()
     small = {name: (path / name).read_bytes() for name in SMALL_FILES if (path / name).exists()}
-    return Checkpoint(raw, tensors, tokenizer, small)
+    return raw, tensors, tokenizer, small
 
 def read_tensor(file: Path, name: str) -> Tensor:
-    what = f"{file}: tensor {name!r} cannot be read"
     # The file is mapped anew for each tensor, so that memory of the previous one is released.
-    with refusing(what), safe_open(file, framework="pt") as shard:
-        return shard.get_tensor(name)
+    with refusing(f"{file}: tensor {name!r} cannot be read"), safe_open(file, "pt") as f:
+        return f.get_tensor(name)
 
-MIXTRAL_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+MIXTRAL_NAMES = {
+    ".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w2.": ".down_proj.",
+    ".w3.": ".up_proj.",
+}  # fmt: skip
 
 def common_name(name: str) -> str:
     """A tensor's name without the leading "model.", and Mixtral's as the Qwen models say it."""
-    name = name.removeprefix("model.").replace(".block_sparse_moe.", ".mlp.")
-    return re.sub(r"(?<=\.)w[123](?=\.weight$)", lambda match: MIXTRAL_NAMES[match[0]], name)
+    name = name.removeprefix("model.")
+    for theirs, ours in MIXTRAL_NAMES.items():
+        name = name.replace(theirs, ours)
+    return name
 
 def standard_name(name: str, kind: str) -> str:
     """The inverse of common_name."""
     if kind == "mixtral":
-        name = name.replace(".mlp.", ".block_sparse_moe.")
         for theirs, ours in MIXTRAL_NAMES.items():
-            name = name.replace(f".{ours}.", f".{theirs}.")
+            name = name.replace(ours, theirs)
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 def export(model: Decoder) -> tuple[dict, dict[str, Tensor]]:
@@ -981,16 +953,15 @@ def as_qwen2_moe(c: Config, spec: MoESpec, state: dict[str, Tensor]) -> tuple[di
     """Our routers and experts are Qwen2-MoE's already. What it has besides: biases of q, k and v,
     0 here if there are none; and a gate on the shared expert, which with weights of 0 is
     sigmoid(0) = 1/2, so that the shared W_down is stored twice as large."""
+    zeros = state["norm.weight"].new_zeros
     for i, ffn in enumerate(c.ffns):
-        heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
-        for part, count in heads.items():
-            zeros = state["norm.weight"].new_zeros(count * c.head_dim)
-            state.setdefault(f"layers.{i}.self_attn.{part}_proj.bias", zeros)
+        for part, heads in (("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads)):
+            bias = f"layers.{i}.self_attn.{part}_proj.bias"
+            state.setdefault(bias, zeros(heads * c.head_dim))
         if isinstance(ffn, MoESpec):
-            gate = state["norm.weight"].new_zeros(1, c.hidden_size)
-            state[f"layers.{i}.mlp.shared_expert_gate"] = gate
-            down = f"layers.{i}.mlp.shared_expert.down_proj"
-            state[down] = 2 * state[down]
+            shared = f"layers.{i}.mlp.shared_expert"
+            state[f"{shared}_gate"] = zeros(1, c.hidden_size)
+            state[f"{shared}.down_proj"] = 2 * state[f"{shared}.down_proj"]
     raw = {
         "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "hidden_act": "silu",
         "vocab_size": c.vocab_size, "hidden_size": c.hidden_size, "num_hidden_layers": c.num_layers,
@@ -1070,14 +1041,14 @@ def write_files(model: Decoder, tokenizer: Tokenizer, out: Path):
                 room = SHARD_BYTES
             room -= tensor.nbytes
             shards[-1][standard_name(name, raw["model_type"])] = tensor
-    files = ["model.safetensors"]
-    if len(shards) > 1:
-        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        places = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
-    for file, shard in zip(files, shards, strict=True):
+    many, places = len(shards) > 1, {}
+    for i, shard in enumerate(shards, start=1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors" if many else "model.safetensors"
+        places |= dict.fromkeys(shard, file)
         whole = {name: tensor.contiguous() for name, tensor in shard.items()}
         save_file(whole, out / file, metadata={"format": "pt"})
+    if many:
+        write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
     (out / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
     for file, content in model.config.files.items():
         (out / file).write_bytes(content)
@@ -1127,31 +1098,21 @@ def check_sha256(file: str | Path):
     require(found == right, f"{wrong}; delete it and run again")
 
 GGUF_CODES = "BbHhIif?saQqd"  # struct codes of the types of values; 8: string, 9: array
-# Type of a tensor -> its name, weights per block, bytes per block.
+# Type of a tensor -> its name, weights per block, bytes of a block: scale d, minimum m, codes q
 GGUF_TENSORS = {
-    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20),
-    8: ("Q8_0", 32, 34),
-}  # fmt: skip
+    0: ("F32", 1, np.dtype("<f4")),
+    1: ("F16", 1, np.dtype("<f2")),
+    2: ("Q4_0", 32, np.dtype([("d", "<f2"), ("q", "u1", 16)])),
+    3: ("Q4_1", 32, np.dtype([("d", "<f2"), ("m", "<f2"), ("q", "u1", 16)])),
+    8: ("Q8_0", 32, np.dtype([("d", "<f2"), ("q", "i1", 32)])),
+}
 GGUF_NAMES = {
-    "token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head",
+    "blk": "layers", "token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head",
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
-GGUF_CONFIG = {  # keys of config.json -> keys of the metadata
-    "hidden_size": "llama.embedding_length",
-    "intermediate_size": "llama.feed_forward_length",
-    "num_hidden_layers": "llama.block_count",
-    "num_attention_heads": "llama.attention.head_count",
-    "num_key_value_heads": "llama.attention.head_count_kv",
-    "head_dim": "llama.attention.key_length",
-    "max_position_embeddings": "llama.context_length",
-    "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
-    "bos_token_id": "tokenizer.ggml.bos_token_id",
-    "eos_token_id": "tokenizer.ggml.eos_token_id",
-    "pad_token_id": "tokenizer.ggml.padding_token_id",
-}
 ADVICE = "is not implemented for GGUF files; use the model's Hugging Face directory"
 
 class GGUFReader:
@@ -1170,16 +1131,12 @@ class GGUFReader:
         (length,) = self.numbers("Q")
         return self.numbers(f"{length}s")[0].decode("utf-8", errors="replace")
 
-    def value(self):
-        """A value of the metadata: a number, a string, or a list of either."""
-        (kind,) = self.numbers("I")
-        if kind == 8:
-            return self.string()
-        if kind != 9:
-            return self.numbers(GGUF_CODES[kind])[0]
-        kind, count = self.numbers("IQ")
+    def values(self, kind: int, count: int = 1) -> list:
+        """Values of the metadata, all of one type: numbers, strings, or lists."""
         if kind == 8:
             return [self.string() for _ in range(count)]
+        if kind == 9:
+            return [self.values(*self.numbers("IQ")) for _ in range(count)]
         return list(self.numbers(f"{count}{GGUF_CODES[kind]}"))
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -1191,7 +1148,7 @@ def open_gguf(path: Path) -> Checkpoint:
         num_tensors, num_values = reader.numbers("QQ")
         for _ in range(num_values):
             key = reader.string()
-            meta[key] = reader.value()
+            meta[key] = reader.values(*reader.numbers("I"))[0]
         for _ in range(num_tensors):
             name, (rank,) = reader.string(), reader.numbers("I")
             shape = reader.numbers(f"{rank}Q")[::-1]  # GGUF lists the fastest dimension first
@@ -1205,60 +1162,64 @@ def open_gguf(path: Path) -> Checkpoint:
         known = ", ".join(known for known, _, _ in GGUF_TENSORS.values())
         supported = f"tensor {name!r} has GGUF type {kind}; supported are {known}"
         require(kind in GGUF_TENSORS, f"{path}: {supported}")
-        _, block, block_bytes = GGUF_TENSORS[kind]
-        end = offset + math.prod(shape) // block * block_bytes
+        _, block, layout = GGUF_TENSORS[kind]
+        end = offset + math.prod(shape) // block * layout.itemsize
         fits = shape and 0 not in shape and shape[-1] % block == 0 and end <= len(data)
         require(fits, f"{path} is truncated or corrupt: tensor {name!r} does not fit into the file")
-        match = re.fullmatch(r"(blk\.\d+\.)?(\w+)(\.\w+)", name)
-        layer, part, suffix = match.groups(default="") if match else ("", name, "")
-        layer = layer.replace("blk", "layers")
+        words = name.split(".")
+        part = words[-2] if len(words) > 1 else name
         read = partial(read_gguf_tensor, data[offset:end], kind, shape, heads.get(part))
-        tensors[f"{layer}{GGUF_NAMES.get(part, part)}{suffix}"] = read
+        tensors[".".join(GGUF_NAMES.get(word, word) for word in words)] = read
     tokenizer = gguf_tokenizer(path, meta)
-    return Checkpoint(raw, tensors, tokenizer, {"tokenizer_config.json": gguf_about(meta)})
+    return raw, tensors, tokenizer, {"tokenizer_config.json": gguf_about(meta)}
 
 def gguf_config(path: Path, meta: dict, shapes: dict) -> dict:
     """The metadata as the config.json that the same model has on the hub."""
-    kind = meta.get("general.architecture")
+    get, kind = meta.get, meta.get("general.architecture")
     require(kind == "llama", f"{path} has architecture {kind!r}; only llama is implemented")
-    whole = meta.get("split.count", 1) in (0, 1) and meta.get("llama.expert_count", 0) == 0
+    whole = get("split.count", 1) in (0, 1) and get("llama.expert_count", 0) == 0
     require(whole, f"{path}: a split file, or an MoE, {ADVICE}")
-    scaled = "rope_freqs.weight" in shapes or "llama.rope.scale_linear" in meta
-    scaled = scaled or meta.get("llama.rope.scaling.type", "none") != "none"
-    scaled = scaled or "llama.rope.scaling.factor" in meta
+    signs = {"rope_freqs.weight", "llama.rope.scale_linear", "llama.rope.scaling.factor"}
+    scaled = signs & {*shapes, *meta} or get("llama.rope.scaling.type", "none") != "none"
     require(not scaled, f"{path}: scaled RoPE (rope_freqs) {ADVICE}")
     embedding = shapes.get("token_embd.weight", ())
     require(len(embedding) == 2, f"{path} has no tensor 'token_embd.weight'")
     raw = {
         "model_type": "llama",
         "vocab_size": embedding[0],
-        "rope_theta": meta.get("llama.rope.freq_base", 10000.0),
+        "hidden_size": get("llama.embedding_length"),
+        "intermediate_size": get("llama.feed_forward_length"),
+        "num_hidden_layers": get("llama.block_count"),
+        "num_attention_heads": get("llama.attention.head_count"),
+        "num_key_value_heads": get("llama.attention.head_count_kv"),
+        "head_dim": get("llama.attention.key_length"),
+        "max_position_embeddings": get("llama.context_length"),
+        "rms_norm_eps": get("llama.attention.layer_norm_rms_epsilon"),
+        "rope_theta": get("llama.rope.freq_base", 10000.0),
         "tie_word_embeddings": "output.weight" not in shapes,
-        **{key: meta.get(name) for key, name in GGUF_CONFIG.items()},
+        "bos_token_id": get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": get("tokenizer.ggml.padding_token_id"),
     }
     config = parse_config(raw)
-    rotated = meta.get("llama.rope.dimension_count", config.head_dim)
+    rotated = get("llama.rope.dimension_count", config.head_dim)
     require(rotated == config.head_dim, f"{path}: RoPE on a part of the head {ADVICE}")
     return {**raw, "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim}
 
 def read_gguf_tensor(raw: np.ndarray, kind: int, shape: tuple, heads: int | None) -> Tensor:
     """Dequantise the bytes of one tensor, to float16 (F16) or float32."""
-    name, _, block_bytes = GGUF_TENSORS[kind]
-    if name in ("F32", "F16"):
-        values = raw.view("<f4" if name == "F32" else "<f2")
-    else:
-        blocks = raw.reshape(-1, block_bytes)  # each: scale d, minimum m, codes q of 32 weights
-        head = 4 if name == "Q4_1" else 2
-        scale = blocks[:, :head].copy().view("<f2").astype(np.float32)
-        codes = blocks[:, head:]
-        # Low nibbles are weights 0..15, high nibbles 16..31.
-        nibbles = np.concatenate((codes & 15, codes >> 4), axis=1).astype(np.float32)
-        if name == "Q8_0":
-            values = scale * codes.view(np.int8)  # w = d q
-        elif name == "Q4_0":
-            values = scale * (nibbles - 8)  # w = d (q - 8)
+    name, _, layout = GGUF_TENSORS[kind]
+    values = raw.view(layout)
+    if name.startswith("Q"):
+        d, q = values["d"][:, None].astype(np.float32), values["q"]
+        if name != "Q8_0":  # low nibbles are weights 0..15, high nibbles 16..31
+            q = np.concatenate((q & 15, q >> 4), axis=1).astype(np.float32)
+        if name == "Q4_0":
+            values = d * (q - 8)
+        elif name == "Q4_1":
+            values = d * q + values["m"][:, None]
         else:
-            values = scale[:, :1] * nibbles + scale[:, 1:]  # w = d q + m
+            values = d * q
     values = values.reshape(shape)
     if heads and len(shape) == 2 and shape[0] % (2 * heads) == 0:
         # GGUF rotates pairs (2i, 2i+1); our RoPE rotates (i, i + d/2): reorder each head's rows.
@@ -1283,8 +1244,7 @@ def gguf_tokenizer(path: Path, meta: dict) -> Tokenizer:
     """Rebuild a byte-level BPE tokenizer from the metadata."""
     kind, split = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
     tokens, types = meta.get("tokenizer.ggml.tokens"), meta.get("tokenizer.ggml.token_type")
-    usable = isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)
-    require(usable, f"{path} has no tokenizer vocabulary")
+    require(isinstance(tokens, list), f"{path} has no tokenizer vocabulary")
     known = kind == "gpt2" and split in list(GGUF_SPLITS)
     require(known, f"{path}: tokenizer {kind!r} with word splitting {split!r} {ADVICE}")
     with refusing(f"{path}: the tokenizer metadata is not usable"):
@@ -1353,10 +1313,10 @@ def manual_text(split: str) -> str:
     test = names[2::3]
     train = [name for name in names if name not in test]
     seen, parts = set(), {"train": [], "test": []}
-    for part, chosen in (("train", train), ("test", test)):  # train first
-        for paragraph in [one for name in chosen for one in topics[name].split("\n\n")]:
+    for name in train + test:
+        for paragraph in topics[name].split("\n\n"):
             words = " ".join(paragraph.split())
             if words and words not in seen:
-                parts[part].append(paragraph)
+                parts["test" if name in test else "train"].append(paragraph)
             seen.add(words)
     return "\n\n".join(parts[split])
