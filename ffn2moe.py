@@ -13,8 +13,7 @@ al., ACL 2026, arXiv 2502.04416). The others go past it:
 8. Explain              the words that each expert runs for
 9. Command line         `python ffn2moe.py --help`
 
-The MoE layer itself, with the equations of the router, is `model.MoE`. bench.py measures what each
-step is worth.
+`model.MoE` is the layer itself, with the router's equations. bench.py measures each step's worth.
 
 Shapes in comments: T tokens, D hidden_size, q intermediate_size (neurons). An FFN is cut into E
 slices of m = q / E neurons: S of them are the shared expert, R = E - S are routed experts, and A of
@@ -27,11 +26,11 @@ import math
 import re
 import sys
 import time
+from collections import Counter, namedtuple
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -77,11 +76,8 @@ def atopk_markers(scores: Tensor, k: int) -> Tensor:
 
 def neuron_markers(ffn: FFN, x: Tensor, k: int) -> Tensor:
     """The markers of an FFN for its inputs x [T, D]: bool [T, q], on the CPU."""
-    blocks = []
-    for block in x.split(BLOCK):
-        scores = normalized_scores(block, ffn.gate_proj, ffn.up_proj)
-        blocks.append(atopk_markers(scores, k).cpu())
-    return torch.cat(blocks)
+    scores = (normalized_scores(block, ffn.gate_proj, ffn.up_proj) for block in x.split(BLOCK))
+    return torch.cat([atopk_markers(of_block, k).cpu() for of_block in scores])
 
 def activation_rates(markers: Tensor) -> Tensor:
     """mu_i = mean_t M[t, i]: the share of tokens for which neuron i fires. markers [T, q] -> [q]"""
@@ -101,18 +97,18 @@ FAR = np.int64(2**60)  # no path, and twice as far: no room
 def balanced_assignment(cost: np.ndarray, capacity: Sequence[int]) -> np.ndarray:
     """Put n items into k bins at the least total cost, exactly capacity[b] of them into bin b.
 
-    Start with every item in its cheapest bin. Then move items out of bins that have too many, one
-    at a time, along the cheapest chain of moves that ends in a bin with room: bin a gives an item
-    to b, b gives another one to c, and so on. A move costs
+    Start with every item in its cheapest bin. While a bin has too many, the cheapest chain of moves
+    takes one from it to a bin with room: a gives an item to b, b gives another one to c, and so on.
+    A move costs
 
-        move[a, b] = min over items i in a of cost[i, b] - cost[i, a],
+        move[a, b] = min over items i in a of cost[i, b] - cost[i, a].
 
-    and the chain is a shortest path between the k bins. After each chain the assignment is the
-    cheapest one for its loads (successive shortest paths for minimum-cost flow), so the last one
-    is optimal. It is as cheap as scipy's linear_sum_assignment(np.repeat(cost, capacity, axis=1)),
-    which needs an n x n matrix; up to a rounding of costs to 2^-40 of the largest.
+    With chains that are shortest paths between bins, each assignment is the cheapest for its loads
+    (successive shortest paths for minimum-cost flow), and the last one is optimal. That is what
+    scipy's linear_sum_assignment(np.repeat(cost, capacity, axis=1)) finds with an n x n matrix.
 
-    cost [n, k], finite; capacity [k], whole numbers with the sum n -> bin of each item, int64 [n].
+    cost [n, k], here rounded to 2^-40 of the largest; capacity [k] -> bin of each item, int64 [n].
+    Raises ValueError for costs that are not finite, and capacities that do not sum to n.
     """
     cost, capacity = np.asarray(cost, dtype=np.float64), np.asarray(capacity)
     n, k = cost.shape
@@ -128,24 +124,19 @@ def balanced_assignment(cost: np.ndarray, capacity: Sequence[int]) -> np.ndarray
     bin_of = cost.argmin(axis=1)
     load = np.bincount(bin_of, minlength=k)
     move, mover = np.full((k, k), FAR), np.zeros((k, k), dtype=np.int64)  # the price, the item
-
-    def update_moves(bins):
-        for a in bins:
+    changed = range(k)  # bins whose moves have to be found: at first, all
+    while (load > capacity).any():
+        for a in changed:
             move[a] = FAR
             items = np.flatnonzero(bin_of == a)
             if len(items):
                 prices = cost[items] - cost[items, a, None]  # [items, k]
-                best = prices.argmin(axis=0)
-                move[a], mover[a] = prices[best, np.arange(k)], items[best]
-
-    update_moves(range(k))
-    while (load > capacity).any():
-        chain = cheapest_chain(move, load, capacity)
-        for giver, taker in pairwise(chain):
+                move[a], mover[a] = prices.min(axis=0), items[prices.argmin(axis=0)]
+        changed = cheapest_chain(move, load, capacity)
+        for giver, taker in pairwise(changed):
             bin_of[mover[giver, taker]] = taker
-        load[chain[0]] -= 1
-        load[chain[-1]] += 1
-        update_moves(chain)
+        load[changed[0]] -= 1
+        load[changed[-1]] += 1
     return bin_of
 
 def add_prices(cost: np.ndarray, capacity: np.ndarray):
@@ -169,8 +160,7 @@ def cheapest_chain(move: np.ndarray, load: np.ndarray, capacity: np.ndarray) -> 
     origin = np.full(k, -1)
     for _ in range(k):
         via = distance[:, None] + move
-        giver = via.argmin(axis=0)
-        shortest = via[giver, np.arange(k)]
+        shortest, giver = via.min(axis=0), via.argmin(axis=0)
         better = shortest < distance
         distance[better], origin[better] = shortest[better], giver[better]
     chain = [int(np.where(load < capacity, distance, 2 * FAR).argmin())]
@@ -184,19 +174,17 @@ def l1_distances(markers: Tensor, centroids: Tensor) -> Tensor:
     M is binary and c in [0, 1]: |1 - c| = 1 - c and |0 - c| = c. So the distance is one matrix
     product, |M_i - c_e|_1 = sum_t M_i + sum_t c_e - 2 M_i . c_e.
     """
-    sizes = markers.sum(dim=0, dtype=torch.int32)[:, None]
-    sizes = sizes + centroids.sum(dim=0, dtype=torch.float64)[None, :]
+    sizes = markers.sum(dim=0)[:, None] + centroids.sum(dim=0, dtype=torch.float64)
     overlap = torch.zeros_like(sizes)
     for m, c in zip(markers.split(4096), centroids.split(4096)):  # in float64, all of M is large
         overlap += m.double().T @ c.double()
     return sizes - 2 * overlap
 
 def group_routed(markers: Tensor, num_routed: int) -> Tensor:
-    """Balanced k-means on the columns of markers [T, n], which are in falling order of rate.
+    """Balanced k-means on the columns of markers [T, n], in falling order of rate -> expert [n].
 
     The R neurons that fire most are the seeds. Every expert gets n / R neurons, at the least total
     L1 distance to the seeds. As in the official code, there is one round.
-    -> expert of each column [n].
     """
     capacity = [markers.shape[1] // num_routed] * num_routed
     cost = l1_distances(markers, markers[:, :num_routed].float())
@@ -204,8 +192,7 @@ def group_routed(markers: Tensor, num_routed: int) -> Tensor:
 
 # ----------------------------- 4. Analytical router: a representative neuron stands for its expert
 #
-# From here on neurons live in bins: bin 0 is the shared expert, bin 1 + e is routed expert e.
-# bin_of [q] says which.
+# From here on bin_of [q] says where each neuron is: 0 in the shared expert, 1 + e in expert e.
 
 def representative_neurons(markers: Tensor, expert: Tensor, num_routed: int) -> Tensor:
     """The member of each expert that is closest (L1) to its centroid, the mean of its members:
@@ -233,11 +220,9 @@ def analytical_router(ffn: FFN, representatives: Tensor) -> dict[str, Tensor]:
     L1 norm of an expert's hidden state stands for its contribution, and its most typical neuron
     for that norm. Rows of unit length make experts comparable; x is the same for all of them.
     """
-    gate, up = ffn.gate_proj[representatives], ffn.up_proj[representatives]  # [R, D]
-    return {
-        "router_gate": F.normalize(gate.float(), dim=-1).to(gate),
-        "router_up": F.normalize(up.float(), dim=-1).to(up),
-    }
+    rows = ffn.gate_proj[representatives], ffn.up_proj[representatives]  # each [R, D]
+    gate, up = (F.normalize(t.float(), dim=-1) for t in rows)
+    return {"router_gate": gate, "router_up": up}
 
 def members(bin_of: Tensor, num_routed: int) -> tuple[Tensor, Tensor]:
     """The neurons of the shared expert [S * m], and of each routed one [R, m], in order."""
@@ -249,28 +234,21 @@ def members(bin_of: Tensor, num_routed: int) -> tuple[Tensor, Tensor]:
 def build_moe(ffn: FFN, bin_of: Tensor, router: dict[str, Tensor], split: Split) -> MoE:
     """Slice an FFN into experts by bin_of [q], under a router (tensors named as in `model.MoE`).
 
-    With a linear router, the weights of the experts that run sum to 1, as in Mixtral or Qwen2-MoE;
-    W_down of routed experts is multiplied by A for it (`down_scale`). The MoE remembers bin_of,
-    which checkpoints do not hold.
+    With a linear router, the weights of a token's experts sum to 1, as in Mixtral or Qwen2-MoE, so
+    W_down of routed experts is multiplied by A (`down_scale`). Checkpoints do not hold bin_of.
     """
     gate, up, down = ffn.gate_proj, ffn.up_proj, ffn.down_proj  # [q, D], [q, D], [D, q]
     shared, routed = members(bin_of, split.routed)
     kind = "linear" if "router_weight" in router else "neurons"
     spec = MoESpec.of(down.shape[1], split, kind)
-    weights = {
-        "gate_up_proj": torch.cat([gate[routed], up[routed]], dim=1),  # [R, 2m, D]
-        "down_proj": down[:, routed].transpose(0, 1) * spec.down_scale,  # [R, D, m]
-        "router_scale": gate.new_zeros(split.routed),
-        "router_bias": gate.new_zeros(split.routed),
-        **router,
-    }
+    moe = MoE(gate.shape[1], spec).to(gate)
+    moe.gate_up_proj.copy_(torch.cat([gate[routed], up[routed]], dim=1))  # [R, 2m, D]
+    moe.down_proj.copy_(down[:, routed].transpose(0, 1) * spec.down_scale)  # [R, D, m]
+    for name, rows in router.items():
+        moe.get_parameter(name).copy_(rows)  # [R, D]
     if split.shared:
-        weights["shared_expert.gate_up_proj"] = torch.cat([gate[shared], up[shared]])
-        weights["shared_expert.down_proj"] = down[:, shared]
-    with torch.device("meta"):  # allocates nothing: the slices become the parameters
-        moe = MoE(gate.shape[1], spec)
-    contiguous = {name: weight.contiguous() for name, weight in weights.items()}
-    moe.load_state_dict(contiguous, assign=True)
+        moe.shared_expert.gate_up_proj.copy_(torch.cat([gate[shared], up[shared]]))
+        moe.shared_expert.down_proj.copy_(down[:, shared])
     moe.bin_of = bin_of
     return moe.requires_grad_(False)
 
@@ -287,8 +265,7 @@ def paper_layer(ffn: FFN, x: Tensor, split: Split, k_act: int = 10) -> MoE:
 #
 #     energy    c[t, i]^2 = |h_i(x_t)|^2 |W_down[:, i]|^2.
 #
-# Energies add up as if the outputs of different neurons were at right angles. The refit corrects
-# some of that.
+# Energies add up as if the outputs of neurons were at right angles; the refit corrects some of it.
 
 def hidden(ffn: FFN, x: Tensor) -> Tensor:
     """h(x) = silu(W_gate x) * (W_up x): x [T, D] -> float32 [T, q]."""
@@ -304,9 +281,8 @@ def sample_rows(rows: Tensor, n: int, seed: int = 0) -> Tensor:
     return rows[order[:n].to(rows.device)]
 
 def fast_products():
-    """float32 products on the CPU by oneDNN. With bfloat16 matrix units it may round factors to
-    bfloat16: accurate enough for sums over thousands of tokens. Perplexities and the paper's scores
-    are not computed so."""
+    """float32 products with factors rounded to bfloat16, where a CPU has units for that: accurate
+    enough for sums over thousands of tokens, but not for perplexities and the paper's scores."""
     return setting(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
 
 def calibration_dtype(x: Tensor) -> torch.dtype:
@@ -328,30 +304,27 @@ def ridge_solver(xx: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
 
         W = argmin |X W - Y|^2 + penalty |W|^2,   penalty = strength * median(diag(X'X)).   [n, k]
 
-    The median, because a few neurons that are huge for one token would dominate the mean. Neurons
-    that never run, with 0 on the diagonal, do not count in it. Each neuron's penalty also has a
-    millionth of its own diagonal, about what float32 can tell. Where that is too little for the
-    factorisation, all penalties become ten times as large. The solution needs only the lower
-    triangle of xx. xx is changed.
+    The median, because a few neurons that are huge for one token would dominate the mean; neurons
+    that never run do not count in it. Each penalty also has a millionth of its diagonal, about what
+    float32 can tell. If factorisation still fails, all penalties become ten times as large. Only
+    the lower triangle of xx is used; xx is changed. Raises InputError for infinite sums.
     """
     check_finite(xx)
     diagonal = xx.diagonal().clone()
     median = diagonal[diagonal > 0].median().nan_to_num()  # of none it is nan
     penalty = (strength * median + 1e-6 * diagonal).clamp_min(1e-30)
-    for _ in range(10):
-        xx.diagonal().copy_(diagonal + penalty)
-        factor, failed = torch.linalg.cholesky_ex(xx)
-        if not failed:
-            break
-        penalty *= 10
-    else:
-        raise InputError("a ridge regression has no solution: choose another dtype")
 
     def solve(xy: Tensor) -> Tensor:
         check_finite(xy)
         return torch.cholesky_solve(xy, factor)
 
-    return solve
+    for _ in range(10):
+        xx.diagonal().copy_(diagonal + penalty)
+        factor, failed = torch.linalg.cholesky_ex(xx)
+        if not failed:
+            return solve
+        penalty *= 10
+    raise InputError("a ridge regression has no solution: choose another dtype")
 
 def expert_norms(energy: Tensor, bin_of: Tensor, num_routed: int) -> Tensor:
     """What the router predicts, sqrt(sum_{i in e} c[t, i]^2): [T, n], [n] -> [T, R]."""
@@ -362,10 +335,9 @@ def ridge_router(energy: Tensor, x: Tensor, bin_of: Tensor, num_routed: int) -> 
     """The router of a partition: ridge regression from the token to the root of each expert's
     energy. energy [T, n], x [T, D], bin_of [n] -> the tensors that `build_moe` takes.
 
-    There is no intercept: standard MoE layers have no place for one. What all experts have in
-    common changes no choice, so scores have mean 0 over the experts, which saves bfloat16 digits.
-    The largest absolute score of the sample is ROUTER_SCALE, so that the weights of the experts
-    that run differ by a factor of e^(2 ROUTER_SCALE) at most.
+    Standard MoE layers have no place for an intercept. What all experts have in common changes no
+    choice: scores have mean 0 over experts, which saves bfloat16 digits. The largest absolute score
+    of the sample is ROUTER_SCALE, so weights differ by a factor of e^(2 ROUTER_SCALE) at most.
     """
     inputs = x.float()
     solve = ridge_solver(inputs.T @ inputs, ROUTER_RIDGE)
@@ -378,27 +350,25 @@ def running_bins(chosen: Tensor, num_routed: int, weights: Tensor | None = None)
     """Weights of the bins, float32 [T, 1 + R]: 1 for the shared one, the given weights [T, A] (1 if
     None) for the chosen experts [T, A], 0 for the others."""
     weights = torch.ones_like(chosen) if weights is None else weights
-    bins = torch.zeros(len(chosen), 1 + num_routed, device=chosen.device)
-    bins.scatter_(1, chosen + 1, weights.float())
-    bins[:, 0] = 1
-    return bins
+    routed = torch.zeros(len(chosen), num_routed, device=chosen.device)
+    routed.scatter_(1, chosen, weights.float())
+    return F.pad(routed, (1, 0), value=1.0)
 
 def best_bins(gain: Tensor, capacity: Sequence[int]) -> Tensor:
     """The assignment that captures the most energy: gain [n, k] -> bin_of [n]."""
     cost = -(gain / gain.max().clamp_min(1e-30)).double().cpu().numpy()
     return torch.from_numpy(balanced_assignment(cost, capacity)).to(gain.device)
 
-def alternate(
-    energy: Tensor, x: Tensor, bin_of: Tensor, capacity: Sequence[int], active: int, rounds: int
-) -> Tensor:
+def alternate(energy: Tensor, x: Tensor, bin_of: Tensor, capacity: Sequence[int], active: int,
+              rounds: int) -> Tensor:  # fmt: skip
     """Improve an assignment of neurons to bins by two steps in turn, each solved exactly:
 
         router, given the experts    ridge regression as in `ridge_router`; the top `active` run
         experts, given the router    the assignment that captures the most energy under its choices
 
     The shared expert is the bin that always runs: one assignment decides shared and routed at once.
-    The second step can only gain. The first has another aim and may lose. So the best assignment
-    is kept, and a round that gains less than LEAST_GAIN is the last.
+    The second step can only gain; the first has another aim and may lose. So a round that gains
+    less than LEAST_GAIN is the last, and the best assignment is kept.
     energy [T, n], x [T, D], bin_of [n], capacity [1 + R] -> bin_of [n].
     """
     x, num_routed = x.float(), len(capacity) - 1
@@ -419,19 +389,17 @@ def alternate(
 def first_bins(energy: Tensor, split: Split) -> Tensor:
     """To start with, the neurons of most energy are shared, and the others go to the experts in
     turn: energy [T, q] -> bin_of [q]."""
-    total = energy.sum(dim=0)  # [q]
-    num_shared = split.shared * split.slice_size(len(total))
-    routed = total.argsort(descending=True)[num_shared:]
-    bin_of = torch.zeros(len(total), dtype=torch.long, device=energy.device)
+    order = energy.sum(dim=0).argsort(descending=True)  # [q]
+    routed = order[split.shared * split.slice_size(len(order)) :]
+    bin_of = torch.zeros_like(order)
     bin_of[routed] = torch.arange(len(routed), device=energy.device) % split.routed + 1
     return bin_of
 
 def unpredicted_energy(h: Tensor, down: Tensor, bin_of: Tensor) -> Tensor:
     """The energy of routed neurons that the shared neurons cannot predict.
 
-    The refit lets the shared neurons, which always run, stand in for what they predict of the
-    others. A routed neuron i is worth only the rest. With B the ridge regression from h_shared to
-    h_routed, that is
+    The refit lets the shared neurons, which always run, stand in for what they predict of a routed
+    neuron i. With B the ridge regression from h_shared to h_routed, the rest is
 
         (h_i(x) - B_i . h_shared(x))^2 |W_down[:, i]|^2.
 
@@ -444,25 +412,22 @@ def unpredicted_energy(h: Tensor, down: Tensor, bin_of: Tensor) -> Tensor:
 
 @torch.no_grad()
 @fast_products()
-def partition_and_router(
-    ffn: FFN, x: Tensor, split: Split, rounds: int = 8
-) -> tuple[Tensor, dict[str, Tensor]]:
+def partition_and_router(ffn: FFN, x: Tensor, split: Split,
+                         rounds: int = 8) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The bin of each neuron [q] and the router of the joint method, from inputs x [T, D], of which
     SAMPLE_TOKENS are used."""
-    down, num_routed = ffn.down_proj, split.routed
-    m = split.slice_size(down.shape[1])
+    m = split.slice_size(ffn.down_proj.shape[1])
     x = sample_rows(x, SAMPLE_TOKENS)
     h = hidden(ffn, x)
-    check_finite(h)
-    energy = contribution_energy(h, down)
-    capacity = [split.shared * m] + [m] * num_routed
+    energy = contribution_energy(h, ffn.down_proj)
+    capacity = [split.shared * m] + [m] * split.routed
     bin_of = alternate(energy, x, first_bins(energy, split), capacity, split.active, rounds)
     # Once more among the routed neurons, by the energy that the shared ones cannot predict
-    energy = unpredicted_energy(h, down, bin_of)
+    energy = unpredicted_energy(h, ffn.down_proj, bin_of)
     routed = bin_of > 0
     capacity[0] = 0  # the shared expert is full
     bin_of[routed] = alternate(energy, x, bin_of[routed], capacity, split.active, rounds)
-    return bin_of, ridge_router(energy, x, bin_of[routed], num_routed)
+    return bin_of, ridge_router(energy, x, bin_of[routed], split.routed)
 
 @torch.no_grad()
 @fast_products()
@@ -516,10 +481,9 @@ def joint_layer(ffn: FFN, x: Tensor, split: Split, rounds: int = 8, refit: bool 
 
 # ---------------------------------------------------------------------- 6. Which layers to convert
 #
-# Layers differ by a factor of ten in what their conversion costs. Let g_t be the gradient of the
-# log-likelihood with respect to the output of an FFN for token t, and e_t the error that the
-# conversion makes there. To second order, without interactions between tokens, the divergence from
-# the dense model is
+# Layers differ tenfold in what their conversion costs. Let e_t be the error of the output of an FFN
+# for token t, and g_t the gradient of the log-likelihood with respect to that output. To second
+# order, without interactions between tokens, the divergence from the dense model is
 #
 #     KL(p || p') ~= 1/2 mean_t E[(g_t . e_t)^2],
 #
@@ -551,7 +515,11 @@ def conversion_losses(model: Decoder, windows: Tensor) -> Tensor:
             last = model.norm(x)[0]
         gradients = torch.autograd.grad(last, outputs, label_gradient(model, last, generator))
         for i, (h, g) in enumerate(zip(hiddens, gradients)):
-            losses[i] += squared_change(h.detach(), model.layers[i].mlp.down_proj, g) / 2
+            down = model.layers[i].mlp.down_proj
+            energy = contribution_energy(h, down).sum(dim=0)
+            least = energy.argsort()[: len(energy) // 2]  # the neurons that are left out
+            change = ((g.float() @ down[:, least].float()) * h[:, least]).sum(dim=1)  # g_t . e_t
+            losses[i] += change.square().sum(dtype=torch.float64).item() / 2
     return losses / windows.numel()
 
 def label_gradient(model: Decoder, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -563,14 +531,6 @@ def label_gradient(model: Decoder, x: Tensor, generator: torch.Generator) -> Ten
         label = torch.multinomial(p, 1, generator=generator)[:, 0]
         gradients.append(model.head[label] - p.to(x) @ model.head)
     return torch.cat(gradients)
-
-def squared_change(h: Tensor, down: Tensor, g: Tensor) -> float:
-    """sum_t (g_t . e_t)^2, e_t what the half of the neurons with least energy adds: h [T, q],
-    down [D, q], g [T, D]."""
-    energy = contribution_energy(h, down).sum(dim=0)
-    least = energy.argsort()[: len(energy) // 2]
-    change = ((g.float() @ down[:, least].float()) * h[:, least]).sum(dim=1)  # [T]
-    return change.square().sum(dtype=torch.float64).item()
 
 def choose_dense(model: Decoder, calib_ids: Tensor, split: Split, active: float) -> frozenset[int]:
     """The layers that stay dense: those whose conversion costs most, as many as possible while at
@@ -606,24 +566,16 @@ def format_layers(layers: Iterable[int]) -> str:
 
 # ------------------------------------------------------------------------------ 7. The whole model
 
-class Method(NamedTuple):
-    """A way to convert a layer, and defaults."""
-
-    convert_layer: Callable
-    experts: str
-    calib_tokens: int
-
+Method = namedtuple("Method", "convert_layer experts calib_tokens")  # the last two: defaults
 METHODS = {
     "joint": Method(joint_layer, "S2A2E8", 16 * 2048),
     "paper": Method(paper_layer, "S3A3E8", 8 * 2048),
 }
 
 def convert_ffn(ffn: FFN | MoE, x: Tensor, convert_layer: Callable) -> MoE:
-    """A dense FFN becomes an MoE. In an MoE, the same happens to each expert (hierarchical
-    sparsity, section 4.4 of the paper), on the tokens x [T, D] that its router sends there.
-
-    An expert that gets fewer tokens than it has neurons is converted on all tokens instead.
-    """
+    """A dense FFN becomes an MoE. In an MoE, each expert does (hierarchical sparsity, section 4.4
+    of the paper), on those of the tokens x [T, D] that its router sends there; on all of x, if they
+    are fewer than the expert has neurons."""
     if isinstance(ffn, FFN):
         return convert_layer(ffn, x)
     chosen, _ = ffn.route(x)
@@ -638,14 +590,12 @@ def convert_ffn(ffn: FFN | MoE, x: Tensor, convert_layer: Callable) -> MoE:
     moe.experts = nn.ModuleList(experts)
     if ffn.spec.shared_size:
         moe.shared_expert = convert_layer(ffn.shared_expert, x)
-    for name, weight in ffn.named_parameters(recurse=False):
-        if "router" in name or name == "shared_expert_gate":
-            setattr(moe, name, weight)
+    for name in dict(moe.named_parameters(recurse=False)):  # of the router, and the shared gate
+        setattr(moe, name, ffn.get_parameter(name))
     return moe
 
-def check_conversion(
-    model: Decoder, experts: Split | str | None, method: str, dense, active, k_act: int
-) -> tuple[Split, frozenset[int] | None]:
+def check_conversion(model: Decoder, experts: Split | str | None, method: str, dense, active,
+                     k_act: int) -> tuple[Split, frozenset[int] | None]:  # fmt: skip
     """The split, and the layers that stay dense (None: still to be chosen). InputError if `convert`
     cannot do it."""
     require(method in METHODS, f"unknown method {method!r}; there are {', '.join(METHODS)}")
@@ -673,18 +623,12 @@ def check_conversion(
     return split, dense
 
 @torch.no_grad()
-def replace_ffns(
-    model: Decoder,
-    calib_ids: Tensor,
-    replacement: Callable,
-    dense: Iterable[int] = (),
-    progress: Callable = iter,
-):
-    """Replace the FFNs of a model in place, layer by layer.
+def replace_ffns(model: Decoder, calib_ids: Tensor, replacement: Callable,
+                 dense: Iterable[int] = (), progress: Callable = iter):  # fmt: skip
+    """Replace the FFNs of a model in place, layer by layer, but for the layers in `dense`.
 
-    calib_ids [B, T] are passed through the model. replacement(i, ffn, x [B * T, D]) returns the
-    replacement of the FFN of layer i, given its inputs. The layers above see its output (the
-    paper's sequential conversion). Layers in `dense` stay as they are.
+    replacement(i, ffn, x [B * T, D]) returns what replaces the FFN of layer i, given its inputs for
+    calib_ids [B, T]. The layers above see its output (the paper's sequential conversion).
     """
     x = model.embed_tokens(calib_ids)  # [B, T, D], what flows into the next layer
     dtype = calibration_dtype(x)
@@ -704,28 +648,18 @@ def replace_ffns(
         for sequence, normed in zip(x.split(1), ffn_input.split(1)):
             sequence += ffn(normed.to(dtype))
 
-@torch.no_grad()
-def convert(
-    model: Decoder,
-    calib_ids: Tensor | list[int],
-    experts: Split | str | None = None,
-    method: str = "joint",
-    dense: Iterable[int] | str = "auto",
-    active: float | None = None,
-    k_act: int = 10,
-    window: int = 2048,
-    progress: Callable = iter,
-) -> Decoder:
+def convert(model: Decoder, calib_ids: Tensor | list[int], experts: Split | str | None = None,
+            method: str = "joint", dense: Iterable[int] | str = "auto", active: float | None = None,
+            k_act: int = 10, window: int = 2048, progress: Callable = iter) -> Decoder:  # fmt: skip
     """Convert the FFNs of a model, or the experts of an MoE, in place, and return the model.
 
-    calib_ids   token ids, [B, T], or [T] to be cut into windows
+    calib_ids   token ids, [B, T], or [T], which are cut into windows of length `window`
     experts     the split, such as "S2A2E8"; None: the method's default
     dense       layers that stay dense: numbers, or text like "0-7,24-29" or "none"; "auto": those
                 whose conversion costs most (joint), none (paper), the layers that are (in an MoE)
     active      the share of all FFN neurons that runs for a token, for "auto" (joint); None:
                 ACTIVE, or more if the split runs more
     k_act       the k of ATopK (paper)
-    window      the length of the windows that calib_ids [T] is cut into
     progress    wraps the layers, as tqdm does
 
     Raises InputError; for bad arguments, before anything is changed.
@@ -737,14 +671,10 @@ def convert(
     require(calib_ids.numel(), "there are no calibration tokens")
     if dense is None:
         dense = choose_dense(model, calib_ids, split, active or ACTIVE)
-    convert_layer = partial(METHODS[method].convert_layer, split=split)
-    if method == "paper":
-        convert_layer = partial(convert_layer, k_act=k_act)
-
-    def replacement(i, ffn, x):
-        return convert_ffn(ffn, x, convert_layer)
-
-    replace_ffns(model, calib_ids, replacement, dense, progress)
+    settings = {"split": split, "k_act": k_act} if method == "paper" else {"split": split}
+    convert_layer = partial(METHODS[method].convert_layer, **settings)
+    replace_ffns(model, calib_ids, lambda i, ffn, x: convert_ffn(ffn, x, convert_layer),
+                 dense, progress)  # fmt: skip
     model.config.ffns = [spec_of(layer.mlp) for layer in model.layers]
     return model
 
@@ -753,47 +683,35 @@ def convert(
 @torch.no_grad()
 def chosen_experts(model: Decoder, windows: Tensor, layer: int) -> Tensor:
     """The routed experts that run in a layer for each token: windows [B, T] -> [B * T, A]."""
-    chosen = []
-
-    def remember(moe: MoE, inputs: tuple):
-        chosen.append(moe.route(inputs[0].flatten(0, -2))[0])
-
-    hook = model.layers[layer].mlp.register_forward_pre_hook(remember)
-    try:
+    moe, inputs = model.layers[layer].mlp, []  # of each window, [1, T, D]
+    with moe.register_forward_pre_hook(lambda _, args: inputs.append(args[0])):
         for window in windows:
             model.hidden_states(window[None])
-    finally:
-        hook.remove()
-    return torch.cat(chosen)
+    chosen, _ = moe.route(torch.cat(inputs).flatten(0, 1))
+    return chosen
 
-def favourite_words(
-    words: list[str], chosen: Tensor, num_routed: int, n: int = 8
-) -> list[list[str]]:
+def favourite_words(words: list[str], chosen: Tensor, num_routed: int, n=8) -> list[list[str]]:
     """At most n words that choose each expert most clearly: words [T], chosen [T, A].
 
     p_e is the share of all tokens that choose expert e. A word that occurs c times and chooses it
     c_e times has the score z = (c_e - c p_e) / sqrt(c p_e (1 - p_e)), which has to be above 1.
     Words without letters do not count.
     """
-    names, index = np.unique(words, return_inverse=True)
-    names, index = names.tolist(), torch.from_numpy(index)  # [words], [T]
-    ran = F.one_hot(chosen.cpu(), num_routed).sum(dim=1).double()  # [T, R]
-    count = torch.bincount(index).double()[:, None]  # [words, 1]
-    count_together = torch.zeros(len(names), num_routed, dtype=torch.float64)
-    count_together.index_add_(0, index, ran)  # [words, R]
-    p = ran.mean(dim=0).clamp(1e-6, 1 - 1e-6)
-    z = (count_together - count * p) / (count * p * (1 - p)).sqrt()
-    has_letters = torch.tensor([any(map(str.isalpha, name)) for name in names])
-    z[~has_letters] = -torch.inf
-    best = z.T.topk(min(n, len(names)), dim=1)  # [R, n]
+    count = Counter(word for word in words if any(map(str.isalpha, word)))
     favourites = []
-    for scores, indices in zip(best.values.tolist(), best.indices.tolist()):
-        favourites.append([names[i] for score, i in zip(scores, indices) if score > 1])
+    for e in range(num_routed):
+        ran = (chosen == e).any(dim=1).tolist()  # [T]
+        together = Counter(compress(words, ran))
+        p = min(max(1e-6, sum(ran) / len(ran)), 1 - 1e-6)
+        z = {}
+        for word, c in count.items():
+            z[word] = (together[word] - c * p) / math.sqrt(c * p * (1 - p))
+        best = sorted(z, key=z.get, reverse=True)[:n]
+        favourites.append([word for word in best if z[word] > 1])
     return favourites
 
-def words_of_experts(
-    model: Decoder, tokenizer: Tokenizer, windows: Tensor, layer: int
-) -> list[list[str]]:
+def words_of_experts(model: Decoder, tokenizer: Tokenizer, windows: Tensor,
+                     layer: int) -> list[list[str]]:  # fmt: skip
     """The words that each routed expert of a layer is for, in a text: windows [B, T]."""
     words = [token_text(tokenizer, i) for i in windows.flatten().tolist()]
     num_routed = model.layers[layer].mlp.spec.num_experts
@@ -802,9 +720,8 @@ def words_of_experts(
 def token_text(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.decode([token], skip_special_tokens=False).strip()
 
-def explain(
-    model: Decoder, tokenizer: Tokenizer, ids: Tensor, windows: Tensor, layer: int
-) -> str:
+def explain(model: Decoder, tokenizer: Tokenizer, ids: Tensor, windows: Tensor,
+            layer: int) -> str:  # fmt: skip
     """A table of the tokens ids [T] and the routed experts that run for each in a layer, then the
     words of windows [B, T] that each expert is for."""
     words, spec = words_of_experts(model, tokenizer, windows, layer), model.layers[layer].mlp.spec
@@ -812,9 +729,7 @@ def explain(
     for token, experts in zip(ids.tolist(), chosen_experts(model, ids[None], layer).tolist()):
         marks = "".join("#" if e in experts else "." for e in range(len(words)))
         lines.append(f"{token_text(tokenizer, token) or '_':>16.16}  {marks}")
-    lines.append("")
-    for e, favourites in enumerate(words):
-        lines.append(f"expert {e:>2} is for  {', '.join(favourites)}")
+    lines += ["", *(f"expert {e:>2} is for  {', '.join(one)}" for e, one in enumerate(words))]
     return "\n".join(lines)
 
 # --------------------------------------------------------------------------------- 9. Command line
@@ -844,11 +759,10 @@ def time_in_turns(functions: dict[str, Callable], turns: int, device: str) -> di
 @torch.no_grad()
 def time_model(model: Decoder, versions: dict[str, list[nn.Module]], ids: Tensor, steps: int,
                turns: int, compiled: bool = False) -> dict[str, np.ndarray]:  # fmt: skip
-    """Milliseconds of each turn, for each version of all FFNs.
+    """Milliseconds of each turn, for each version of all FFNs; `compiled`: by torch.compile too.
 
     steps = 0     of a prefill: one pass over ids [B, T], to the logits of the last token
     steps > 0     of one token: the mean over the last `steps` of ids, one at a time with a KV cache
-    compiled      by torch.compile too
     """
     ffns_now, cache, start = model.ffns, None, ids.shape[1] - steps
 
@@ -869,17 +783,12 @@ def time_model(model: Decoder, versions: dict[str, list[nn.Module]], ids: Tensor
     model.ffns, model.compiled = ffns_now, False
     return {name: ms / max(1, steps) for name, ms in times.items()}
 
-DECODED = 16  # tokens that are timed one at a time
-
 @torch.no_grad()
-def perplexity_and_times(
-    model: Decoder, versions: dict[str, list[nn.Module]], windows: Tensor
-) -> dict[str, dict[str, float]]:
+def perplexity_and_times(model: Decoder, versions: dict[str, list[nn.Module]],
+                         windows: Tensor) -> dict[str, dict[str, float]]:  # fmt: skip
     """For each version of all FFNs: the perplexity of windows [N, T], and the median milliseconds
-    of a prefill of one of them (to the logits of its last token), and of decoding one token.
-
-    The versions take turns at each window, so that what slows the machine slows all of them.
-    """
+    of a prefill of one of them (to the logits of its last token), and of decoding one token (of
+    the last 16). The versions take turns at each window, as in `time_in_turns`."""
     passes = windows if len(windows) > 1 else windows.repeat(2, 1)  # the first time is not counted
     ffns_now = model.ffns
     losses = {name: [] for name in versions}  # per token, of each window
@@ -892,7 +801,7 @@ def perplexity_and_times(
             times[name].append(1e3 * (time.perf_counter() - start))
             losses[name].append(window_loss(model, x, window) / (len(window) - 1))
     model.ffns = ffns_now
-    decode = time_model(model, versions, windows[:1], min(DECODED, windows.shape[1]), turns=3)
+    decode = time_model(model, versions, windows[:1], min(16, windows.shape[1]), turns=3)
     found = {}
     for name in versions:
         found[name] = {
@@ -919,7 +828,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    cuda = "cuda" if torch.cuda.is_available() else "cpu"
     text = "a file, 'wikitext2' (from the hub) or 'manual' (the Python manual's topics)"
     dense = "layers that stay dense, as 0-7,24-29, or none; auto: those that cost most (joint)"
     add("--model", metavar="SOURCE", help="checkpoint directory, .gguf file or hub id")
@@ -934,7 +842,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--eval-tokens", type=int, default=5 * 2048, metavar="N", help="first N tokens; 0: all")
     add("--window", type=int, default=2048, metavar="N", help="tokens per sequence")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of weights")
-    add("--device", default=cuda, help="where to run")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     add("--seed", type=int, default=0, help="picks the calibration windows")
     add("--prompt", default="The capital of France is", help="text to continue, before and after")
     add("--explain", metavar="TEXT", help="print which experts run for this text, and why, instead")
@@ -1002,10 +910,9 @@ def run(args: argparse.Namespace):
     if args.experts is not None or describe(model.config.ffns) == "dense":
         versions["dense"] = model.ffns
         calib = calibration_windows(model, tokenizer, args)
-        bar = partial(tqdm, desc="converting", unit="layer")
         start = time.perf_counter()
         convert(model, calib, args.experts, args.method, args.dense, args.active, args.k_act,
-                progress=bar)  # fmt: skip
+                progress=partial(tqdm, desc="converting", unit="layer"))  # fmt: skip
         result["conversion_seconds"] = time.perf_counter() - start
         result["experts"] = args.experts or METHODS[args.method].experts
         result["calib_tokens"] = calib.numel()
@@ -1026,8 +933,7 @@ def run(args: argparse.Namespace):
     for side, ffns in versions.items():
         model.ffns = ffns
         sides[side] |= describe_model(model, tokenizer, prompt)
-    seconds = result.get("conversion_seconds")
-    result["table"] = final_table(sides, windows.shape[1], seconds)
+    result["table"] = final_table(sides, windows.shape[1], result.get("conversion_seconds"))
     print("\n" + result["table"] + (f"\n\nwrote {args.out}" if args.out else ""))
     add_sides(result, sides)
     if args.json:
@@ -1060,9 +966,9 @@ def final_table(sides: dict[str, dict], length: int, seconds: float | None) -> s
 def add_sides(result: dict, sides: dict[str, dict]):
     """Add the numbers of the table to what --json writes: dense_perplexity, moe_prefill_ms, ..."""
     for side, values in sides.items():
-        for key, value in values.items():
-            number = isinstance(value, str) or math.isfinite(value)
-            result[f"{side}_{key}"] = value if number else None  # JSON has no infinity
+        result |= {f"{side}_{key}": value for key, value in values.items()}
+        if not math.isfinite(values["perplexity"]):
+            result[f"{side}_perplexity"] = None  # JSON has no infinity
     if "dense" in sides:
         for what in ("prefill", "decode"):
             result[f"{what}_speedup"] = result[f"dense_{what}_ms"] / result[f"moe_{what}_ms"]

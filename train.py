@@ -3,10 +3,9 @@
     python train.py                                  convert SmolLM2; the dense model teaches it
     python train.py --model DIR [--teacher DENSE]    fine-tune the checkpoint in DIR
 
-Fine-tuning mostly adapts to the text, and helps a dense model too. So this order works best
-(README): fine-tune the dense model, convert it, and let it teach the result. The paper's gate
-scales and its balance are off by default: they did not help on held-back text, and a Qwen2-MoE
-checkpoint has no place for them.
+Fine-tuning mostly adapts to the text, and helps a dense model too. So it is best to fine-tune the
+dense model, convert it, and let it teach the result (README). By default the paper's gate scales
+and balance are off: they did not help on held-back text, and no Qwen2-MoE checkpoint holds them.
 """
 
 import argparse
@@ -71,8 +70,8 @@ class LoRA(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight + (self.scale * self.b @ self.dropout(self.a)).to(weight.dtype)
 
-def prepare(model: Decoder, settings: SimpleNamespace) -> list[dict]:
-    """Freeze the model and add what is trained -> the parameter groups of the optimizer.
+def prepare(model: Decoder, settings: SimpleNamespace) -> tuple[list, list]:
+    """Freeze the model and add what is trained -> the parameters of LoRA, and gate scales.
 
     LoRA goes on the matrices of attention, FFNs and experts, and on request on those of routers.
     The scores of a router can have any size, so its scale is relative to the norm of W's rows.
@@ -94,7 +93,7 @@ def prepare(model: Decoder, settings: SimpleNamespace) -> list[dict]:
                 weight.data = weight.data.float()  # bfloat16 would lose small steps
                 if name == "router_scale" and settings.scale_rate:
                     scales.append(weight.requires_grad_())
-    return [{"params": loras, "lr": settings.rate}, {"params": scales, "lr": settings.scale_rate}]
+    return loras, scales
 
 def merge(model: Decoder):
     """Merge LoRA into the weights: W += scale B A."""
@@ -123,9 +122,8 @@ def balance(moes: list[MoE], step: float) -> float:
         x = vars(moe).pop("last_input", None)
         if x is None or len(x) == 0:  # an MoE inside an expert that no token selected
             continue
-        chosen, _ = moe.route(x)  # [T, A]
         p = moe.scores(x).float().softmax(dim=-1)  # [T, R]
-        tokens = chosen.flatten().bincount(minlength=p.shape[1]).float()  # [R]
+        tokens = moe.route(x)[0].flatten().bincount(minlength=p.shape[1]).float()  # [R]
         moe.router_bias -= step * p.std(correction=0) * (tokens - tokens.mean()).sign()
         imbalance.append((tokens.max() / tokens.mean()).item())
     return sum(imbalance) / max(1, len(imbalance))
@@ -133,9 +131,8 @@ def balance(moes: list[MoE], step: float) -> float:
 # ----------------------------------------------------------------------------------------- 3. Loss
 
 def loss_of(model: Decoder, ids: Tensor, teacher: Decoder | None, share: float) -> Tensor:
-    """(1 - share) times the loss on text, -log p(next token), plus share times the divergence from
-    the teacher, KL(p_teacher || p); averaged over the tokens of ids [B, T]. Without a teacher, the
-    loss on text."""
+    """(1 - share) (-log p(next token)) + share KL(p_teacher || p), the mean over the tokens of ids
+    [B, T]. Without a teacher, share counts as 0."""
 
     def log_probabilities(model: Decoder) -> Tensor:  # [B (T - 1), vocab_size]
         x = model.hidden_states(ids)[:, :-1].flatten(0, 1)
@@ -181,9 +178,9 @@ def finetune(model: Decoder, ids: Tensor, settings: SimpleNamespace, state_file:
     moes = [module for module in model.modules() if isinstance(module, MoE)]
     hooks = [moe.register_forward_pre_hook(keep_input) for moe in moes]
     try:
-        adam = torch.optim.Adam(prepare(model, settings), betas=(0.9, 0.95))
-        rates = [group["lr"] for group in adam.param_groups]
-        trained = [p for group in adam.param_groups for p in group["params"]]
+        loras, scales = prepare(model, settings)
+        trained, rates = loras + scales, (settings.rate, settings.scale_rate)
+        adam = torch.optim.Adam([{"params": loras}, {"params": scales}], betas=(0.9, 0.95))
         tensors = trained + [moe.router_bias for moe in moes]
         if resume:
             start, log = load_state(state_file, run, tensors, adam)
@@ -285,8 +282,7 @@ def check_args(args: argparse.Namespace, state_file: Path):
         check_writable(args.json)
     check_output(args.out, args.force)
     warn_if_same(args.text, args.eval)
-    if args.resume and not state_file.exists():
-        raise InputError(f"there is no {state_file} to resume from")
+    require(state_file.exists() or not args.resume, f"there is no {state_file} to resume from")
     if state_file.exists() and not args.resume and not args.force:
         raise InputError(f"{state_file} exists: --resume continues that run, --force starts over")
 
