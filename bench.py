@@ -672,9 +672,10 @@ def plot_quality(done: dict, file: Path):
     machine = next((r["origin"]["machine"] for r in done["rows"].values()), "")
     figure = Figure(figsize=(9.6, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
+    by_size = sorted(done["rows"].values(), key=lambda r: r["key"]["percent"])
     for name, (colour, style) in PLOTTED.items():
         shares, times = [], []  # the points of each panel
-        for r in done["rows"].values():
+        for r in by_size:
             if r["key"]["name"] == name:
                 value = perplexity_of(done, name, r["key"]["percent"])
                 shares.append((r["active_ffn"], value))
@@ -682,7 +683,7 @@ def plot_quality(done: dict, file: Path):
                     times.append((r["prefill_ms"] / r["dense_prefill_ms"], value))
         for ax, points in ((left, shares), (right, times)):
             if points:
-                ax.plot(*zip(*sorted(points)), style, color=colour, label=name)
+                ax.plot(*zip(*points), style, color=colour, label=name)
     dense = perplexity_of(done, "dense", 100)
     for ax in (left, right):
         if dense:
