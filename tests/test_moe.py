@@ -4,20 +4,19 @@ import json
 
 import pytest
 import torch
-from conftest import LLAMA, MOES, QWEN2_MOE, random_ids, random_model, write_checkpoint
-from safetensors import safe_open
 
+# isort: off
+from conftest import LLAMA, MOES, QWEN2_MOE, kind_of, random_ids, random_model, refused
+from conftest import write_checkpoint
+from safetensors.torch import load_file
 import ffn2moe
 from ffn2moe import convert
-from model import MoE, Split, active_parameters, load_model, save_model
+from model import MoE, MoESpec, Split, export, load_model, save_model, split_spec
 
-IDS = random_ids(8, 128, seed=3)
+IDS, FILE = random_ids(8, 128, seed=3), "model.safetensors"
 
 def converted_model(split="S2A2E8", raw=LLAMA, dtype=torch.float32, **settings):
     return convert(random_model(raw, dtype=dtype), IDS, split, dense=[0], **settings)
-
-def kind_of(path) -> str:
-    return json.loads((path / "config.json").read_text())["model_type"]
 
 # --- Two levels
 
@@ -55,18 +54,16 @@ def test_experts_are_converted_on_their_own_tokens_or_if_few_on_all(tokens, even
 @pytest.mark.parametrize("method", ["joint", "paper"])
 def test_our_own_model_is_split_again(method, tmp_path, tokenizer, capsys):
     model = converted_model("S2A4E8", dtype=torch.float64, method=method, k_act=5)
-    _, parameters = active_parameters(model)
     convert(model, IDS, "S1A1E4", method, k_act=2)  # the first layer, a dense one, stays so
     assert ffn2moe.describe(model.config.ffns) == "MoE of MoEs"
-    inner_routers = 2 * (1 + 6 * 4 / 6) * 3 * (32 * (2 if method == "paper" else 1) + 2)
-    ffns = 2 * 3 * 32 * 64 * 6 / 8
-    assert active_parameters(model)[1] == parameters - ffns / 2 + inner_routers
+    router = {"joint": "linear", "paper": "neurons"}[method]
+    spec = split_spec(MoESpec.of(64, Split(2, 4, 8), router), Split(1, 1, 4), router)
+    assert model.config.ffns == [64, spec, spec]
     save_model(model, tokenizer, tmp_path / "out")
     assert kind_of(tmp_path / "out") == "ffn2moe" and "note: " in capsys.readouterr().err
     loaded, _ = load_model(tmp_path / "out", torch.float64)
     assert loaded.config.ffns == model.config.ffns and torch.equal(loaded(IDS), model(IDS))
-    with pytest.raises(ValueError, match="cannot be split again"):
-        convert(model, IDS, "S1A1E2", method, dense=[0], k_act=1)
+    refused("cannot be split again", convert, model, IDS, "S1A1E2", method, dense=[0], k_act=1)
 
 # --- Checkpoints
 
@@ -76,27 +73,32 @@ def test_what_was_not_converted_is_saved_as_it_came(name, tmp_path, tokenizer):
     path = write_checkpoint(tmp_path / "in", random_model(raw), tokenizer, raw)
     model, _ = load_model(path)
     save_model(model, tokenizer, tmp_path / "out")
-    assert kind_of(tmp_path / "out") == raw["model_type"]
-    one, other = path / "model.safetensors", tmp_path / "out/model.safetensors"
-    with safe_open(one, "pt") as before, safe_open(other, "pt") as after:
-        names = set(before.keys())
-        assert names == set(after.keys())
-        assert all(torch.equal(before.get_tensor(n), after.get_tensor(n)) for n in names)
+    assert kind_of(tmp_path / "out") == raw["model_type"] and export(model)[0] == raw
+    before, after = (load_file(folder / FILE) for folder in (path, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
 
 def test_large_models_are_saved_in_shards(tmp_path, tokenizer, monkeypatch):
+    """Named as those of Hugging Face, and all of them are needed."""
     model, out = converted_model(), tmp_path / "out"
     save_model(model, tokenizer, out)
+    whole = load_file(out / FILE)
     monkeypatch.setattr("model.SHARD_BYTES", 60_000)
     save_model(model, tokenizer, out, force=True)
-    files = sorted(out.glob("model*"))
-    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
-    assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files) - 1:05}.safetensors"
-    for file in files[:-1]:
-        with safe_open(file, "pt") as shard:
-            names = list(shard.keys())
-            assert sum(shard.get_tensor(name).nbytes for name in names) <= 60_000
-            assert {index[name] for name in names} == {file.name}
-    assert torch.equal(load_model(out)[0](IDS), model(IDS))
+    *files, index = sorted(out.glob("model*"))
+    places = json.loads(index.read_text())["weight_map"]
+    assert len(files) > 2 and index.name == f"{FILE}.index.json"
+    for i, file in enumerate(files, start=1):
+        assert file.name == f"model-{i:05}-of-{len(files):05}.safetensors"
+        shard = load_file(file)
+        assert sum(t.nbytes for t in shard.values()) <= 60_000
+        assert all(places.pop(name) == file.name for name in shard)
+        assert all(torch.equal(t, whole.pop(name)) for name, t in shard.items())
+    assert not places and not whole and torch.equal(load_model(out)[0](IDS), model(IDS))
+    files[1].unlink()
+    refused(f"{files[1].name} is missing", load_model, out)
+    index.write_text("[]")
+    refused("weight_map", load_model, out)
     monkeypatch.undo()
     save_model(model, tokenizer, out, force=True)
-    assert [file.name for file in out.glob("model*")] == ["model.safetensors"]
+    assert [file.name for file in out.glob("model*")] == [FILE]
