@@ -262,6 +262,7 @@ JOINT_E16 = {75: "S6A4E16", 50: "S3A3E16", 25: "S2A1E16"}
 JOINT_E8 = {75: "S2A2E8", 50: "S1A2E8", 25: "S1A1E8"}
 SIZES = (75, 50, 25)  # percent, of most tables
 MAIN = ["paper", "static pruning, refit", "joint"]
+OTHERS = ["LLaMA-MoE", "MoEfication"]  # systems, before the training that they end with
 GROUPINGS = {"random": random_bins, "weights": weight_bins, "paper": paper_bins,
              "joint": joint_bins}  # fmt: skip
 ROUTERS = ("representative", "MLP", "ridge")
@@ -328,11 +329,11 @@ ABLATIONS = [
     Row("joint, one level as sparse", 60, joint_layer, "S9A9E32", "0-2"),
     Row("paper, K_a = 50", 50, partial(paper_layer, k_act=50), "S2A2E8", calib_windows=8),
     Row("paper, K_a = 200", 50, partial(paper_layer, k_act=200), "S2A2E8", calib_windows=8),
-    Row("joint, 0 rounds", 50, partial(joint_layer, rounds=0), "S7A7E32", "auto"),
-    Row("joint, 1 rounds", 50, partial(joint_layer, rounds=1), "S7A7E32", "auto"),
-    Row("joint, 8 calibration windows", 50, joint_layer, "S7A7E32", "auto", 8),
-    Row("joint, 32 calibration windows", 50, joint_layer, "S7A7E32", "auto", 32),
-    Row("joint, 64 calibration windows", 50, joint_layer, "S7A7E32", "auto", 64),
+    Row("joint, 0 rounds", 50, partial(joint_layer, rounds=0), JOINT[50], "auto"),
+    Row("joint, 1 rounds", 50, partial(joint_layer, rounds=1), JOINT[50], "auto"),
+    Row("joint, 8 calibration windows", 50, joint_layer, JOINT[50], "auto", 8),
+    Row("joint, 32 calibration windows", 50, joint_layer, JOINT[50], "auto", 32),
+    Row("joint, 64 calibration windows", 50, joint_layer, JOINT[50], "auto", 64),
 ]
 
 def quality_rows() -> list[Row]:
@@ -593,8 +594,8 @@ def sizes_table(names: Iterable[str], percents: Iterable, of: Callable) -> str:
 
 def main_table(done: dict) -> str:
     """The table of the README."""
-    names = ["LLaMA-MoE", "MoEfication", "paper", "static pruning, refit"]
-    names += ["static pruning, refit, same layers dense", "joint"]
+    paper, static, joint = MAIN
+    names = [*OTHERS, paper, static, f"{static}, same layers dense", joint]
     return sizes_table(names, SIZES, partial(cell, done))
 
 def details_table(done: dict) -> str:
@@ -640,7 +641,7 @@ def seeds_cell(done: dict, name: str, percent: float) -> str:
 def quality_tables(done: dict) -> str:
     (text, *others), tokens = done["settings"]["eval"], done["settings"]["eval_tokens"]
     much = f"first {tokens:,} tokens" if tokens else "all"
-    names = ["LLaMA-MoE", "MoEfication", *MAIN, *(row.name for row in control_rows(50))]
+    names = [*OTHERS, *MAIN, *(row.name for row in control_rows(50))]
     steps = {change: {"row": row, "perplexity": cell(done, row, 50)} for change, row in WATERFALL}
     parts = {
         f"Perplexity ({text}, {much})": sizes_table(names, SIZES, partial(cell, done)),
@@ -967,6 +968,9 @@ def speed_tables(done: dict) -> str:
 RECIPE = ("samples", "length", "rate", "distill", "dropout", "scale_rate", "bias_step")
 FACTORS = (2, 4, 8, 16)  # how far more training tokens get
 
+def longer_run(name: str, factor: int) -> str:
+    return f"{name}, {factor} x the samples"
+
 def blank_router_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
     """The joint method's experts under a router with random weights."""
     moe = joint_layer(ffn, x, split)
@@ -994,8 +998,8 @@ def finetune_rows(samples: int) -> list[Row]:
         UNIFIED,
     ]
     for factor, row in product(FACTORS, (DENSE, paper, joint)):
-        name = f"{row.name}, {factor} x the samples"
-        rows.append(replace(row, name=name, settings={"samples": factor * samples}))
+        longer = {"samples": factor * samples}
+        rows.append(replace(row, name=longer_run(row.name, factor), settings=longer))
     return rows
 
 def finetune(args: argparse.Namespace):
@@ -1077,7 +1081,7 @@ def plot_tokens(done: dict, file: Path):
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")
     ax = figure.subplots()
     for method, colour in (("dense", "black"), ("paper", "#b03a2e"), ("joint", "#1f6fb4")):
-        names = [method, *(f"{method}, {factor} x the samples" for factor in FACTORS)]
+        names = [method, *(longer_run(method, factor) for factor in FACTORS)]
         labels = [label(name, 100 if method == "dense" else 50) for name in names]
         rows = [done["rows"][one] for one in labels if one in done["rows"]]
         points = [(row["tokens"], row["after"]) for row in rows]

@@ -26,11 +26,12 @@ import math
 import re
 import sys
 import time
-from collections import Counter, namedtuple
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import compress, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -220,9 +221,11 @@ def analytical_router(ffn: FFN, representatives: Tensor) -> dict[str, Tensor]:
     L1 norm of an expert's hidden state stands for its contribution, and its most typical neuron
     for that norm. Rows of unit length make experts comparable; x is the same for all of them.
     """
-    rows = ffn.gate_proj[representatives], ffn.up_proj[representatives]  # each [R, D]
-    gate, up = (F.normalize(t.float(), dim=-1) for t in rows)
-    return {"router_gate": gate, "router_up": up}
+    gate, up = ffn.gate_proj[representatives], ffn.up_proj[representatives]  # [R, D]
+    return {
+        "router_gate": F.normalize(gate.float(), dim=-1).to(gate),
+        "router_up": F.normalize(up.float(), dim=-1).to(up),
+    }
 
 def members(bin_of: Tensor, num_routed: int) -> tuple[Tensor, Tensor]:
     """The neurons of the shared expert [S * m], and of each routed one [R, m], in order."""
@@ -241,14 +244,20 @@ def build_moe(ffn: FFN, bin_of: Tensor, router: dict[str, Tensor], split: Split)
     shared, routed = members(bin_of, split.routed)
     kind = "linear" if "router_weight" in router else "neurons"
     spec = MoESpec.of(down.shape[1], split, kind)
-    moe = MoE(gate.shape[1], spec).to(gate)
-    moe.gate_up_proj.copy_(torch.cat([gate[routed], up[routed]], dim=1))  # [R, 2m, D]
-    moe.down_proj.copy_(down[:, routed].transpose(0, 1) * spec.down_scale)  # [R, D, m]
-    for name, rows in router.items():
-        moe.get_parameter(name).copy_(rows)  # [R, D]
+    weights = {
+        "gate_up_proj": torch.cat([gate[routed], up[routed]], dim=1),  # [R, 2m, D]
+        "down_proj": down[:, routed].transpose(0, 1) * spec.down_scale,  # [R, D, m]
+        "router_scale": gate.new_zeros(split.routed),
+        "router_bias": gate.new_zeros(split.routed),
+        **router,
+    }
     if split.shared:
-        moe.shared_expert.gate_up_proj.copy_(torch.cat([gate[shared], up[shared]]))
-        moe.shared_expert.down_proj.copy_(down[:, shared])
+        weights["shared_expert.gate_up_proj"] = torch.cat([gate[shared], up[shared]])
+        weights["shared_expert.down_proj"] = down[:, shared]
+    with torch.device("meta"):  # allocates nothing: the slices become the parameters
+        moe = MoE(gate.shape[1], spec)
+    contiguous = {name: weight.contiguous() for name, weight in weights.items()}
+    moe.load_state_dict(contiguous, assign=True)
     moe.bin_of = bin_of
     return moe.requires_grad_(False)
 
@@ -419,6 +428,7 @@ def partition_and_router(ffn: FFN, x: Tensor, split: Split,
     m = split.slice_size(ffn.down_proj.shape[1])
     x = sample_rows(x, SAMPLE_TOKENS)
     h = hidden(ffn, x)
+    check_finite(h)
     energy = contribution_energy(h, ffn.down_proj)
     capacity = [split.shared * m] + [m] * split.routed
     bin_of = alternate(energy, x, first_bins(energy, split), capacity, split.active, rounds)
@@ -566,7 +576,13 @@ def format_layers(layers: Iterable[int]) -> str:
 
 # ------------------------------------------------------------------------------ 7. The whole model
 
-Method = namedtuple("Method", "convert_layer experts calib_tokens")  # the last two: defaults
+class Method(NamedTuple):
+    """A way to convert a layer, and defaults."""
+
+    convert_layer: Callable
+    experts: str
+    calib_tokens: int
+
 METHODS = {
     "joint": Method(joint_layer, "S2A2E8", 16 * 2048),
     "paper": Method(paper_layer, "S3A3E8", 8 * 2048),
@@ -683,12 +699,15 @@ def convert(model: Decoder, calib_ids: Tensor | list[int], experts: Split | str 
 @torch.no_grad()
 def chosen_experts(model: Decoder, windows: Tensor, layer: int) -> Tensor:
     """The routed experts that run in a layer for each token: windows [B, T] -> [B * T, A]."""
-    moe, inputs = model.layers[layer].mlp, []  # of each window, [1, T, D]
-    with moe.register_forward_pre_hook(lambda _, args: inputs.append(args[0])):
+    chosen = []
+
+    def remember(moe: MoE, inputs: tuple):
+        chosen.append(moe.route(inputs[0].flatten(0, -2))[0])
+
+    with model.layers[layer].mlp.register_forward_pre_hook(remember):
         for window in windows:
             model.hidden_states(window[None])
-    chosen, _ = moe.route(torch.cat(inputs).flatten(0, 1))
-    return chosen
+    return torch.cat(chosen)
 
 def favourite_words(words: list[str], chosen: Tensor, num_routed: int, n=8) -> list[list[str]]:
     """At most n words that choose each expert most clearly: words [T], chosen [T, A].

@@ -812,7 +812,7 @@ def check_tensors(config: Config, tensors: dict[str, Callable]):
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         head = tensors["lm_head.weight"]
         embedding = tensors.setdefault("embed_tokens.weight", head)
-        if torch.equal(head().float(), embedding().float()):
+        if embedding is head or torch.equal(head().float(), embedding().float()):
             del tensors["lm_head.weight"]
         else:  # as in transformers
             config.tie_word_embeddings = False
