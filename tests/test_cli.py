@@ -1,15 +1,17 @@
-"""The command line: the whole job on a tiny checkpoint; bad input ends in one sentence."""
+"""The command line: the whole job on a tiny checkpoint; every bad input ends in one sentence and
+exit code 2."""
 
 import json
 import subprocess
 import sys
 
 import pytest
-from conftest import TEXT, kind_of
+import torch
+from conftest import LLAMA, TEXT, kind_of
 from tokenizers import processors
 
 import ffn2moe
-from model import MoESpec, encode, generate, load_model, perplexity
+from model import MoESpec, generate, load_model, perplexity
 
 JOBS = [("joint", "S2A2E8", "auto"), ("paper", "S3A3E8", "none")]
 
@@ -20,21 +22,15 @@ def argv(checkpoint, text):
 
 @pytest.mark.parametrize("method, experts, dense_layers", JOBS)
 def test_the_main_job(method, experts, dense_layers, argv, checkpoint, tmp_path, capsys):
-    """The tokenizer puts a token before every text, as many do."""
     out, table = tmp_path / "out", tmp_path / "new/table.json"
     argv += ["--dense", dense_layers, "--k-act", "6", "--method", method]
     template = checkpoint / "chat_template.jinja"  # small files are carried along
     template.write_text("{{ messages }}")
-    tokenizer = ffn2moe.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    first = tokenizer.id_to_token(7)
-    tokenizer.post_processor = processors.TemplateProcessing(f"{first}:0 $A:0", None, [(first, 7)])
-    tokenizer.save(str(checkpoint / "tokenizer.json"))
     assert ffn2moe.main([*argv, "--out", str(out), "--json", str(table)]) == 0
     printed, result = capsys.readouterr(), json.loads(table.read_text())
     dense, tokenizer = load_model(checkpoint)
     loaded, _ = load_model(out)
-    ids = encode(tokenizer, TEXT)[:640]
-    assert ids[0] == 7 and dense.config.bos_id == loaded.config.bos_id == 7
+    ids = tokenizer.encode(TEXT).ids[:640]
     assert result["dense_perplexity"] == pytest.approx(perplexity(dense, ids, 128), rel=1e-6)
     assert result["moe_perplexity"] == pytest.approx(perplexity(loaded, ids, 128), rel=1e-6)
     assert result["moe_perplexity"] != result["dense_perplexity"]
@@ -49,7 +45,7 @@ def test_the_main_job(method, experts, dense_layers, argv, checkpoint, tmp_path,
     settings = {"experts": experts, "method": method, "window": 128}
     settings |= {"seed": 0, "calib_tokens": 512, "eval_tokens": 640, "dtype": "float32"}
     assert settings.items() <= result.items() and result["conversion_seconds"] > 0
-    prompt = encode(tokenizer, "The capital of France is")
+    prompt = tokenizer.encode("The capital of France is").ids
     continued = " ".join(tokenizer.decode(prompt + generate(loaded, prompt, 24)).split())
     for expected in (f"MoE {experts}", f"{result['moe_perplexity']:.2f}", continued):
         assert expected in printed.out
@@ -68,6 +64,24 @@ def test_the_main_job(method, experts, dense_layers, argv, checkpoint, tmp_path,
     assert "MoE of MoEs" in capsys.readouterr().out
     third = json.loads(table.read_text())
     assert third["dense_perplexity"] == second["moe_perplexity"] != third["moe_perplexity"]
+
+def test_every_window_begins_with_the_token_that_begins_texts(argv, checkpoint, tmp_path):
+    tokenizer = ffn2moe.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    ids = tokenizer.encode(TEXT).ids
+    bos, eos = tokenizer.id_to_token(7), "<end>"
+    tokens = [(bos, 7), (eos, tokenizer.token_to_id(eos))]
+    template = f"{bos}:0 $A:0 {eos}:0"
+    tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=tokens)
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    assert ffn2moe.main([*argv, "--json", str(tmp_path / "t.json")]) == 0
+    model, _ = load_model(checkpoint)
+    losses = []
+    for start in range(0, 639 - 126, 127):  # 640 tokens, the first of which is the start
+        window = torch.tensor([[7, *ids[start : start + 127]]])
+        logits = model(window)[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, window[0, 1:]).item())
+    found = json.loads((tmp_path / "t.json").read_text())["dense_perplexity"]
+    assert found == pytest.approx(torch.tensor(losses).mean().exp().item(), rel=1e-5)
 
 def test_seed_picks_the_calibration_windows_and_all_text_is_evaluated(argv, tmp_path):
     found = []
@@ -93,7 +107,31 @@ def test_explain(argv, capsys):
     assert ffn2moe.main([*argv, "0"]) == 0  # which stays dense: the nearest MoE layer
     assert capsys.readouterr().out.startswith("Layer 1: 2 of 7")
 
-@pytest.mark.parametrize("arguments, message", [
+def change_config(**change):
+    def damage(path):
+        (path / "config.json").write_text(json.dumps(LLAMA | change))
+
+    return damage
+
+def cut_weights(path):
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+def add_token(path):
+    tokenizer = ffn2moe.Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_special_tokens(["The red"])  # id 300
+    tokenizer.save(str(path / "tokenizer.json"))
+
+DAMAGE = [
+    (cut_weights, "truncated"),
+    (lambda path: (path / "model.safetensors").unlink(), "no .safetensors file"),
+    (change_config(intermediate_size=65), "gate_proj.weight' is [64, 32]"),
+    (change_config(num_hidden_layers=4), "layer 3"),
+    (change_config(vocab_size=200), "embed_tokens.weight"),
+    (change_config(model_type="phi"), "'phi'"),
+    (add_token, "outside the model's vocabulary of 300"),
+]
+ARGUMENTS = [
     ("--experts S3A3E7", "not divisible by E = 7"),
     ("--experts S6A3E8", "S + A = 9 is more than E = 8"),
     ("--experts S0A3E8", "S >= 1"),
@@ -101,11 +139,13 @@ def test_explain(argv, capsys):
     ("--experts three", "S3A3E8"),
     ("--k-act 65 --method paper", "k_act = 65"),
     ("--k-act 0 --method paper", "k_act = 0"),
+    ("--dense 0-2", "some must be converted"),
     ("--dense 3", "the model has 3"),
     ("--dense 2-", "expected, for example"),
     ("--active 0", "--active must be more than 0"),
     ("--active 0.6 --dense 0", "--dense auto"),
     ("--active 0.4 --dense auto", "runs 50.0% of each FFN"),
+    ("--dense 7-0", "layers '7-0': expected"),
     ("--explain x --json y", "--json could write"),
     ("--calib {short}", "less than one window of 128"),
     ("--eval {short}", "less than one window of 128"),
@@ -121,16 +161,21 @@ def test_explain(argv, capsys):
     ("--json {short}/table.json", "cannot write"),
     ("--out {checkpoint}", "not empty; --force"),
     ("--out {checkpoint}/config.json", "not a directory"),
-    ("--model {folder}", "no config.json"),
+    ("--model {none}", "no such file"),
     ("--model {short}", "neither a checkpoint directory nor a .gguf file"),
     ("--device abacus", "device 'abacus' is not usable"),
-])  # fmt: skip
-def test_bad_input_ends_in_one_sentence(arguments, message, argv, checkpoint, tmp_path, capsys):
+]
+BAD = [(damage, "", message) for damage, message in DAMAGE]
+BAD += [(None, arguments, message) for arguments, message in ARGUMENTS]
+
+@pytest.mark.parametrize("damage, extra, message", BAD)
+def test_bad_input_ends_in_one_sentence(damage, extra, message, argv, checkpoint, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("hello")
     places = {"short": tmp_path / "short.txt", "none": tmp_path / "no.txt"}
-    places |= {"checkpoint": checkpoint, "folder": tmp_path}
+    if damage:
+        damage(checkpoint)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    extra = [word.format(**places) for word in arguments.split()]
+    extra = [word.format(**places, checkpoint=checkpoint) for word in extra.split()]
     assert ffn2moe.main([*argv, "--out", str(tmp_path / "out"), *extra]) == 2
     complaint = capsys.readouterr().err.splitlines()[-1]
     assert complaint.startswith("ffn2moe: ") and message in complaint

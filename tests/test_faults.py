@@ -106,7 +106,7 @@ def test_killed_at_every_step_of_a_save(replaces, old_and_new, checkpoint, tmp_p
             save_model(old, tokenizer, out)
     assert n > 10
 
-def test_a_disk_that_is_full_while_saving(old_and_new, checkpoint, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_while_saving(old_and_new, checkpoint, tmp_path):
     _, new, tokenizer = old_and_new
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     for size in (0, 100, 2000, (checkpoint / "model.safetensors").stat().st_size // 2):
@@ -114,12 +114,6 @@ def test_a_disk_that_is_full_while_saving(old_and_new, checkpoint, tmp_path, mon
             save = partial(save_model, new, tokenizer, out, force=True)
             assert drill(save, file_bytes=size) == 2
         assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(model_file, "save_file", full)
-    refused("could not write .*No space left", save_model, new, tokenizer, checkpoint, force=True)
     assert before == {path.name: path.read_bytes() for path in checkpoint.iterdir()}
 
 def test_killed_at_every_step_of_the_download(tmp_path, monkeypatch):
@@ -227,6 +221,7 @@ def test_a_hostile_config_is_refused_or_runs(name, checkpoint):
 
 @pytest.mark.parametrize("name, content, message", [
     ("--calib", b"", "0 tokens of text are less than one window"),
+    ("--eval", b"", "0 tokens of text are less than one window"),
     ("--calib", bytes(range(256)) * 20, "not UTF-8"),
     ("--eval", b"\xed\xa0\x80 lone surrogate " * 99, "not UTF-8"),
     ("--calib", b"\0" * 2000, None),

@@ -67,6 +67,10 @@ def test_active_parameters_are_counted_layer_by_layer():
     assert active_parameters(model)[0] == 3 * 32 * 64 + one + two
     assert active_parameters(dense) == (3 * 3 * 32 * 64, sum(p.numel() for p in dense.parameters()))
     assert active_parameters(model)[1] == active_parameters(dense)[1] - 6 * 32 * 64 + one + two
+    ours = LLAMA | native(64, replace(LINEAR, active=6), replace(NEURONS, active=6))
+    for raw in (ours, MOES["qwen2_moe"] | {"num_experts_per_tok": 6}):
+        all_run = random_model(raw)
+        assert active_parameters(all_run)[1] == sum(p.numel() for p in all_run.parameters())
 
 CASES = json.loads((Path(__file__).parent / "config_cases.json").read_text())
 
@@ -96,13 +100,15 @@ REFUSED_CONFIGS = {  # message -> changes
     "no 'hidden_size'": [{"hidden_size": None}],
     "no 'num_attention_heads'": [{"num_attention_heads": None}],
     "intermediate_size = '0'": [{"intermediate_size": 0}],
-    "vocab_size = '": [{"vocab_size": 10**18}, {"vocab_size": "300"}],
+    "vocab_size": [{"vocab_size": 10**18}],
+    "vocab_size = '300'": [{"vocab_size": "300"}],
     "rope_scaling": [{"rope_scaling": "long"}],
     "quantization_config": [{"quantization_config": {"bits": 4}}],
     "rms_norm_eps": [{"rms_norm_eps": 10**400}],
     "eos_token_id": [{"eos_token_id": [1, [2]]}],
     "num_key_value_heads": [{"num_key_value_heads": 3}],
-    "factor = '": [{"rope_scaling": {"type": "linear", "factor": bad}} for bad in (0, "4")],
+    "factor = '0.0'": [{"rope_scaling": {"type": "linear", "factor": 0}}],
+    "factor = '4'": [{"rope_scaling": {"type": "linear", "factor": "4"}}],
     "not usable": [{"rope_theta": 1e308}],
     "head_dim": [{"hidden_size": 10**8}],
     "no tensors for layer 3 of 10000": [{"num_hidden_layers": 10**4}],
@@ -403,6 +409,20 @@ def test_damaged_directories(checkpoint, damage, message):
     damage(checkpoint)
     refused(message, load_model, checkpoint)
 
+def test_saving_is_all_or_nothing(checkpoint, tmp_path, monkeypatch):
+    model, tokenizer = load_model(checkpoint)
+
+    def full_disk(*args, **kwargs):
+        Path(args[1]).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model_file, "save_file", full_disk)
+    for target in (tmp_path / "out", checkpoint):
+        refused("No space left", save_model, model, tokenizer, target, force=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]  # no out, no scratch
+    monkeypatch.undo()
+    assert torch.equal(load_model(checkpoint)[0](IDS), model(IDS))  # still whole
+
 def test_a_save_fills_an_empty_directory_and_replaces_a_checkpoint_by_force(checkpoint, tmp_path):
     """Here behind a link. Of the old checkpoint nothing stays, of other files all."""
     (model, tokenizer), real, link = load_model(checkpoint), tmp_path / "real", tmp_path / "link"
@@ -410,14 +430,16 @@ def test_a_save_fills_an_empty_directory_and_replaces_a_checkpoint_by_force(chec
     link.symlink_to(real)
     model.config.files = {name: b"{}" for name in SMALL_FILES}
     save_model(model, tokenizer, link)
+    files = {"config.json", WEIGHTS, "tokenizer.json"}
+    assert {p.name for p in real.iterdir()} == files | set(SMALL_FILES)
     assert torch.equal(load_model(link)[0](IDS), model(IDS))
     refused("not empty; --force", save_model, model, tokenizer, link)
     (real / "notes.txt").write_text("kept")
     other = random_model(LLAMA | native(LINEAR, LINEAR, LINEAR), seed=1)
     save_model(other, tokenizer, link, force=True)
     assert torch.equal(load_model(link)[0](IDS), other(IDS))
-    files = {"config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json", "notes.txt"}
-    assert {p.name for p in real.iterdir()} == files
+    kept = {"tokenizer_config.json", "notes.txt"}
+    assert {p.name for p in real.iterdir()} == files | kept
     assert {p.name for p in tmp_path.iterdir()} == {"tiny", "real", "link"}
 
 def test_a_forced_save_that_fails_midway_keeps_the_new_checkpoint(checkpoint):
@@ -429,6 +451,14 @@ def test_a_forced_save_that_fails_midway_keeps_the_new_checkpoint(checkpoint):
     refused("no config.json", load_model, checkpoint)
     (scratch,) = checkpoint.glob(".tiny.*")  # what is not in place yet
     assert "config.json" in {p.name for p in scratch.iterdir()}
+
+def test_scratch_of_a_killed_save_is_removed(checkpoint):
+    model, tokenizer = load_model(checkpoint)
+    (checkpoint / ".tiny.saving").mkdir()
+    (checkpoint / ".tiny.saving/model.safetensors").write_bytes(b"half")
+    save_model(model, tokenizer, checkpoint, force=True)
+    assert not (checkpoint / ".tiny.saving").exists()
+    assert torch.equal(load_model(checkpoint)[0](IDS), model(IDS))
 
 def test_loading_needs_little_more_than_the_weights(tmp_path, tokenizer):
     big = LLAMA | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
@@ -612,11 +642,12 @@ def test_gguf_cut_or_lying(gguf, tokenizer):
         gguf.write_bytes(whole[:length])
         refused("truncated|corrupt|not a GGUF", load_model, gguf)
     tracemalloc.start()
-    claims = list(product((8, 16, 24), (2**31, 2**62)))  # tensors, metadata, first string's length
-    claims.append((whole.index(key) + len(key) + 8, 2**50))  # length of the array of tokens
-    for at, claim in claims:
+    for at, claim in product((8, 16, 24), (2**31, 2**62)):  # tensors, metadata, a string's length
         gguf.write_bytes(whole[:at] + struct.pack("<Q", claim) + whole[at + 8 :])
         refused("truncated|corrupt", load_model, gguf)
+    at = whole.index(key) + len(key) + 8  # the length of that array
+    gguf.write_bytes(whole[:at] + struct.pack("<Q", 2**50) + whole[at + 8 :])
+    refused("truncated", load_model, gguf)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 5 * len(whole)  # nothing is allocated on the word of the file
