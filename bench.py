@@ -403,6 +403,7 @@ def describe_origin(rows: Iterable[dict]) -> str:
 def read_results(file: Path, settings: dict) -> dict:
     """The rows that an earlier run with the same settings left in the file, or none yet."""
     done = read_json(file) if file.exists() else {"settings": settings, "rows": {}}
+    require({"settings", "rows"} <= done.keys(), f"{file} holds no rows of results")
     for name, value in settings.items():
         there = done["settings"].get(name)
         other = f"{file} was made with {name} = {there}, and not {value}"
@@ -566,8 +567,9 @@ def measure_rows(args: argparse.Namespace, rows: list[Row], done: dict):
                 times = ffn2moe.time_model(model, versions, ids, steps, args.turns)
                 result |= {f"{side}{what}_ms": float(np.median(ms)) for side, ms in times.items()}
         result["texts"] = {}
+        had_whole = perplexity_of(done, row.name, row.percent, key="perplexity_whole") is not None
         for text in texts if row.quoted else texts[:1]:
-            whole = args.whole and row.quoted and text is texts[0]
+            whole = text is texts[0] and (had_whole or (args.whole and row.quoted))
             result["texts"][text.name] = evaluate(model, text, whole, title)
         add_row(args, done, row.label, row.key(), result)
         print(f"{title}: {result['texts'][texts[0].name]['perplexity']:.2f}", flush=True)
@@ -1029,12 +1031,12 @@ def finetune(args: argparse.Namespace):
         """The dense model after a fine-tune on so many samples, which is the teacher of the MoEs
         that learn from as many."""
         model = copy.deepcopy(dense)
-        return model, tune(model, train.settings(**recipe | {"samples": samples}), None)
+        return model, tune(model, train.make_settings(**recipe | {"samples": samples}), None)
 
     for row in rows:
         if is_done(done, row.label, row.key(), args):
             continue
-        settings, teacher = train.settings(**recipe | row.settings), None
+        settings, teacher = train.make_settings(**recipe | row.settings), None
         if not row.layer:
             model, result = tuned_dense(settings.samples)
         else:
@@ -1169,7 +1171,7 @@ def balanced_load(moe: MoE, x: Tensor) -> tuple[Tensor, Tensor]:
             moe.last_input = x
             train.balance([moe], 0.02)
         chosen, _ = moe.route(x)
-        loads.append(chosen.flatten().bincount(minlength=len(bias)) / len(x))
+        loads.append(chosen.flatten().bincount(minlength=len(bias)).cpu() / len(x))
     moe.router_bias.copy_(bias)
     return tuple(loads)
 
@@ -1249,6 +1251,7 @@ def default(args: argparse.Namespace):
 
 def everything(args: argparse.Namespace):
     """All measurements of the README, in order. Rows that are done are not measured again."""
+    require(not args.only, "--only is for one command")
     for name in [name for name in COMMANDS if name != "all"]:
         print(f"--- {name}", flush=True)
         COMMANDS[name](argparse.Namespace(**vars(args) | {"json": RESULTS / f"{name}.json"}))
@@ -1290,6 +1293,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.json = args.json or RESULTS / f"{args.command}.json"
     return args
 
+def check_args(args: argparse.Namespace):
+    least = min(args.turns, *args.tokens, *args.batch)
+    require(least > 0, "--turns, --tokens and --batch must be at least 1")
+    for shape in args.shape:
+        known = re.fullmatch(r"smollm2-135m|[1-9]\d*x[1-9]\d*", shape)
+        require(known, f"--shape {shape!r}: expected, for example, 576x1536 or smollm2-135m")
+
 COMMANDS = {one.__name__: one for one in (default, quality, speed, finetune, figures, readme)}
 COMMANDS["all"] = everything
 
@@ -1297,6 +1307,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
     def job():
+        check_args(args)
         origin(args.device)  # remembered now: the code may be changed while it runs
         COMMANDS[args.command](args)
 

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 # isort: off
-from kernels import setting, swiglu
+from kernels import swiglu, temporarily
 from model import DEFAULT_MODEL, FFN, Decoder, InputError, MoE, MoESpec, Split, active_parameters
 from model import as_ids, check_output, check_writable, cut_windows, encode, generate
 from model import has_bfloat16_units, load_model, read_ids, require, run_command, save_model
@@ -93,7 +93,7 @@ def split_shared(rates: Tensor, num_shared_neurons: int) -> tuple[Tensor, Tensor
 
 # ----------------------------------------- 3. Routed experts: balanced k-means on the columns of M
 
-FAR = np.int64(2**60)  # no path, and twice as far: no room
+FAR = np.int64(2**60)  # the cost where there is no path; 2 * FAR excludes bins without room
 
 def balanced_assignment(cost: np.ndarray, capacity: Sequence[int]) -> np.ndarray:
     """Put n items into k bins at the least total cost, exactly capacity[b] of them into bin b.
@@ -125,27 +125,27 @@ def balanced_assignment(cost: np.ndarray, capacity: Sequence[int]) -> np.ndarray
     bin_of = cost.argmin(axis=1)
     load = np.bincount(bin_of, minlength=k)
     move, mover = np.full((k, k), FAR), np.zeros((k, k), dtype=np.int64)  # the price, the item
-    changed = range(k)  # bins whose moves have to be found: at first, all
+    chain = range(k)  # only the bins of the last chain have new moves; at first, all have
     while (load > capacity).any():
-        for a in changed:
+        for a in chain:
             move[a] = FAR
             items = np.flatnonzero(bin_of == a)
             if len(items):
                 prices = cost[items] - cost[items, a, None]  # [items, k]
                 move[a], mover[a] = prices.min(axis=0), items[prices.argmin(axis=0)]
-        changed = cheapest_chain(move, load, capacity)
-        for giver, taker in pairwise(changed):
+        chain = cheapest_chain(move, load, capacity)
+        for giver, taker in pairwise(chain):
             bin_of[mover[giver, taker]] = taker
-        load[changed[0]] -= 1
-        load[changed[-1]] += 1
+        load[chain[0]] -= 1
+        load[chain[-1]] += 1
     return bin_of
 
 def add_prices(cost: np.ndarray, capacity: np.ndarray):
     """Add a price to each bin (a column of cost), in place: about capacity[b] items then prefer it.
 
-    Capacities are fixed, so a price adds the same to every assignment. `offers` is what each item
-    would pay to be in the bin rather than in its next best one. The price lies between the last
-    offer that gets room and the first one that does not.
+    Capacities are fixed, so a price adds the same to every assignment, and changes no optimum. An
+    item's offer is the highest price at which it still prefers the bin. The price lies between the
+    last offer that gets room and the first one that does not.
     """
     for _ in range(5):  # a price moves items from and to the other bins
         for b, room in enumerate(capacity):
@@ -204,7 +204,7 @@ def representative_neurons(markers: Tensor, expert: Tensor, num_routed: int) -> 
     return distance.masked_fill(outside, torch.inf).argmin(dim=0)
 
 def partition_neurons(markers: Tensor, split: Split) -> tuple[Tensor, Tensor]:
-    """Steps 2 and 3 for one layer: markers [T, q] -> bin_of [q], and the representatives [R]."""
+    """Steps 2 to 4 for one layer: markers [T, q] -> bin_of [q], and the representatives [R]."""
     num_shared = split.shared * split.slice_size(markers.shape[1])
     _, rest = split_shared(activation_rates(markers), num_shared)
     expert = group_routed(markers[:, rest], split.routed)
@@ -263,18 +263,19 @@ def build_moe(ffn: FFN, bin_of: Tensor, router: dict[str, Tensor], split: Split)
 
 def paper_layer(ffn: FFN, x: Tensor, split: Split, k_act: int = 10) -> MoE:
     """The paper's method on one FFN and its inputs x [T, D]."""
-    bin_of, representatives = partition_neurons(neuron_markers(ffn, x, k_act), split)
+    markers = neuron_markers(ffn, x, k_act)
+    bin_of, representatives = partition_neurons(markers, split)
     return build_moe(ffn, bin_of, analytical_router(ffn, representatives), split)
 
 # ------------------- 5. Joint method: router and partition found together, and W_down fitted again
 #
-# The paper groups neurons by when they fire. What counts is how much the output misses the neurons
-# that do not run, and whether a router can tell beforehand. Neuron i adds h_i(x_t) W_down[:, i] to
-# the output. The square of its length is its
+# The paper groups neurons by when they fire. What counts is how much of the output is lost with the
+# neurons that do not run, and whether a router can predict it. Neuron i adds h_i(x_t) W_down[:, i]
+# to the output. The square of its length is its
 #
 #     energy    c[t, i]^2 = |h_i(x_t)|^2 |W_down[:, i]|^2.
 #
-# Energies add up as if the outputs of neurons were at right angles; the refit corrects some of it.
+# A sum of energies treats the outputs of neurons as orthogonal; the refit corrects some of it.
 
 def hidden(ffn: FFN, x: Tensor) -> Tensor:
     """h(x) = silu(W_gate x) * (W_up x): x [T, D] -> float32 [T, q]."""
@@ -292,7 +293,7 @@ def sample_rows(rows: Tensor, n: int, seed: int = 0) -> Tensor:
 def fast_products():
     """float32 products with factors rounded to bfloat16, where a CPU has units for that: accurate
     enough for sums over thousands of tokens, but not for perplexities and the paper's scores."""
-    return setting(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
+    return temporarily(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
 
 def calibration_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which layers run during calibration: that of their inputs x, or bfloat16 where a
@@ -344,9 +345,9 @@ def ridge_router(energy: Tensor, x: Tensor, bin_of: Tensor, num_routed: int) -> 
     """The router of a partition: ridge regression from the token to the root of each expert's
     energy. energy [T, n], x [T, D], bin_of [n] -> the tensors that `build_moe` takes.
 
-    Standard MoE layers have no place for an intercept. What all experts have in common changes no
-    choice: scores have mean 0 over experts, which saves bfloat16 digits. The largest absolute score
-    of the sample is ROUTER_SCALE, so weights differ by a factor of e^(2 ROUTER_SCALE) at most.
+    Standard MoE routers have no bias, so this one has none. The mean over experts is subtracted,
+    which changes no choice and leaves more bfloat16 precision. The largest absolute score of the
+    sample is ROUTER_SCALE, so weights differ by a factor of e^(2 ROUTER_SCALE) at most.
     """
     inputs = x.float()
     solve = ridge_solver(inputs.T @ inputs, ROUTER_RIDGE)
@@ -376,8 +377,8 @@ def alternate(energy: Tensor, x: Tensor, bin_of: Tensor, capacity: Sequence[int]
         experts, given the router    the assignment that captures the most energy under its choices
 
     The shared expert is the bin that always runs: one assignment decides shared and routed at once.
-    The second step can only gain; the first has another aim and may lose. So a round that gains
-    less than LEAST_GAIN is the last, and the best assignment is kept.
+    The second step never lowers the captured energy; the first minimises another loss, so it may.
+    So a round that gains less than LEAST_GAIN is the last, and the best assignment is kept.
     energy [T, n], x [T, D], bin_of [n], capacity [1 + R] -> bin_of [n].
     """
     x, num_routed = x.float(), len(capacity) - 1
@@ -497,9 +498,9 @@ def joint_layer(ffn: FFN, x: Tensor, split: Split, rounds: int = 8, refit: bool 
 #
 #     KL(p || p') ~= 1/2 mean_t E[(g_t . e_t)^2],
 #
-# with labels sampled from the model's own predictions p (the Fisher information). For e_t we take
-# what the half of the neurons with the least energy adds to the output. That needs no conversion,
-# and one backward pass for all layers at once.
+# with labels sampled from the model's own predictions p (the Fisher information). As e_t we take
+# the output of the half of the neurons with the least energy. So nothing has to be converted, and
+# one backward pass serves all layers.
 
 @torch.no_grad()
 @fast_products()
@@ -523,6 +524,7 @@ def conversion_losses(model: Decoder, windows: Tensor) -> Tensor:
                 outputs.append(F.linear(hiddens[-1].to(dtype), ffn.down_proj))
                 x = x + outputs[-1]
             last = model.norm(x)[0]
+        check_finite(last)
         gradients = torch.autograd.grad(last, outputs, label_gradient(model, last, generator))
         for i, (h, g) in enumerate(zip(hiddens, gradients)):
             down = model.layers[i].mlp.down_proj
@@ -544,7 +546,11 @@ def label_gradient(model: Decoder, x: Tensor, generator: torch.Generator) -> Ten
 
 def choose_dense(model: Decoder, calib_ids: Tensor, split: Split, active: float) -> frozenset[int]:
     """The layers that stay dense: those whose conversion costs most, as many as possible while at
-    most the share `active` of all FFN neurons runs for a token. calib_ids [B, T]."""
+    most the share `active` of all FFN neurons runs for a token. calib_ids [B, T].
+
+    Of L layers, n sparse ones save n (1 - split.share) / L of the neurons, so that
+    n = L (1 - active) / (1 - split.share), rounded up.
+    """
     num_layers, saved = model.config.num_layers, 1 - split.share
     if saved == 0:
         return frozenset()
@@ -552,6 +558,7 @@ def choose_dense(model: Decoder, calib_ids: Tensor, split: Split, active: float)
     num_sparse = min(max(1, num_sparse), num_layers)
     length = min(512, calib_ids.shape[1])
     losses = conversion_losses(model, calib_ids[: FISHER_TOKENS // length, :length])
+    check_finite(losses, "predicted losses are not finite")
     return frozenset(losses.argsort(descending=True)[: num_layers - num_sparse].tolist())
 
 def parse_layers(text: str) -> frozenset[int]:
@@ -611,32 +618,31 @@ def convert_ffn(ffn: FFN | MoE, x: Tensor, convert_layer: Callable) -> MoE:
     return moe
 
 def check_conversion(model: Decoder, experts: Split | str | None, method: str, dense, active,
-                     k_act: int) -> tuple[Split, frozenset[int] | None]:  # fmt: skip
-    """The split, and the layers that stay dense (None: still to be chosen). InputError if `convert`
-    cannot do it."""
+                     k_act: int) -> tuple[Split, frozenset[int], bool]:  # fmt: skip
+    """The split, the layers that stay dense, and whether `choose_dense` is to choose them. Raises
+    InputError if `convert` cannot do it."""
     require(method in METHODS, f"unknown method {method!r}; there are {', '.join(METHODS)}")
     split, ffns = Split.parse(experts or METHODS[method].experts), model.config.ffns
-    if dense == "auto" and any(isinstance(ffn, MoESpec) for ffn in ffns):
-        dense = frozenset(i for i, ffn in enumerate(ffns) if isinstance(ffn, int))
-    elif dense == "auto":
-        dense = frozenset() if method == "paper" else None
-    else:
-        dense = parse_layers(dense) if isinstance(dense, str) else frozenset(dense)
-    if active is not None and dense is not None:
+    is_moe = any(isinstance(ffn, MoESpec) for ffn in ffns)
+    choose = dense == "auto" and method == "joint" and not is_moe
+    if dense == "auto":  # in an MoE, the layers that are dense stay so
+        dense = [i for i, ffn in enumerate(ffns) if is_moe and isinstance(ffn, int)]
+    kept = parse_layers(dense) if isinstance(dense, str) else frozenset(dense)
+    if active is not None and not choose:
         raise InputError("--active is for --method joint with --dense auto, on a dense model")
     if active is not None and active < split.share:
         raise InputError(f"{split} runs {split.share:.1%} of each FFN, more than --active {active}")
-    kept, layers = dense or frozenset(), frozenset(range(len(ffns)))
+    layers = frozenset(range(len(ffns)))
     sparse = layers - kept
     wrong = f"dense layers {format_layers(kept)}: the model has {len(ffns)}, some must be converted"
     require(sparse and kept <= layers, wrong)
     for i in sparse:
-        width, spec = ffns[i], split_spec(ffns[i], split, "linear")
+        width, spec = ffns[i], split_spec(ffns[i], split, "linear")  # refuses what does not divide
         if spec.inner:
             width = min(spec.expert_size, spec.shared_size or spec.expert_size)
         if method == "paper" and not 1 <= k_act <= width:
             raise InputError(f"k_act = {k_act} is not between 1 and the {width} neurons of an FFN")
-    return split, dense
+    return split, kept, choose
 
 @torch.no_grad()
 def replace_ffns(model: Decoder, calib_ids: Tensor, replacement: Callable,
@@ -678,20 +684,26 @@ def convert(model: Decoder, calib_ids: Tensor | list[int], experts: Split | str 
     k_act       the k of ATopK (paper)
     progress    wraps the layers, as tqdm does
 
-    Raises InputError; for bad arguments, before anything is changed.
+    Raises InputError. Whatever interrupts it, the model is then as it was.
     """
-    split, dense = check_conversion(model, experts, method, dense, active, k_act)
+    split, kept, choose = check_conversion(model, experts, method, dense, active, k_act)
+    require(not torch.is_inference_mode_enabled(), "convert needs gradients: not inference_mode")
     calib_ids = as_ids(model, calib_ids)
     if calib_ids.dim() == 1:
         calib_ids = cut_windows(model, calib_ids, window)
     require(calib_ids.numel(), "there are no calibration tokens")
-    if dense is None:
-        dense = choose_dense(model, calib_ids, split, active or ACTIVE)
+    if choose:
+        kept = choose_dense(model, calib_ids, split, active or ACTIVE)
     settings = {"split": split, "k_act": k_act} if method == "paper" else {"split": split}
     convert_layer = partial(METHODS[method].convert_layer, **settings)
-    replace_ffns(model, calib_ids, lambda i, ffn, x: convert_ffn(ffn, x, convert_layer),
-                 dense, progress)  # fmt: skip
-    model.config.ffns = [spec_of(layer.mlp) for layer in model.layers]
+    before = model.ffns
+    try:
+        replace_ffns(model, calib_ids, lambda i, ffn, x: convert_ffn(ffn, x, convert_layer),
+                     kept, progress)  # fmt: skip
+    except BaseException:
+        model.ffns = before
+        raise
+    model.config.ffns = [spec_of(ffn) for ffn in model.ffns]
     return model
 
 # ------------------------------------------------- 8. Explain: the words that each expert runs for
@@ -732,12 +744,12 @@ def favourite_words(words: list[str], chosen: Tensor, num_routed: int, n=8) -> l
 def words_of_experts(model: Decoder, tokenizer: Tokenizer, windows: Tensor,
                      layer: int) -> list[list[str]]:  # fmt: skip
     """The words that each routed expert of a layer is for, in a text: windows [B, T]."""
-    words = [token_text(tokenizer, i) for i in windows.flatten().tolist()]
+    words = [tokenizer.decode([i]).strip() for i in windows.flatten().tolist()]  # no special ones
     num_routed = model.layers[layer].mlp.spec.num_experts
     return favourite_words(words, chosen_experts(model, windows, layer), num_routed)
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    return tokenizer.decode([token], skip_special_tokens=False).strip()
+    return tokenizer.decode([token], skip_special_tokens=False).strip() or "_"
 
 def explain(model: Decoder, tokenizer: Tokenizer, ids: Tensor, windows: Tensor,
             layer: int) -> str:  # fmt: skip
@@ -747,7 +759,7 @@ def explain(model: Decoder, tokenizer: Tokenizer, ids: Tensor, windows: Tensor,
     lines = [f"Layer {layer}: {spec.active} of {len(words)} routed experts run for a token (#)", ""]
     for token, experts in zip(ids.tolist(), chosen_experts(model, ids[None], layer).tolist()):
         marks = "".join("#" if e in experts else "." for e in range(len(words)))
-        lines.append(f"{token_text(tokenizer, token) or '_':>16.16}  {marks}")
+        lines.append(f"{token_text(tokenizer, token):>16.16}  {marks}")
     lines += ["", *(f"expert {e:>2} is for  {', '.join(one)}" for e, one in enumerate(words))]
     return "\n".join(lines)
 
@@ -783,23 +795,26 @@ def time_model(model: Decoder, versions: dict[str, list[nn.Module]], ids: Tensor
     steps = 0     of a prefill: one pass over ids [B, T], to the logits of the last token
     steps > 0     of one token: the mean over the last `steps` of ids, one at a time with a KV cache
     """
-    ffns_now, cache, start = model.ffns, None, ids.shape[1] - steps
+    length = ids.shape[1]
+    cache = model.new_cache(*ids.shape) if steps else None
+    if steps:
+        model.hidden_states(ids, cache)
 
-    def run(ffns: list[nn.Module], compiled: bool):
-        model.ffns, model.compiled = ffns, compiled
-        if not steps:
-            model.logits(model.hidden_states(ids)[:, -1])
-        for t in range(start, ids.shape[1]):
+    def prefill():
+        model.logits(model.hidden_states(ids)[:, -1])
+
+    def decode():
+        for t in range(length - steps, length):
             model(ids[:, t : t + 1], cache, t)
 
-    if steps:
-        cache = model.new_cache(*ids.shape)
-        model.hidden_states(ids, cache)
+    def run(ffns: list[nn.Module], compiled: bool):
+        with temporarily(model, "ffns", ffns), temporarily(model, "compiled", compiled):
+            decode() if steps else prefill()
+
     functions = {name: partial(run, ffns, False) for name, ffns in versions.items()}
     if compiled:
         functions |= {f"{name}, compiled": partial(run, versions[name], True) for name in versions}
     times = time_in_turns(functions, turns, ids.device.type)
-    model.ffns, model.compiled = ffns_now, False
     return {name: ms / max(1, steps) for name, ms in times.items()}
 
 @torch.no_grad()
@@ -809,17 +824,16 @@ def perplexity_and_times(model: Decoder, versions: dict[str, list[nn.Module]],
     of a prefill of one of them (to the logits of its last token), and of decoding one token (of
     the last 16). The versions take turns at each window, as in `time_in_turns`."""
     passes = windows if len(windows) > 1 else windows.repeat(2, 1)  # the first time is not counted
-    ffns_now = model.ffns
     losses = {name: [] for name in versions}  # per token, of each window
     times = {name: [] for name in versions}
     for window in tqdm(passes, desc=f"perplexity, {' and '.join(versions)}", unit="window"):
         for name, ffns in versions.items():
-            model.ffns, start = ffns, time.perf_counter()
-            x = model.hidden_states(window[None])[0]
-            model.logits(x[-1:]).sum().item()  # waits until it is there
-            times[name].append(1e3 * (time.perf_counter() - start))
-            losses[name].append(window_loss(model, x, window) / (len(window) - 1))
-    model.ffns = ffns_now
+            with temporarily(model, "ffns", ffns):
+                start = time.perf_counter()
+                x = model.hidden_states(window[None])[0]
+                model.logits(x[-1:]).sum().item()  # waits until it is there
+                times[name].append(1e3 * (time.perf_counter() - start))
+                losses[name].append(window_loss(model, x, window) / (len(window) - 1))
     decode = time_model(model, versions, windows[:1], min(16, windows.shape[1]), turns=3)
     found = {}
     for name in versions:
@@ -853,11 +867,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--calib", metavar="TEXT", default="manual", help=f"calibration text: {text}")
     add("--eval", metavar="TEXT", default="manual", help=f"evaluation text: {text}")
     add("--method", choices=METHODS, default="joint", help="joint, or as in the paper")
-    add("--experts", metavar="SnAnEn", help="E slices per FFN, S of them shared, A more per token")
+    add("--experts", metavar="SnAnEn", help="E slices per FFN, S shared, A routed per token")
     add("--dense", default="auto", metavar="LAYERS", help=dense)
-    add("--active", type=float, metavar="SHARE", help="of FFN neurons that run, for --dense auto")
+    add("--active", type=float, metavar="SHARE", help="share of neurons that run, for --dense auto")
     add("--k-act", type=int, default=10, metavar="K", help="neurons that fire per token (paper)")
-    add("--calib-tokens", type=int, metavar="N", help="in random windows; by method if not given")
+    add("--calib-tokens", type=int, metavar="N", help="calibration tokens; by method if not given")
     add("--eval-tokens", type=int, default=5 * 2048, metavar="N", help="first N tokens; 0: all")
     add("--window", type=int, default=2048, metavar="N", help="tokens per sequence")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of weights")
@@ -865,7 +879,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="picks the calibration windows")
     add("--prompt", default="The capital of France is", help="text to continue, before and after")
     add("--explain", metavar="TEXT", help="print which experts run for this text, and why, instead")
-    add("--layer", type=int, metavar="N", help="that --explain looks at, or the nearest MoE layer")
+    add("--layer", type=int, metavar="N", help="layer for --explain, or the next MoE layer")
     add("--out", metavar="DIR", help="write the converted checkpoint; --model DIR loads it")
     add("--force", action="store_true", help="replace the checkpoint in an --out that is not empty")
     add("--json", metavar="FILE", help="write the final table and the settings")
@@ -898,6 +912,9 @@ def calibration_windows(model: Decoder, tokenizer: Tokenizer, args: argparse.Nam
         needed = max(needed, TOKENS_PER_NEURON * neurons)
     tokens = args.calib_tokens or max(METHODS[args.method].calib_tokens, needed + window)
     windows = sample_rows(windows, tokens // window, args.seed)
+    if len(windows) < tokens // window:
+        print(f"warning: {args.calib} has only {windows.numel()} of {tokens} calibration tokens",
+              file=sys.stderr)  # fmt: skip
     if windows.numel() < needed:
         found = f"{windows.numel()} calibration tokens, fewer than {TOKENS_PER_NEURON} per neuron"
         print(f"warning: {found}: the refit may fit the text, not the model", file=sys.stderr)

@@ -52,15 +52,16 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 @contextmanager
-def setting(module, name: str, value):
-    """Change a setting of the whole process for a while. Threads that do so take turns."""
+def temporarily(owner, name: str, value):
+    """Change an attribute for a while, such as a setting of the whole process. Threads that do so
+    take turns."""
     with SETTINGS_LOCK:
-        before = getattr(module, name)
-        setattr(module, name, value)
+        before = getattr(owner, name)
+        setattr(owner, name, value)
         try:
             yield
         finally:
-            setattr(module, name, before)
+            setattr(owner, name, before)
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """W x + b, as F.linear: x [..., D], weight [N, D] -> [..., N].
@@ -80,7 +81,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = torch.bmm(x.reshape(1, rows, D).expand(8, rows, D), slices)  # [8, rows, N / 8]
         y = y.transpose(0, 1).reshape(*x.shape[:-1], N)
     elif few and x.dtype == torch.bfloat16 and rows == 1 and not compiling:
-        with setting(torch.backends.mkldnn, "enabled", False):
+        with temporarily(torch.backends.mkldnn, "enabled", False):
             return F.linear(x, weight, bias)
     else:
         return F.linear(x, weight, bias)
@@ -94,7 +95,7 @@ def swiglu(both: Tensor) -> Tensor:
     if both.is_cuda and has_triton() and len(both):
         return compiled_swiglu()(both.reshape(-1, both.shape[-1])).view(gate.shape)
     if both.numel() < 2**18 and gate.shape[-1] * gate.element_size() % 128:
-        # PyTorch's loops take 128 bytes a step, and what is left of each row number by number.
+        # PyTorch's loops take 128 bytes a step, and the rest of each row one number at a time.
         # Small copies stay in the cache, and have one long row.
         gate, up = gate.contiguous(), up.contiguous()
     return F.silu(gate, inplace=True).mul_(up)  # fresh memory would cost more than the arithmetic
@@ -163,7 +164,7 @@ def add_experts(y, x, run: Callable, num_routed: int, chosen, weights):
         own, padded = slice(first, first + n), slice(first, first + n + -n % step)
         if n:
             out = run(e, x.index_select(0, tokens[padded]), weights[padded])
-            y = y.index_add_(0, tokens[own], out[:n])
+            y = y.index_add_(0, tokens[own], out[:n].to(y.dtype))  # autocast may mix dtypes
         first += n
     return y
 
@@ -183,11 +184,11 @@ def moe_of_modules(y, x, experts: Sequence[Callable], chosen, weights):
 
 # --------------------------------------------------------------------------------- 3. A few tokens
 #
-# All of their time is that of reading the weights of the experts that run, and of starting
-# operations: for one token some thirty, of a few microseconds each, which outweigh a small FFN.
-# Compiled, they are three or four, and experts' weights are read where they lie, once per choice,
-# from the cache if they were chosen before (`model.Decoder.compiled`). Without torch.compile, a few
-# tokens that choose nearly all experts between them do best to run all, as one batch of products.
+# Their time goes to reading the weights of the experts that run, and to starting operations: for
+# one token some thirty, of a few microseconds each, which outweigh a small FFN. Compiled, there are
+# three or four, and weights are read where they lie, once per choice (`model.Decoder.compiled`).
+# Without torch.compile, if the tokens choose nearly all experts between them, one batch of products
+# over all experts is the fastest.
 
 def moe_few_tokens(y, x, gate_up, down, chosen, weights):
     h = swiglu((gate_up[chosen] * widened(x)[:, None, None]).sum(-1))  # [T, A, m]
@@ -333,10 +334,11 @@ def moe_triton(y, x, gate_up, down, chosen, weights):
     depth = 32 if x.dtype == torch.float32 else 64  # of blocks along the summed dimension
     x, gate_up, down, weights = (t.contiguous() for t in (x, gate_up, down, weights))
     h, out = x.new_empty(T * A, m), x.new_empty(T * A, D)
-    grid = (num_tiles * triton.cdiv(m, 64),)
-    gate_up_kernel[grid](x, gate_up, h, *tiles, A=A, BLOCK_M=64, BLOCK_D=depth, **sizes)
-    grid = (num_tiles * triton.cdiv(D, 128),)
-    down_kernel[grid](h, down, weights, out, *tiles, BLOCK_M=depth, BLOCK_D=128, **sizes)
+    with torch.cuda.device_of(x):  # where Triton launches
+        grid = (num_tiles * triton.cdiv(m, 64),)
+        gate_up_kernel[grid](x, gate_up, h, *tiles, A=A, BLOCK_M=64, BLOCK_D=depth, **sizes)
+        grid = (num_tiles * triton.cdiv(D, 128),)
+        down_kernel[grid](h, down, weights, out, *tiles, BLOCK_M=depth, BLOCK_D=128, **sizes)
     return y.add_(out.view(T, A, D).sum(dim=1))
 
 # ----------------------------------------------------------------------------------- Which of them

@@ -253,7 +253,7 @@ ROPE_NUMBERS = {"default": (), "linear": ("factor",), "llama3": LLAMA3_NUMBERS}
 LARGEST = 2**28  # larger sizes would overflow before a tensor is looked at
 MOST_EXPERTS = MOST_LAYERS = 2**16
 
-def setting(raw: dict, key: str, kind: type, if_null=None):
+def config_value(raw: dict, key: str, kind: type, if_null=None):
     """raw[key], checked: of this type, and a number positive and not absurdly large."""
     value = if_null if raw.get(key) is None else raw[key]
     require(value is not None, f"the configuration has no {key!r}")
@@ -271,7 +271,7 @@ def parse_config(raw: dict) -> Config:
     require(isinstance(raw, dict), "config.json does not hold a JSON object")
     ffns = None
     if raw.get("model_type") == "ffn2moe":  # our own form: the first model's, and its FFNs now
-        ffns = setting(raw, "ffns", list)
+        ffns = config_value(raw, "ffns", list)
         raw = {key: value for key, value in raw.items() if key != "ffns"}
         raw["model_type"] = raw.pop("base_model_type", None)
     kind = str(raw.get("model_type"))
@@ -282,7 +282,7 @@ def parse_config(raw: dict) -> Config:
     for key, (only, why) in ONLY.items():
         usable = raw.get(key, only) == only and rope.get(key, only) == only
         require(usable, f"cannot run this model: {key} is set, and {why}")
-    get = partial(setting, full)
+    get = partial(config_value, full)
     num_layers, heads = get("num_hidden_layers", int), get("num_attention_heads", int)
     require(num_layers <= MOST_LAYERS, f"num_hidden_layers = {num_layers} is not a usable value")
     biases = kind in ("llama", "qwen3", "qwen3_moe") and get("attention_bias", bool)
@@ -341,7 +341,7 @@ def parse_rope(raw: dict, rope: dict) -> tuple[float, dict]:
     """
     nested = any(isinstance(value, dict) for value in rope.values())
     require(not nested, "rope_parameters that differ from layer to layer are not implemented")
-    theta = setting(raw | rope, "rope_theta", float)
+    theta = config_value(raw | rope, "rope_theta", float)
     kind = rope.get("rope_type", rope.get("type", "default"))
     require(kind in list(ROPE_NUMBERS), f"rope_type {kind!r} is not implemented")
     if kind == "default":
@@ -349,7 +349,9 @@ def parse_rope(raw: dict, rope: dict) -> tuple[float, dict]:
     if kind == "llama3":  # beside the object, in it, or else that of max_position_embeddings
         longest = rope.get(CONTEXT, raw["max_position_embeddings"])
         rope = {**rope, CONTEXT: raw.get(CONTEXT, longest)}
-    numbers = {key: setting(rope, key, float) for key in ROPE_NUMBERS[kind]}
+    numbers = {key: config_value(rope, key, float) for key in ROPE_NUMBERS[kind]}
+    if kind == "llama3":
+        numbers[CONTEXT] = int(numbers[CONTEXT])  # as transformers wants it
     return theta, {"rope_type": kind, **numbers}
 
 def parse_ffns(kind: str, get: Callable) -> list[int | MoESpec]:
@@ -400,8 +402,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, rows: int = 128) -> Tensor:
     """Causal attention by plain products on blocks of queries: q [B, H, T, d], k, v [B, K, T, d] ->
-    [B, H, T, d]. On a CPU, PyTorch's own takes 2.5 times as long in bfloat16, and 4 times as long
-    to train on short sequences; elsewhere it is faster."""
+    [B, H, T, d]. On a CPU, PyTorch's own takes 2.5 times as long in bfloat16 (with AMX, 0.4 times),
+    and 4 times as long to train on short sequences; elsewhere it is faster."""
     (B, H, T, d), K = q.shape, k.shape[1]
     q = (q / d**0.5).view(B, K, H // K, T, d)  # heads that share a key are rows of one product
     out = []
@@ -419,8 +421,12 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, rows: int = 128) -> Ten
 @functools.cache
 def has_bfloat16_units() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32."""
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16")) or has_amx()
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether it has units for products of whole bfloat16 tiles."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
@@ -454,7 +460,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim), k, v)
             return self.o_proj(y.reshape(B, T, -1))
         short_training = q.requires_grad and T <= 512
-        fast_products = x.dtype == torch.bfloat16 and has_bfloat16_units()
+        fast_products = x.dtype == torch.bfloat16 and has_bfloat16_units() and not has_amx()
         if start:
             mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
@@ -503,7 +509,7 @@ class MoE(nn.Module):
     w_e(x)   = 1                                                  weights "one" (the paper's)
              = p_e(x)                                             weights "softmax" (some Qwen MoEs)
              = p_e(x) / sum of p over the top A                   weights "renormalised"
-    weight   = w_e(x) (1 + p_e(x) router_scale_e)                 the scale is 0 unless trained
+    weight_e(x) = w_e(x) (1 + p_e(x) router_scale_e)              the scale is 0 unless trained
 
     If `gated` (Qwen2-MoE), F_shared(x) is scaled by sigmoid(shared_expert_gate . x). The experts'
     weights lie in one tensor; in a mixture of two levels each expert is an MoE of its own.
@@ -540,12 +546,12 @@ class MoE(nn.Module):
         """x [T, D] -> the chosen experts [T, A] and their weights [T, A]."""
         p = kernels.widened(self.scores(x)).softmax(dim=-1)
         chosen = (p + self.router_bias).topk(self.spec.active, dim=-1).indices
-        p = p.gather(-1, chosen)  # [T, A]
-        weights = 1 + p * self.router_scale[chosen]
+        p_chosen = p.gather(-1, chosen)  # [T, A]
+        weights = 1 + p_chosen * self.router_scale[chosen]
         if self.spec.weights != "one":
-            weights = weights * p
+            weights = weights * p_chosen
         if self.spec.weights == "renormalised":
-            weights = weights / p.sum(dim=-1, keepdim=True)
+            weights = weights / p_chosen.sum(dim=-1, keepdim=True)
         return chosen, weights.to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -778,9 +784,8 @@ def load_model(source: str | Path | None = None, dtype: torch.dtype | str = torc
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     with refusing(f"device {str(device)!r} is not usable here"):
+        require(torch.device(device).type in ("cpu", "cuda"), "devices are cpu, cuda and cuda:N")
         torch.zeros(1, device=device).item()
-        if torch.device(device).index is not None:
-            torch.cuda.set_device(device)  # where Triton launches
     raw, tensors, tokenizer, files = open_checkpoint(source)
     config = parse_config(raw)
     with refusing("generation_config.json is not usable"):
@@ -929,8 +934,9 @@ def export(model: Decoder) -> tuple[dict, dict[str, Tensor]]:
     as the first model, if nothing was converted, or as a Qwen2-MoE. Else they are in our own form,
     and a line on stderr says why."""
     c, state = model.config, model.state_dict()
-    standard = {n: w for n, w in state.items() if not n.endswith(("router_scale", "router_bias"))}
-    trained = any(weight.any() for name, weight in state.items() if name not in standard)
+    extras = {n: w for n, w in state.items() if n.endswith(("router_scale", "router_bias"))}
+    standard = {n: w for n, w in state.items() if n not in extras}
+    trained = any(weight.any() for weight in extras.values())
     if not trained and parse_config(c.raw).ffns == c.ffns:
         return c.raw, standard
     moes = [ffn for ffn in c.ffns if isinstance(ffn, MoESpec)]
@@ -950,9 +956,9 @@ def export(model: Decoder) -> tuple[dict, dict[str, Tensor]]:
     return {**c.raw, **about, "ffns": list(map(spec_to_json, c.ffns))}, state
 
 def as_qwen2_moe(c: Config, spec: MoESpec, state: dict[str, Tensor]) -> tuple[dict, dict]:
-    """Our routers and experts are Qwen2-MoE's already. What it has besides: biases of q, k and v,
-    0 here if there are none; and a gate on the shared expert, which with weights of 0 is
-    sigmoid(0) = 1/2, so that the shared W_down is stored twice as large."""
+    """Our routers and experts are Qwen2-MoE's already. It also has biases of q, k and v, 0 here if
+    there are none, and a gate on the shared expert. With weights of 0 the gate is sigmoid(0) = 1/2,
+    so the shared W_down is doubled (in float16, its output may then overflow)."""
     zeros = state["norm.weight"].new_zeros
     for i, ffn in enumerate(c.ffns):
         for part, heads in (("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads)):

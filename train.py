@@ -46,7 +46,7 @@ ALPHA = 32.0  # LoRA multiplies B A by ALPHA / rank
 WARMUP = 0.05  # share of the steps in which learning rates rise
 CLIP = 1.0  # a gradient with a larger norm is scaled down to it
 
-def settings(**changes) -> SimpleNamespace:
+def make_settings(**changes) -> SimpleNamespace:
     defaults = {name: default for name, (default, _) in SETTINGS.items()}
     return SimpleNamespace(**(defaults | changes))
 
@@ -56,7 +56,7 @@ class LoRA(nn.Module):
     """W -> W + scale B A, with W [..., n, d], A [..., rank, d], B [..., n, rank]; B starts at zero.
 
     Stacked experts [R, n, d] have an A and a B each. PyTorch calls `forward` when a layer uses W.
-    Dropout is that of A's elements, the same ones for all tokens of a batch.
+    Dropout zeroes elements of A, the same ones for all tokens of a batch.
     """
 
     def __init__(self, weight: Tensor, rank: int, dropout: float, size: float = 1.0):
@@ -196,7 +196,7 @@ def finetune(model: Decoder, ids: Tensor, settings: SimpleNamespace, state_file:
             finite = loss.isfinite() and norm.isfinite()
             require(finite, f"step {step}: loss {loss}, gradient {norm}; try a smaller --rate")
             if state_file and (step % save_every == 0 or step == len(batches) - 1):
-                save_state(state_file, run, step, log, tensors, adam)  # nothing has moved yet
+                save_state(state_file, run, step, log, tensors, adam)  # from before this step
             log["loss"].append(loss.item())
             log["imbalance"].append(balance(moes, settings.bias_step))
             adam.step()
@@ -287,7 +287,7 @@ def check_args(args: argparse.Namespace, state_file: Path):
         raise InputError(f"{state_file} exists: --resume continues that run, --force starts over")
 
 def run(args: argparse.Namespace):
-    chosen = settings(**{name: getattr(args, name) for name in SETTINGS})
+    chosen = make_settings(**{name: getattr(args, name) for name in SETTINGS})
     state_file = Path(f"{Path(args.out)}.state")
     check_args(args, state_file)
     model, tokenizer = load_model(args.model, args.dtype, args.device)

@@ -229,6 +229,17 @@ def test_all_commands_run_in_order(monkeypatch):
     assert all(args.calib == "a" and args.eval == ["b"] and args.again for args in seen)
     assert all(args.json.parent == bench.RESULTS for args in seen)
 
+def test_bad_flags_end_in_one_sentence(capsys):
+    for flags, message in {
+        "all --only joint": "--only is for one command",
+        "speed --turns 0": "must be at least 1",
+        "speed --tokens 1 0": "must be at least 1",
+        "speed --shape 576": "--shape '576'",
+        f"speed --json {bench.RESULTS}/default.json": "holds no rows",
+    }.items():
+        assert bench.main(flags.split()) == 2
+        assert message in capsys.readouterr().err
+
 def arguments(command, checkpoint, text, file, **more) -> list[str]:
     argv = [command, "--model", str(checkpoint), "--calib", str(text), "--json", str(file)]
     argv += ["--dtype", "float32", "--device", "cpu"]
@@ -273,6 +284,10 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
     dense, tokenizer = load_model(checkpoint)
     ids = tokenizer.encode(text.read_text()).ids
     first = rows["dense", 100]["texts"]["text"]
+    again = {**sizes, "only": "dense", "eval": texts}
+    del again["whole"]
+    again = run("quality", checkpoint, text, file, again=[], **again)["dense", 100]
+    assert again["seconds"] != 12345 and again["texts"]["text"] == first
     assert first["perplexity"] == pytest.approx(perplexity(dense, ids[:256], 128), rel=1e-6)
     assert first["perplexity_whole"] == pytest.approx(perplexity(dense, ids, 128), rel=1e-6)
     assert first["kl"] == 0 and first["same_top"] == 1 and rows["dense", 100]["active_ffn"] == 1

@@ -2,12 +2,13 @@
 exit code 2."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import LLAMA, TEXT, kind_of
+from conftest import LLAMA, TEXT, kind_of, random_ids, random_model
 from tokenizers import processors
 
 import ffn2moe
@@ -107,6 +108,14 @@ def test_explain(argv, capsys):
     assert ffn2moe.main([*argv, "0"]) == 0  # which stays dense: the nearest MoE layer
     assert capsys.readouterr().out.startswith("Layer 1: 2 of 7")
 
+def test_special_tokens_are_no_words_of_experts(tokenizer):
+    model = ffn2moe.convert(random_model(LLAMA), random_ids(2, 100), "S2A2E8", dense="none")
+    windows = random_ids(4, 50)
+    windows[:, ::5] = 299  # <end>
+    favourites = ffn2moe.words_of_experts(model, tokenizer, windows, 1)
+    assert any(favourites) and not any("<end>" in words for words in favourites)
+    assert ffn2moe.token_text(tokenizer, 299) == "<end>"
+
 def change_config(**change):
     def damage(path):
         (path / "config.json").write_text(json.dumps(LLAMA | change))
@@ -164,6 +173,7 @@ ARGUMENTS = [
     ("--model {none}", "no such file"),
     ("--model {short}", "neither a checkpoint directory nor a .gguf file"),
     ("--device abacus", "device 'abacus' is not usable"),
+    ("--device meta", "devices are cpu, cuda and cuda:N"),
 ]
 BAD = [(damage, "", message) for damage, message in DAMAGE]
 BAD += [(None, arguments, message) for arguments, message in ARGUMENTS]
@@ -194,12 +204,15 @@ def test_help_names_every_flag(capsys):
     for option in vars(ffn2moe.parse_args([])):
         assert f"--{option.replace('_', '-')} " in help_text
 
-def test_each_neuron_is_calibrated_on_enough_tokens(checkpoint, monkeypatch):
+def test_each_neuron_is_calibrated_on_enough_tokens(checkpoint, monkeypatch, capsys):
     """An expert that 2 of 8 tokens choose needs four times as many."""
     model, tokenizer = load_model(checkpoint)
     method = ffn2moe.METHODS["joint"]._replace(calib_tokens=64)
     monkeypatch.setattr(ffn2moe, "METHODS", {"joint": method})
     args = ffn2moe.parse_args(["--window", "64"])
+    few = ffn2moe.parse_args(["--calib-tokens", "1000000"])
+    ffn2moe.calibration_windows(model, tokenizer, few)
+    assert re.search(r"manual has only \d+ of 1000000 calibration", capsys.readouterr().err)
     for ffn, neurons in ((64, 64), (MoESpec(16, 8, 40, 2), 160), (MoESpec(200, 8, 40, 2), 200)):
         model.config.ffns = [64, ffn, 64]
         windows = ffn2moe.calibration_windows(model, tokenizer, args)

@@ -138,6 +138,14 @@ def test_gradients_of_few_rows_in_float32(rows):
     for a, b in zip(found, expected, strict=True):
         assert torch.allclose(a.double(), b, atol=1e-4)
 
+def test_autocast():
+    x, gate_up, down = torch.randn(40, 16), torch.randn(4, 12, 16), torch.randn(4, 16, 6)
+    chosen, weights = torch.randint(4, (40, 1)), torch.rand(40, 1)
+    expected = kernels.moe(torch.zeros(40, 16), x, gate_up, down, chosen, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = kernels.moe(torch.zeros(40, 16), x, gate_up, down, chosen, weights)
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
 class Pretender(SimpleNamespace):
     """What `kernels.moe` looks at of a tensor, and no more."""
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import CONFIGS, LLAMA, SHARED, random_ffn, random_ids, random_model, refused
 import ffn2moe
 from ffn2moe import balanced_assignment
-from model import FFN, Split, perplexity
+from model import FFN, MoE, Split, perplexity
 
 SPLIT = Split.parse("S2A2E8")  # of 48 neurons: 12 are shared, 6 are in each of 6 experts
 
@@ -463,6 +463,22 @@ def test_convert_refuses_and_leaves_the_model_alone():
     }.items():
         refused(message, ffn2moe.convert, model, **({"calib_ids": ids, "dense": "none"} | change))
         assert torch.equal(model(ids), before)
+    with torch.inference_mode():
+        refused("not inference_mode", ffn2moe.convert, model, ids)
+
+def test_an_interrupted_conversion_leaves_the_model_as_it_was():
+    model, ids = random_model(LLAMA), random_ids(1, 100)
+    before, converted = model(ids), []
+
+    def stop_after_layer_0(layers):
+        yield layers[0]
+        converted.append(isinstance(layers[0].mlp, MoE))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ffn2moe.convert(model, ids, "S2A2E8", dense="none", progress=stop_after_layer_0)
+    assert converted == [True] and torch.equal(model(ids), before)
+    assert model.config.ffns == [64] * 3
 
 def test_a_model_that_overflows_is_refused():
     model, ids = random_model(LLAMA), random_ids(1, 100)
@@ -470,7 +486,8 @@ def test_a_model_that_overflows_is_refused():
     refused("layer 1 are not finite", ffn2moe.convert, model, ids, dense=[])
     model = random_model(LLAMA, dtype=torch.float16)
     model.ffns[1].gate_up_proj.fill_(3e4)
-    refused("hidden activations overflow", ffn2moe.convert, model, ids, "S2A2E8", dense=[])
+    for dense in ("none", "auto"):
+        refused("hidden activations overflow", ffn2moe.convert, model, ids, "S2A2E8", dense=dense)
 
 # --- What experts are for, and timing
 

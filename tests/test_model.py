@@ -318,6 +318,8 @@ def test_export(tmp_path, tokenizer, capsys):
         save_model(model, tokenizer, tmp_path / name)
         found = json.loads((tmp_path / name / "config.json").read_text())
         assert found["model_type"] == "qwen2_moe" and None not in found.values()
+        if name == "llama-3":  # transformers wants a whole number
+            assert type(found["rope_scaling"]["original_max_position_embeddings"]) is int
         assert torch.allclose(load_model(tmp_path / name)[0](IDS), model(IDS), atol=1e-5)
     assert capsys.readouterr().err == ""
     for raw, why in (

@@ -19,7 +19,7 @@ FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
 IDS = torch.randint(40, (600,), generator=torch.Generator().manual_seed(5))  # 40 of 300 tokens
 
 def small(**changes):
-    return train.settings(**(SMALL | changes))
+    return train.make_settings(**(SMALL | changes))
 
 def moe_model(dtype=torch.float32, seed=0, raw=LLAMA, method="joint") -> Decoder:
     """Three layers; the FFN of the first is dense."""
