@@ -695,6 +695,7 @@ def plot_quality(done: dict, file: Path):
         ax.set_yticks(PERPLEXITIES, PERPLEXITIES)
         ax.minorticks_off()
         ax.grid(alpha=0.3)
+    right.axvline(1, color="black", linewidth=0.8)
     left.set_xlabel("active FFN parameters / dense")
     right.set_xlabel("time of a prefill / dense")
     left.set_ylabel(f"perplexity, {done['settings']['eval'][0]}")

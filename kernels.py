@@ -169,10 +169,13 @@ def add_experts(y, x, run: Callable, num_routed: int, chosen, weights):
     return y
 
 def moe_grouped(y, x, gate_up, down, chosen, weights):
-    def run(e, rows, weight):
-        return ffn(rows, gate_up[e], down[e], weight)
+    # Each use of gate_up[e] would have a gradient of the size of all experts.
+    gate_ups, downs = gate_up.unbind(), down.unbind()
 
-    return add_experts(y, x, run, len(down), chosen, weights)
+    def run(e, rows, weight):
+        return ffn(rows, gate_ups[e], downs[e], weight)
+
+    return add_experts(y, x, run, len(downs), chosen, weights)
 
 def moe_of_modules(y, x, experts: Sequence[Callable], chosen, weights):
     """The same with experts that are MoE layers themselves, [n, D] -> [n, D]: two levels."""
