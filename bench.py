@@ -263,6 +263,7 @@ JOINT_E8 = {75: "S2A2E8", 50: "S1A2E8", 25: "S1A1E8"}
 SIZES = (75, 50, 25)  # percent, of most tables
 MAIN = ["paper", "static pruning, refit", "joint"]
 OTHERS = ["LLaMA-MoE", "MoEfication"]  # systems, before the training that they end with
+README_ROWS = [*OTHERS, *MAIN[:2], "static pruning, refit, same layers dense", "joint"]
 GROUPINGS = {"random": random_bins, "weights": weight_bins, "paper": paper_bins,
              "joint": joint_bins}  # fmt: skip
 ROUTERS = ("representative", "MLP", "ridge")
@@ -596,9 +597,7 @@ def sizes_table(names: Iterable[str], percents: Iterable, of: Callable) -> str:
 
 def main_table(done: dict) -> str:
     """The table of the README."""
-    paper, static, joint = MAIN
-    names = [*OTHERS, paper, static, f"{static}, same layers dense", joint]
-    return sizes_table(names, SIZES, partial(cell, done))
+    return sizes_table(README_ROWS, SIZES, partial(cell, done))
 
 def details_table(done: dict) -> str:
     """Every row: what runs, how fast, and how far from the dense model."""
@@ -1220,6 +1219,10 @@ def figures(args: argparse.Namespace):
 
 # ---------------------------------------------------------------------- 8. README and command line
 
+def in_readme(row: dict) -> bool:
+    name, percent = row["key"]["name"], row["key"].get("percent")
+    return percent is None or name == "dense" or (name in README_ROWS and percent in SIZES)
+
 def readme_tables() -> dict[str, str]:
     """The tables of the README, by the names in its markers, from the files in results/."""
     makers = {"default": lambda done: f"```\n{done['table']}\n```\n", "quality": main_table,
@@ -1228,7 +1231,7 @@ def readme_tables() -> dict[str, str]:
     for name, make in makers.items():
         if (RESULTS / f"{name}.json").exists():
             done = read_json(RESULTS / f"{name}.json")
-            rows = done["rows"].values() if "rows" in done else [done]
+            rows = filter(in_readme, done["rows"].values()) if "rows" in done else [done]
             tables[name] = f"{make(done)}\n{describe_origin(rows)}"
     return tables
 
