@@ -277,6 +277,7 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
     done = json.loads(file.read_text())
     assert list(done["rows"]) == ["dense, 100 %", "paper, 75 %"]
     done["rows"]["dense, 100 %"]["seconds"] = 12345  # to see that it is not measured again
+    done["rows"]["dense, 100 %"]["origin"]["commit"] = "another"
     file.write_text(json.dumps(done))
     assert bench.main(argv) == 0
     rows = rows_of(file)
