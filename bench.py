@@ -1220,6 +1220,7 @@ def figures(args: argparse.Namespace):
 # ---------------------------------------------------------------------- 8. README and command line
 
 def in_readme(row: dict) -> bool:
+    """Whether a row of results stands in a table of the README."""
     name, percent = row["key"]["name"], row["key"].get("percent")
     return percent is None or name == "dense" or (name in README_ROWS and percent in SIZES)
 
@@ -1298,6 +1299,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 def check_args(args: argparse.Namespace):
+    """Refuse what is known to be impossible before anything is loaded."""
     least = min(args.turns, *args.tokens, *args.batch)
     require(least > 0, "--turns, --tokens and --batch must be at least 1")
     for shape in args.shape:

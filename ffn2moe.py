@@ -507,6 +507,7 @@ def joint_layer(ffn: FFN, x: Tensor, split: Split, rounds: int = 8, refit: bool 
 def conversion_losses(model: Decoder, windows: Tensor) -> Tensor:
     """Predicted cost of leaving out the half of each FFN with the least energy, in nats per token:
     windows [B, T] -> float64 [layers]."""
+    require(not torch.is_inference_mode_enabled(), "this needs gradients: not inference_mode")
     losses = torch.zeros(len(model.layers), dtype=torch.float64)
     generator = torch.Generator(windows.device).manual_seed(0)
     dtype = calibration_dtype(model.embed_tokens.weight)
@@ -687,7 +688,6 @@ def convert(model: Decoder, calib_ids: Tensor | list[int], experts: Split | str 
     Raises InputError. Whatever interrupts it, the model is then as it was.
     """
     split, kept, choose = check_conversion(model, experts, method, dense, active, k_act)
-    require(not torch.is_inference_mode_enabled(), "convert needs gradients: not inference_mode")
     calib_ids = as_ids(model, calib_ids)
     if calib_ids.dim() == 1:
         calib_ids = cut_windows(model, calib_ids, window)
@@ -814,7 +814,7 @@ def time_model(model: Decoder, versions: dict[str, list[nn.Module]], ids: Tensor
     functions = {name: partial(run, ffns, False) for name, ffns in versions.items()}
     if compiled:
         functions |= {f"{name}, compiled": partial(run, versions[name], True) for name in versions}
-    times = time_in_turns(functions, turns, ids.device.type)
+    times = time_in_turns(functions, turns, str(ids.device))
     return {name: ms / max(1, steps) for name, ms in times.items()}
 
 @torch.no_grad()

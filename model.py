@@ -460,11 +460,11 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim), k, v)
             return self.o_proj(y.reshape(B, T, -1))
         short_training = q.requires_grad and T <= 512
-        fast_products = x.dtype == torch.bfloat16 and has_bfloat16_units() and not has_amx()
+        slow_sdpa = x.dtype == torch.bfloat16 and has_bfloat16_units() and not has_amx()
         if start:
             mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        elif x.is_cpu and (short_training or fast_products):
+        elif x.is_cpu and (short_training or slow_sdpa):
             y = blockwise_attention(q, k, v)
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -501,7 +501,7 @@ class FFN(nn.Module):
 class MoE(nn.Module):
     """A shared expert, which always runs, and R routed experts, of which A run per token.
 
-    F_MoE(x) = F_shared(x) + sum over the top A experts e of weight_e(x) F_e(x)
+    F_MoE(x) = F_shared(x) + sum over the top A experts e of weight_e F_e(x)
     s_e(x)   = | silu(router_gate_e . x) * (router_up_e . x) |    router "neurons" (the paper's)
              = router_weight_e . x                                router "linear"
     p(x)     = softmax(s(x))                                      over the R routed experts
@@ -509,7 +509,7 @@ class MoE(nn.Module):
     w_e(x)   = 1                                                  weights "one" (the paper's)
              = p_e(x)                                             weights "softmax" (some Qwen MoEs)
              = p_e(x) / sum of p over the top A                   weights "renormalised"
-    weight_e(x) = w_e(x) (1 + p_e(x) router_scale_e)              the scale is 0 unless trained
+    weight_e = w_e(x) (1 + p_e(x) router_scale_e)                 the scale is 0 unless trained
 
     If `gated` (Qwen2-MoE), F_shared(x) is scaled by sigmoid(shared_expert_gate . x). The experts'
     weights lie in one tensor; in a mixture of two levels each expert is an MoE of its own.
