@@ -258,7 +258,7 @@ def build_moe(ffn: FFN, bin_of: Tensor, router: dict[str, Tensor], split: Split)
         moe = MoE(gate.shape[1], spec)
     contiguous = {name: weight.contiguous() for name, weight in weights.items()}
     moe.load_state_dict(contiguous, assign=True)
-    moe.bin_of = bin_of
+    moe.bin_of = bin_of.to(gate.device)
     return moe.requires_grad_(False)
 
 def paper_layer(ffn: FFN, x: Tensor, split: Split, k_act: int = 10) -> MoE:
@@ -307,7 +307,8 @@ def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module if right else copy.deepcopy(module).to(dtype)
 
 def check_finite(values: Tensor, fault: str = "hidden activations overflow"):
-    require(values.isfinite().all(), f"{fault}: choose another dtype")
+    extremes = torch.stack(values.aminmax())  # one pass, without a mask of the size of values
+    require(extremes.isfinite().all(), f"{fault}: choose another dtype")
 
 def ridge_solver(xx: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
     """Ridge regression by its normal equations: X'X [n, n] -> a function of X'Y [n, k] that returns
@@ -471,7 +472,7 @@ def neuron_weights(moe: MoE, x: Tensor) -> Tensor:
     """The weight with which each neuron of the dense FFN runs in the MoE: x [t, D] -> [t, q]."""
     chosen, weights = moe.route(x)
     bins = running_bins(chosen, moe.spec.num_experts, moe.spec.down_scale * weights)
-    return bins[:, moe.bin_of]
+    return bins.index_select(1, moe.bin_of)
 
 @torch.no_grad()
 def refit_moe(ffn: FFN, moe: MoE, x: Tensor) -> MoE:
