@@ -132,15 +132,21 @@ def test_balancing_balances():
     assert imbalance[0.0] > 1.5 and imbalance[0.05] < 1.3, imbalance
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_the_loss_is_what_it_says(share):
+@pytest.mark.parametrize("taught", [True, False])
+def test_the_loss_and_its_gradient_are_what_they_say(share, taught):
+    """Against PyTorch's own gradient of the whole formula; 150 tokens are more than one block."""
     model, teacher = moe_model(torch.float64), random_model(LLAMA, 1, torch.float64)
-    ids = IDS[:60].view(3, 20)
+    ids, weight = IDS[:156].view(6, 26), model.layers[0].mlp.gate_up_proj.requires_grad_()
     logp, teacher_logp = (m(ids)[:, :-1].log_softmax(-1) for m in (model, teacher))
-    text = -logp.gather(-1, ids[:, 1:, None]).mean()
-    kl = (teacher_logp.exp() * (teacher_logp - logp)).sum(-1).mean()
-    loss = train.loss_of(model, ids, teacher, share)
-    assert loss.item() == pytest.approx(((1 - share) * text + share * kl).item(), rel=1e-5)
-    assert train.loss_of(model, ids, None, share).item() == pytest.approx(text.item(), rel=1e-5)
+    expected = -logp.gather(-1, ids[:, 1:, None]).mean()
+    if taught:
+        kl = (teacher_logp.exp() * (teacher_logp - logp)).sum(-1).mean()
+        expected = (1 - share) * expected + share * kl
+    (gradient,) = torch.autograd.grad(expected, weight)
+    loss = train.backpropagate(model, ids, teacher if taught else None, share)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    error = (weight.grad - gradient).norm() / gradient.norm()
+    assert error < 1e-5
 
 def test_learning_rates_rise_and_fall():
     factors = [train.rate_factor(step, 100) for step in range(100)]
@@ -172,13 +178,13 @@ def test_what_a_run_that_is_cut_off_leaves(tmp_path, monkeypatch):
     refused("cannot be resumed from", train.finetune, model, IDS, small(), state, resume=True)
 
 def test_a_loss_that_is_not_finite_leaves_a_state_to_go_on_from(tmp_path, monkeypatch):
-    state, calls, loss_of = tmp_path / "state", itertools.count(), train.loss_of
+    state, calls, backpropagate = tmp_path / "state", itertools.count(), train.backpropagate
     expected = train.finetune(moe_model(), IDS, small())
 
     def broken(*args):
-        return loss_of(*args) * (torch.inf if next(calls) == 3 else 1)
+        return backpropagate(*args) * (torch.inf if next(calls) == 3 else 1)
 
-    monkeypatch.setattr(train, "loss_of", broken)
+    monkeypatch.setattr(train, "backpropagate", broken)
     refused("step 3: loss inf", train.finetune, moe_model(), IDS, small(), state, save_every=1)
     log = train.finetune(moe_model(), IDS, small(rate=2e-4), state, resume=True)
     assert log["loss"][:3] == expected["loss"][:3]  # from step 2, the last with a finite loss
