@@ -518,7 +518,8 @@ def convert_by_row(model: Decoder, row: Row, windows: Tensor, title: str) -> fro
     return dense
 
 def active_share(model: Decoder, dense_ffn: int) -> float:
-    """Parameters of FFNs that one token uses, routers counted, over those of the dense model."""
+    """Parameters of FFNs that one token uses, over those of the dense model; routers count, but not
+    in `Masked` layers."""
     if any(isinstance(ffn, Masked) for ffn in model.ffns):
         return float(np.mean([getattr(ffn, "share", 1.0) for ffn in model.ffns]))
     extra = sum(getattr(ffn, "extra_parameters", 0) for ffn in model.ffns)
@@ -607,6 +608,7 @@ def details_table(done: dict) -> str:
         if not r:
             continue
         lines[row.label] = {
+            "made by": r["key"]["layer"],
             "split": r["key"]["experts"],
             "dense layers": r["dense_layers"],
             "active FFN": f"{r['active_ffn']:.1%}",
@@ -641,7 +643,7 @@ def seeds_cell(done: dict, name: str, percent: float) -> str:
 
 def quality_tables(done: dict) -> str:
     (text, *others), tokens = done["settings"]["eval"], done["settings"]["eval_tokens"]
-    much = f"first {tokens:,} tokens" if tokens else "all"
+    much = f"at most the first {tokens:,} tokens" if tokens else "all"
     names = [*OTHERS, *MAIN, *(row.name for row in control_rows(50))]
     steps = {change: {"row": row, "perplexity": cell(done, row, 50)} for change, row in WATERFALL}
     parts = {
@@ -886,7 +888,9 @@ def model_speed(key: dict, turns: int) -> dict:
     DECODED tokens, one at a time with a KV cache."""
     batch, device = key["batch"], key["device"]
     model, versions, parameters, text = model_versions(key["dtype"], device, key["experts"])
-    ids = text[: batch * key["tokens"]].view(batch, -1)
+    needed = batch * key["tokens"]
+    require(len(text) >= needed, f"--batch {batch} needs {needed} tokens of text")
+    ids = text[:needed].view(batch, -1)
     steps = DECODED if key["what"] == "decode" else 0
     compiled = 0 < steps and batch <= kernels.FEW_TOKENS and kernels.can_compile(device)
     times = faster(ffn2moe.time_model(model, versions, ids, steps, turns, compiled))
@@ -970,6 +974,9 @@ def speed_tables(done: dict) -> str:
 RECIPE = ("samples", "length", "rate", "distill", "dropout", "scale_rate", "bias_step")
 FACTORS = (2, 4, 8, 16)  # how far more training tokens get
 
+def recipe_of(args: argparse.Namespace) -> dict:
+    return {name: getattr(args, name) for name in (*RECIPE, "seed")}
+
 def longer_run(name: str, factor: int) -> str:
     return f"{name}, {factor} x the samples"
 
@@ -1006,7 +1013,7 @@ def finetune_rows(samples: int) -> list[Row]:
 
 def finetune(args: argparse.Namespace):
     args.eval = args.eval[:1]  # the others are for the quality of conversions
-    file, recipe = args.json, {name: getattr(args, name) for name in (*RECIPE, "seed")}
+    file, recipe = args.json, recipe_of(args)
     done = read_results(file, settings_of(args, *RECIPE))
     rows = chosen_rows(finetune_rows(args.samples), args.only)
     dense, _, ids, texts = load(args)
@@ -1020,7 +1027,7 @@ def finetune(args: argparse.Namespace):
         log = train.finetune(model, ids, settings, teacher=teacher)
         result = {"before": before, "seconds": time.perf_counter() - start}
         result["after"] = perplexity(model, eval_ids, args.window)
-        result["tokens"] = settings.samples * settings.length
+        result["tokens"] = len(log["loss"]) * settings.batch * settings.length
         tenth = len(log["loss"]) // 10 + 1
         for name in ("loss", "imbalance"):  # at first and at last
             result[name] = [float(np.mean(log[name][:tenth])), float(np.mean(log[name][-tenth:]))]
@@ -1168,7 +1175,7 @@ def balanced_load(moe: MoE, x: Tensor) -> tuple[Tensor, Tensor]:
     bias, loads = moe.router_bias.clone(), []
     for count in (0, 400):
         for _ in range(count):
-            moe.last_input = x
+            moe.last = x, moe.route(x)[0]
             train.balance([moe], 0.02)
         chosen, _ = moe.route(x)
         loads.append(chosen.flatten().bincount(minlength=len(bias)).cpu() / len(x))
@@ -1250,13 +1257,15 @@ def readme(args: argparse.Namespace):
     file.write_text(text, encoding="utf-8")
 
 def default(args: argparse.Namespace):
+    if args.json.exists() and not args.again:
+        print(f"{args.json} is there already; --again measures it again")
+        return
     failed = ffn2moe.main(["--json", str(args.json), "--device", args.device])
     require(not failed, "the default job failed")
     write_json(args.json, read_json(args.json) | {"origin": origin(args.device)})
 
 def everything(args: argparse.Namespace):
     """All measurements of the README, in order. Rows that are done are not measured again."""
-    require(not args.only, "--only is for one command")
     for name in [name for name in COMMANDS if name != "all"]:
         print(f"--- {name}", flush=True)
         COMMANDS[name](argparse.Namespace(**vars(args) | {"json": RESULTS / f"{name}.json"}))
@@ -1295,13 +1304,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     train.add_settings(add, RECIPE)
     parser.set_defaults(samples=1024)  # 65,536 tokens: the rows with more of them take hours
     args = parser.parse_args(argv)
+    if args.command == "all" and args.json:
+        parser.error("--json is for one command")
     args.json = args.json or RESULTS / f"{args.command}.json"
     return args
 
 def check_args(args: argparse.Namespace):
     """Refuse what is known to be impossible before anything is loaded."""
-    least = min(args.turns, *args.tokens, *args.batch)
-    require(least > 0, "--turns, --tokens and --batch must be at least 1")
+    least = min(args.turns, *args.tokens, *args.batch, args.eval_tokens + 1)
+    require(least > 0, "--turns, --tokens and --batch must be at least 1, --eval-tokens at least 0")
+    has_rows = args.command in ("quality", "finetune")
+    require(has_rows or not args.only, "--only is for quality and finetune")
+    train.check_settings(train.make_settings(**recipe_of(args)))
     for shape in args.shape:
         known = re.fullmatch(r"smollm2-135m|[1-9]\d*x[1-9]\d*", shape)
         require(known, f"--shape {shape!r}: expected, for example, 576x1536 or smollm2-135m")

@@ -547,21 +547,21 @@ def label_gradient(model: Decoder, x: Tensor, generator: torch.Generator) -> Ten
     return torch.cat(gradients)
 
 def choose_dense(model: Decoder, calib_ids: Tensor, split: Split, active: float) -> frozenset[int]:
-    """The layers that stay dense: those whose conversion costs most, as many as possible while at
-    most the share `active` of all FFN neurons runs for a token. calib_ids [B, T].
-
-    Of L layers, n sparse ones save n (1 - split.share) / L of the neurons, so that
-    n = L (1 - active) / (1 - split.share), rounded up.
-    """
-    num_layers, saved = model.config.num_layers, 1 - split.share
+    """The layers that stay dense: those whose conversion costs most, while at most the share
+    `active` of all FFN neurons runs for a token. At least one is converted. calib_ids [B, T]."""
+    ffns, saved = model.config.ffns, 1 - split.share
     if saved == 0:
         return frozenset()
-    num_sparse = math.ceil(round(num_layers * (1 - active) / saved, 6))  # 7.0000000001 layers are 7
-    num_sparse = min(max(1, num_sparse), num_layers)
     length = min(512, calib_ids.shape[1])
     losses = conversion_losses(model, calib_ids[: FISHER_TOKENS // length, :length])
     check_finite(losses, "predicted losses are not finite")
-    return frozenset(losses.argsort(descending=True)[: num_layers - num_sparse].tolist())
+    dense = set()
+    more = (active - split.share + 1e-6) * sum(ffns)  # neurons that may run beside the split's
+    for i in losses.argsort(descending=True).tolist()[:-1]:
+        if saved * ffns[i] <= more:
+            dense.add(i)
+            more -= saved * ffns[i]
+    return frozenset(dense)
 
 def parse_layers(text: str) -> frozenset[int]:
     """Layers written like "0-7,24-29", or "none"."""
@@ -630,6 +630,8 @@ def check_conversion(model: Decoder, experts: Split | str | None, method: str, d
     if dense == "auto":  # in an MoE, the layers that are dense stay so
         dense = [i for i, ffn in enumerate(ffns) if is_moe and isinstance(ffn, int)]
     kept = parse_layers(dense) if isinstance(dense, str) else frozenset(dense)
+    in_range = active is None or 0 < active <= 1
+    require(in_range, f"active = {active} is not more than 0 and at most 1")
     if active is not None and not choose:
         raise InputError("--active is for --method joint with --dense auto, on a dense model")
     if active is not None and active < split.share:
@@ -852,6 +854,8 @@ def describe(ffns: list[int | MoESpec]) -> str:
         return "dense"
     if any(moe.inner for moe in moes):
         return "MoE of MoEs"
+    if len(set(moes)) > 1:
+        return "several MoEs"
     return f"MoE {moes[0].split or f'{moes[0].active} of {moes[0].num_experts}'}"
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -890,15 +894,11 @@ def check_args(args: argparse.Namespace):
     """Refuse what is known to be impossible before anything is loaded."""
     if args.window < 2 or args.eval_tokens < 0 or not 0 <= args.seed < 2**63:
         raise InputError("--window must be at least 2, --eval-tokens and --seed at least 0")
-    if args.calib_tokens is not None and args.calib_tokens < args.window:
-        raise InputError("--calib-tokens must be at least --window")
-    if args.active is not None and not 0 < args.active <= 1:
-        raise InputError("--active must be more than 0 and at most 1")
-    if args.out:
+    if args.out is not None:
         check_output(args.out, args.force)
-    if args.json:
+    if args.json is not None:
         check_writable(args.json)
-    if args.json and args.explain is not None:
+    if args.json is not None and args.explain is not None:
         raise InputError("--explain makes no table that --json could write")
     warn_if_same(args.calib, args.eval)
 
@@ -911,7 +911,10 @@ def calibration_windows(model: Decoder, tokenizer: Tokenizer, args: argparse.Nam
         if isinstance(ffn, MoESpec):  # whose experts see a share A / R of the tokens
             neurons = max(ffn.shared_size, ffn.expert_size * ffn.num_experts // ffn.active)
         needed = max(needed, TOKENS_PER_NEURON * neurons)
-    tokens = args.calib_tokens or max(METHODS[args.method].calib_tokens, needed + window)
+    tokens = args.calib_tokens
+    if tokens is None:
+        tokens = max(METHODS[args.method].calib_tokens, needed + window)
+    require(tokens >= window, f"--calib-tokens must be at least --window, here {window}")
     windows = sample_rows(windows, tokens // window, args.seed)
     if len(windows) < tokens // window:
         print(f"warning: {args.calib} has only {windows.numel()} of {tokens} calibration tokens",
@@ -957,7 +960,7 @@ def run(args: argparse.Namespace):
         result["dense"] = format_layers(dense)
     else:
         print("the model is an MoE already; --experts would split its experts", file=sys.stderr)
-    if args.out:
+    if args.out is not None:
         save_model(model, tokenizer, args.out, args.force)
     if args.explain is not None:
         moes = [i for i, ffn in enumerate(model.config.ffns) if isinstance(ffn, MoESpec)]
@@ -971,10 +974,10 @@ def run(args: argparse.Namespace):
         model.ffns = ffns
         sides[side] |= describe_model(model, tokenizer, prompt)
     result["table"] = final_table(sides, windows.shape[1], result.get("conversion_seconds"))
-    print("\n" + result["table"] + (f"\n\nwrote {args.out}" if args.out else ""))
     add_sides(result, sides)
-    if args.json:
+    if args.json is not None:
         write_json(Path(args.json), result)
+    print("\n" + result["table"] + (f"\n\nwrote {args.out}" if args.out is not None else ""))
 
 def final_table(sides: dict[str, dict], length: int, seconds: float | None) -> str:
     """Perplexity, times and parameters of the sides, with ratios (of times: the speedup); then how

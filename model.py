@@ -16,6 +16,7 @@ heads, d head_dim, R routed experts, A of them active, m neurons of each.
 
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -65,12 +66,20 @@ def refusing(what: str):
 def run_command(name: str, job: Callable[[], None]) -> int:
     """Run the job of a command line -> exit code. Errors that the user can fix are printed as one
     sentence; with FFN2MOE_DEBUG set in the environment, the traceback is shown."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what a terminal cannot show must not end a job
     try:
         job()
     except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         if os.environ.get("FFN2MOE_DEBUG"):
             raise
         print(f"{name}: {error or type(error).__name__}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error) or os.environ.get("FFN2MOE_DEBUG"):
+            raise
+        print(f"{name}: not enough memory", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -699,16 +708,19 @@ def cut_windows(model: Decoder, ids: Tensor | list[int], window: int) -> Tensor:
         ids = ids[len(first) :]
     window = min(window, model.config.max_position_embeddings)
     size = window - len(first)  # tokens of text in each
-    enough = len(ids) >= size and window >= 2
-    require(enough, f"{len(ids)} tokens of text are less than one window of {max(window, 2)}")
+    require(window >= 2, f"a window of {window} tokens is too short")
+    require(len(ids) >= size, f"{len(ids)} tokens of text are less than one window of {window}")
     windows = ids[: len(ids) // size * size].view(-1, size)
     return torch.cat((first.expand(len(windows), -1), windows), dim=1)
 
 @torch.no_grad()
 def generate(model: Decoder, ids: Tensor | list[int], max_new_tokens: int, temperature=0.0,
              top_k: int | None = None, seed=0) -> list[int]:  # fmt: skip
-    """Continue the ids [T] -> the new ids. Greedy at temperature 0; stops after an end token."""
+    """Continue the ids [T] -> the new ids. Greedy at temperature 0. Stops after an end token, and
+    when the model can run no more."""
     ids = as_ids(model, ids).view(1, -1)
+    room = model.config.max_position_embeddings - ids.shape[1]
+    max_new_tokens = min(max_new_tokens, max(1, room + 1))  # the last one need not be run
     require(ids.numel(), "the prompt is empty")
     random = torch.Generator().manual_seed(seed)
     cache = model.new_cache(1, ids.shape[1] + max_new_tokens)
@@ -931,8 +943,9 @@ def standard_name(name: str, kind: str) -> str:
 
 def export(model: Decoder) -> tuple[dict, dict[str, Tensor]]:
     """config.json and the parameters to save, in a form that other engines run, if there is one:
-    as the first model, if nothing was converted, or as a Qwen2-MoE. Else they are in our own form,
-    and a line on stderr says why."""
+    as the first model, if nothing was converted, or as a Qwen2-MoE (which llama.cpp and MLX, unlike
+    transformers and vLLM, run without norm_topk_prob). Else they are in our own form, and a line on
+    stderr says why."""
     c, state = model.config, model.state_dict()
     extras = {n: w for n, w in state.items() if n.endswith(("router_scale", "router_bias"))}
     standard = {n: w for n, w in state.items() if n not in extras}
@@ -944,8 +957,12 @@ def export(model: Decoder) -> tuple[dict, dict[str, Tensor]]:
         why = "the paper's router is not a linear one (that of --method joint is)"
     elif trained:
         why = "gate scales or selection biases were trained (by --scale-rate, --bias-step)"
-    elif len(set(moes)) != 1 or moes[0].inner or moes[0].gated or not moes[0].shared_size:
-        why = "it is a mixture in two levels, or was no dense model at first"
+    elif any(moe.inner for moe in moes):
+        why = "it is a mixture in two levels"
+    elif len(set(moes)) > 1:
+        why = "its MoE layers differ"
+    elif not moes or moes[0].gated or not moes[0].shared_size:
+        why = "it was no dense model at first"
     elif c.qk_norm or c.o_bias or c.head_dim * c.num_heads != c.hidden_size:
         why = "its attention is not Qwen2's"
     else:
@@ -1307,7 +1324,8 @@ def load_text(source: str, split: str) -> str:
 
 def warn_if_same(train: str, test: str):
     """A file has no splits: warn before a model is evaluated on the text that it has seen."""
-    if train == test and Path(train).exists():
+    files = [Path(text) for text in (train, test) if text not in ("manual", "wikitext2")]
+    if len(files) == 2 and all(file.exists() for file in files) and files[0].samefile(files[1]):
         print(f"warning: {train} is both training and evaluation text", file=sys.stderr)
 
 def manual_text(split: str) -> str:

@@ -106,9 +106,17 @@ def merge(model: Decoder):
 
 # -------------------------------------------------------------------------------------- 2. Balance
 
-def keep_input(moe: MoE, args: tuple):
-    """A forward pre-hook: `balance` needs the tokens [T, D] that came to an MoE."""
-    moe.last_input = args[0].detach().flatten(0, -2)
+def remember_choices(moe: MoE):
+    """From now on keep what `balance` needs: the tokens x [T, D] that came to an MoE last, and the
+    experts [T, A] that ran for them."""
+    route = moe.route
+
+    def remembering(x: Tensor) -> tuple[Tensor, Tensor]:
+        chosen, weights = route(x)
+        moe.last = x.detach(), chosen
+        return chosen, weights
+
+    moe.route = remembering
 
 @torch.no_grad()
 def balance(moes: list[MoE], step: float) -> float:
@@ -120,11 +128,11 @@ def balance(moes: list[MoE], step: float) -> float:
     """
     imbalance = []
     for moe in moes:
-        x = vars(moe).pop("last_input", None)
-        if x is None or len(x) == 0:  # an MoE inside an expert that no token selected
+        x, chosen = vars(moe).pop("last", ((), None))
+        if len(x) == 0:  # an MoE inside an expert that no token selected
             continue
         p = moe.scores(x).float().softmax(dim=-1)  # [T, R]
-        tokens = moe.route(x)[0].flatten().bincount(minlength=p.shape[1]).float()  # [R]
+        tokens = chosen.flatten().bincount(minlength=p.shape[1]).float()  # [R]
         moe.router_bias -= step * p.std(correction=0) * (tokens - tokens.mean()).sign()
         imbalance.append((tokens.max() / tokens.mean()).item())
     return sum(imbalance) / max(1, len(imbalance))
@@ -149,7 +157,8 @@ def backpropagate(model: Decoder, ids: Tensor, teacher: Decoder | None, share: f
     total, gradients = x.new_zeros((), dtype=torch.float32), []
     with torch.no_grad():
         taught = last_states(teacher) if share else x
-        for own, other, label in zip(*(t.split(LOGITS_ROWS) for t in (x, taught, labels))):
+        blocks = zip(x.split(LOGITS_ROWS), taught.split(LOGITS_ROWS), labels.split(LOGITS_ROWS))
+        for own, other, label in blocks:
             logp = model.logits(own).float().log_softmax(dim=-1)
             gradient = logp.exp()  # [n, vocab_size]
             gradient[torch.arange(len(label)), label] -= 1 - share
@@ -185,15 +194,16 @@ def finetune(model: Decoder, ids: Tensor, settings: SimpleNamespace, state_file:
     """Fine-tune in place on token ids [T] -> {"loss": [...], "imbalance": [...]}, one per step.
 
     With a state_file, the state is saved every `save_every` steps, and `resume` goes on from it to
-    the same weights (on a GPU, up to rounding). Raises InputError if a loss is not finite; `resume`
-    may then have a smaller rate. However it ends, the model is an ordinary one again (`merge`).
+    the same weights (on a GPU, up to rounding). Raises InputError if a loss or a weight is not
+    finite; `resume` may then have a smaller rate. However it ends, the model is an ordinary one again (`merge`).
     """
     batches = make_batches(model, ids, settings)
     run = identify(settings, ids, [model, teacher])
     start, log = 0, {"loss": [], "imbalance": []}
     moes = [module for module in model.modules() if isinstance(module, MoE)]
-    hooks = [moe.register_forward_pre_hook(keep_input) for moe in moes]
     try:
+        for moe in moes:
+            remember_choices(moe)
         loras, scales = prepare(model, settings)
         trained, rates = loras + scales, (settings.rate, settings.scale_rate)
         adam = torch.optim.Adam([{"params": loras}, {"params": scales}], betas=(0.9, 0.95))
@@ -218,9 +228,12 @@ def finetune(model: Decoder, ids: Tensor, settings: SimpleNamespace, state_file:
             adam.zero_grad()
             progress.set_postfix_str(f"loss {log['loss'][-1]:.3f}")
     finally:
-        for hook in hooks:
-            hook.remove()
+        for moe in moes:
+            vars(moe).pop("route", None)
+            vars(moe).pop("last", None)
         merge(model)
+    finite = all(weight.isfinite().all() for weight in model.state_dict().values())
+    require(finite, "the last step made weights that are not finite; try a smaller --rate")
     return log
 
 def identify(settings: SimpleNamespace, ids: Tensor, models: list[Decoder | None]) -> dict:
@@ -285,15 +298,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_settings(add, SETTINGS)
     return parser.parse_args(argv)
 
+def check_settings(s: SimpleNamespace):
+    if min(s.samples, s.length - 1, s.batch, s.rank) < 1:
+        raise InputError("--length must be at least 2, other counts at least 1")
+    if not (0 <= s.distill <= 1 and 0 <= s.dropout < 1 and s.seed < 2**63):
+        raise InputError("--distill must be from 0 to 1, --dropout below 1, --seed below 2**63")
+    if not all(0 <= step < math.inf for step in (s.rate, s.scale_rate, s.bias_step, s.seed)):
+        raise InputError("rates, --bias-step and --seed must be finite, and not negative")
+
 def check_args(args: argparse.Namespace, state_file: Path):
     """Refuse what cannot work before anything is loaded."""
-    if min(args.samples, args.length - 1, args.batch, args.rank, args.save_every) < 1:
-        raise InputError("--length must be at least 2, other counts at least 1")
-    if not (0 <= args.distill <= 1 and 0 <= args.dropout < 1 and args.seed < 2**63):
-        raise InputError("--distill must be from 0 to 1, --dropout below 1, --seed below 2**63")
-    if min(args.rate, args.scale_rate, args.bias_step, args.eval_tokens, args.seed) < 0:
-        raise InputError("rates, --bias-step, --eval-tokens and --seed must not be negative")
-    if args.json:
+    check_settings(args)
+    if args.save_every < 1 or args.eval_tokens < 0:
+        raise InputError("--save-every must be at least 1, --eval-tokens at least 0")
+    if args.json is not None:
         check_writable(args.json)
     check_output(args.out, args.force)
     warn_if_same(args.text, args.eval)
@@ -329,7 +347,7 @@ def run(args: argparse.Namespace):
     for name, value in result.items():
         print(f"perplexity {name:<20}{value:>10.2f}")
     print(f"wrote {args.out}")
-    if args.json:
+    if args.json is not None:
         write_json(Path(args.json), vars(args) | {"perplexity": result, "log": log})
 
 def main(argv: list[str] | None = None) -> int:

@@ -146,7 +146,7 @@ def test_every_row_runs_within_its_budget(monkeypatch):
     assert how["joint"] == "joint_layer" and how["joint, 0 rounds"] == "joint_layer, rounds=0"
     assert how["MoEfication"] == "grid_layer, group=weight_bins, router=MLP, refit=False"
     monkeypatch.setattr(ffn2moe, "conversion_losses", lambda model, windows: torch.arange(30.0))
-    model, windows = SimpleNamespace(config=SimpleNamespace(num_layers=30)), torch.zeros(4, 512)
+    model, windows = SimpleNamespace(config=SimpleNamespace(ffns=[256] * 30)), torch.zeros(4, 512)
     monkeypatch.setattr(bench, "mlp_scores", lambda x, norms: torch.nn.Linear(16, norms.shape[1]))
     ffn, x = random_ffn(16, 256, dtype=torch.float32), torch.randn(300, 16)
     for row in rows[1:]:
@@ -229,9 +229,25 @@ def test_all_commands_run_in_order(monkeypatch):
     assert all(args.calib == "a" and args.eval == ["b"] and args.again for args in seen)
     assert all(args.json.parent == bench.RESULTS for args in seen)
 
+def test_the_default_job_is_measured_once(tmp_path, monkeypatch):
+    calls, file = [], tmp_path / "default.json"
+
+    def job(argv):
+        calls.append(argv)
+        file.write_text("{}")
+
+    monkeypatch.setattr(ffn2moe, "main", job)
+    for again in ([], [], ["--again"]):
+        assert bench.main(["default", "--json", str(file), *again]) == 0
+    assert len(calls) == 2 and "origin" in json.loads(file.read_text())
+
 def test_bad_flags_end_in_one_sentence(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["all", "--json", "x"])
     for flags, message in {
-        "all --only joint": "--only is for one command",
+        "all --only joint": "--only is for quality and finetune",
+        "finetune --samples 0": "must be at least 2, other counts",
+        "quality --eval-tokens -5": "--eval-tokens at least 0",
         "speed --turns 0": "must be at least 1",
         "speed --tokens 1 0": "must be at least 1",
         "speed --shape 576": "--shape '576'",

@@ -2,6 +2,7 @@
 exit code 2."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -151,7 +152,7 @@ ARGUMENTS = [
     ("--dense 0-2", "some must be converted"),
     ("--dense 3", "the model has 3"),
     ("--dense 2-", "expected, for example"),
-    ("--active 0", "--active must be more than 0"),
+    ("--active 0", "active = 0.0 is not more than 0"),
     ("--active 0.6 --dense 0", "--dense auto"),
     ("--active 0.4 --dense auto", "runs 50.0% of each FFN"),
     ("--dense 7-0", "layers '7-0': expected"),
@@ -163,7 +164,9 @@ ARGUMENTS = [
     ("--prompt \udcff", "cannot encode"),
     ("--explain=", "the prompt is empty"),
     ("--explain \udcff", "cannot encode"),
-    ("--calib-tokens 100", "--calib-tokens must be at least --window"),
+    ("--calib-tokens 100", "--calib-tokens must be at least --window, here 128"),
+    ("--out=", "not empty; --force"),
+    ("--json=", "of another kind"),
     (f"--seed {2**64}", "--seed"),
     ("--window 1", "--window must be at least 2"),
     ("--json {checkpoint}", "of another kind"),
@@ -196,6 +199,14 @@ def test_as_a_process(argv):
     command = [sys.executable, ffn2moe.__file__, *argv, "--k-act", "1000", "--method", "paper"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "k_act = 1000" in done.stderr
+
+def test_what_cannot_be_shown_does_not_end_the_job(argv, tmp_path):
+    command = [sys.executable, ffn2moe.__file__, *argv, "--prompt", "naïve 日本"]
+    done = subprocess.run(
+        [*command, "--json", tmp_path / "t.json"], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0 and "na?ve" in done.stdout and (tmp_path / "t.json").exists()
 
 def test_help_names_every_flag(capsys):
     with pytest.raises(SystemExit):

@@ -248,6 +248,8 @@ def test_the_traceback_is_shown_where_asked_for(monkeypatch, capsys):
         raise OSError("in the code")
 
     assert run_command("x", broken) == 2 and capsys.readouterr().err == "x: in the code\n"
+    too_much = partial(torch.empty, 2**46)
+    assert run_command("x", too_much) == 2 and capsys.readouterr().err == "x: not enough memory\n"
     monkeypatch.setenv("FFN2MOE_DEBUG", "1")
     with pytest.raises(OSError, match="in the code"):
         run_command("x", broken)

@@ -399,6 +399,9 @@ def test_dense_layers_are_those_of_largest_loss_within_the_budget(monkeypatch):
     assert not ffn2moe.choose_dense(model, ids, Split.parse("S2A6E8"), 0.5)  # nothing is saved
     ffn2moe.convert(model, ids, "S2A2E8", active=0.75)
     assert {i for i, ffn in enumerate(model.config.ffns) if ffn == 64} == {0, 3, 5, 7}
+    # Of 864 neurons 648 may run: 432 do anyway, 160 more in these layers, 256 more would in layer 0
+    model.config.ffns = [512, 32, 32, 32, 64, 64, 64, 64]
+    assert ffn2moe.choose_dense(model, ids, SPLIT, 0.75) == {3, 5, 7, 6, 4, 2}
 
 def test_layers_are_written_as_ranges():
     written = {"none": set(), "3": {3}, "0-2": {0, 1, 2}, "0-1,5,7-9": {0, 1, 5, 7, 8, 9}}
@@ -456,6 +459,7 @@ def test_convert_refuses_and_leaves_the_model_alone():
     before = model(ids)
     for message, change in {
         "magic": {"method": "magic"},
+        "active = 75 is not": {"active": 75, "dense": "auto"},
         "some must be converted": {"dense": [0, 1, 2]},
         "no calibration tokens": {"calib_ids": ids[:0]},
         "vocabulary of 300": {"calib_ids": torch.full((1, 20), 300)},

@@ -236,6 +236,7 @@ def test_sampling():
     assert set(found) <= set(p.indices.tolist())
     share = np.array([found.count(i) / 400 for i in p.indices.tolist()])
     assert np.abs(share - p.values.softmax(-1).numpy()).max() < 0.1
+    assert len(generate(model, torch.arange(120), 20)) == 9  # there are 128 positions
     model.config.eos_ids = [greedy[3]]
     assert generate(model, prompt, 20) == greedy[: greedy.index(greedy[3]) + 1]
 
@@ -325,6 +326,7 @@ def test_export(tmp_path, tokenizer, capsys):
     for raw, why in (
         (LLAMA | native(64, NEURONS, NEURONS), "the paper's router"),
         (LLAMA | native(64, LINEAR, TWO_LEVELS), "two levels"),
+        (LLAMA | native(64, LINEAR, replace(LINEAR, active=2)), "its MoE layers differ"),
         (LLAMA | native(64, 64, 32), "no dense model at first"),
         (CONFIGS["qwen3"] | native(64, 64, LINEAR, base="qwen3"), "attention is not Qwen2's"),
     ):
@@ -726,6 +728,17 @@ def test_manual_text_splits_do_not_overlap():
     train, test = load_text("manual", "train"), load_text("manual", "test")
     assert not words(train) & words(test)
     assert len(train) > 150_000 and len(test) > 60_000
+
+def test_a_warning_where_both_texts_are_one_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("manual").mkdir()  # which is not what the name stands for
+    for name in ("a.txt", "b.txt"):
+        Path(name).write_text("text")
+    for train, test in (("a.txt", "b.txt"), ("manual", "manual"), ("a.txt", "none")):
+        model_file.warn_if_same(train, test)
+    assert not capsys.readouterr().err
+    model_file.warn_if_same("a.txt", f"{tmp_path}/a.txt")
+    assert "both training and evaluation text" in capsys.readouterr().err
 
 def test_text_files(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + "naïve\n".encode())  # a byte order mark

@@ -10,6 +10,7 @@ from conftest import CONFIGS, LLAMA, kind_of, random_model, refused
 
 # isort: off
 import ffn2moe
+import kernels
 import train
 from model import Decoder, load_model, perplexity, read_ids, save_model
 
@@ -119,9 +120,28 @@ def test_balance_by_hand():
     tokens = torch.tensor([(moe.route(x)[0] == e).sum().item() for e in range(7)])
     p = (x @ moe.router_weight.T).softmax(-1)
     expected = -0.5 * p.std(correction=0) * (tokens - 100 / 7).sign()
-    train.keep_input(moe, (x.view(5, 10, 32),))
+    train.remember_choices(moe)
+    moe(x.view(5, 10, 32))
     assert train.balance([moe], 0.5) == pytest.approx(tokens.max().item() / (100 / 7))
     assert torch.allclose(moe.router_bias, expected) and moe.router_bias.any()
+
+def test_what_is_balanced_is_what_ran(monkeypatch):
+    """Also where dropout on the router would choose others if it were asked again."""
+    model, ran, moe = moe_model(), [], kernels.moe
+
+    def remember(*arguments):
+        ran.append(arguments[4])
+        return moe(*arguments)
+
+    def check(moes, step):
+        assert all(one.last[1].equal(chosen) for one, chosen in zip(moes, ran, strict=True))
+        ran.clear()
+        return 1.0
+
+    monkeypatch.setattr(kernels, "moe", remember)
+    monkeypatch.setattr(train, "balance", check)
+    train.finetune(model, IDS, small(router=True, dropout=0.5))
+    assert not any({"route", "last"} & vars(ffn).keys() for ffn in model.ffns)
 
 def test_balancing_balances():
     imbalance = {}
@@ -190,6 +210,10 @@ def test_a_loss_that_is_not_finite_leaves_a_state_to_go_on_from(tmp_path, monkey
     assert log["loss"][:3] == expected["loss"][:3]  # from step 2, the last with a finite loss
     assert log["loss"][3] != expected["loss"][3] and len(log["loss"]) == 6
 
+def test_a_last_step_that_breaks_the_weights_is_refused():
+    settings = small(samples=4, rate=1e30)
+    refused("the last step", train.finetune, moe_model(torch.float16), IDS, settings)
+
 @pytest.fixture
 def argv(tokenizer, text, tmp_path):
     save_model(moe_model(), tokenizer, tmp_path / "moe")
@@ -216,6 +240,7 @@ def test_what_cannot_work_is_refused_before_the_long_work(argv, tmp_path, capsys
         "--dropout=1": "--dropout below 1",
         "--seed=99999999999999999999": "--seed below",
         "--rate=-1": "rates",
+        "--bias-step=nan": "rates",
         "--samples=0": "at least 1",
         f"--json={tmp_path}": "of another kind",
         "--length=9999": "9999 tokens are more than",
