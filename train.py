@@ -348,6 +348,8 @@ def run(args: argparse.Namespace):
         print(f"perplexity {name:<20}{value:>10.2f}")
     print(f"wrote {args.out}")
     if args.json is not None:
+        for name, value in result.items():
+            result[name] = value if math.isfinite(value) else None  # JSON has no infinity
         write_json(Path(args.json), vars(args) | {"perplexity": result, "log": log})
 
 def main(argv: list[str] | None = None) -> int:
