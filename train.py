@@ -128,9 +128,9 @@ def balance(moes: list[MoE], step: float) -> float:
     """
     imbalance = []
     for moe in moes:
-        x, chosen = vars(moe).pop("last", ((), None))
-        if len(x) == 0:  # an MoE inside an expert that no token selected
+        if "last" not in vars(moe):  # an MoE inside an expert that no token selected
             continue
+        x, chosen = vars(moe).pop("last")
         p = moe.scores(x).float().softmax(dim=-1)  # [T, R]
         tokens = chosen.flatten().bincount(minlength=p.shape[1]).float()  # [R]
         moe.router_bias -= step * p.std(correction=0) * (tokens - tokens.mean()).sign()
@@ -195,7 +195,8 @@ def finetune(model: Decoder, ids: Tensor, settings: SimpleNamespace, state_file:
 
     With a state_file, the state is saved every `save_every` steps, and `resume` goes on from it to
     the same weights (on a GPU, up to rounding). Raises InputError if a loss or a weight is not
-    finite; `resume` may then have a smaller rate. However it ends, the model is an ordinary one again (`merge`).
+    finite; `resume` may then have a smaller rate. However it ends, the model is an ordinary one
+    again (`merge`).
     """
     batches = make_batches(model, ids, settings)
     run = identify(settings, ids, [model, teacher])
