@@ -1311,8 +1311,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace):
     """Refuse what is known to be impossible before anything is loaded."""
-    least = min(args.turns, *args.tokens, *args.batch, args.eval_tokens + 1)
-    require(least > 0, "--turns, --tokens and --batch must be at least 1, --eval-tokens at least 0")
+    least = min(args.turns, *args.tokens, *args.batch)
+    require(least > 0, "--turns, --tokens and --batch must be at least 1")
+    require(args.eval_tokens >= 0, "expected --eval-tokens at least 0")
     has_rows = args.command in ("quality", "finetune")
     require(has_rows or not args.only, "--only is for quality and finetune")
     train.check_settings(train.make_settings(**recipe_of(args)))

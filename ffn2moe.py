@@ -43,9 +43,9 @@ from tqdm import tqdm
 # isort: off
 from kernels import swiglu, temporarily
 from model import DEFAULT_MODEL, FFN, Decoder, InputError, MoE, MoESpec, Split, active_parameters
-from model import as_ids, check_output, check_writable, cut_windows, encode, generate
-from model import has_bfloat16_units, load_model, read_ids, require, run_command, save_model
-from model import spec_of, split_spec, warn_if_same, window_loss, write_json
+from model import as_ids, check_output, check_writable, cut_windows, encode, finite_or_none
+from model import generate, has_bfloat16_units, load_model, read_ids, require, run_command
+from model import save_model, spec_of, split_spec, warn_if_same, window_loss, write_json
 
 # Settings of the joint method, chosen by perplexity on training text held back from calibration
 SAMPLE_TOKENS = 8192  # for partition and router; the refit uses all calibration tokens
@@ -548,7 +548,12 @@ def label_gradient(model: Decoder, x: Tensor, generator: torch.Generator) -> Ten
 
 def choose_dense(model: Decoder, calib_ids: Tensor, split: Split, active: float) -> frozenset[int]:
     """The layers that stay dense: those whose conversion costs most, while at most the share
-    `active` of all FFN neurons runs for a token. At least one is converted. calib_ids [B, T]."""
+    `active` of all FFN neurons runs for a token. At least one is converted. calib_ids [B, T].
+
+    Of the q_i neurons of layer i, a split runs the share s. So a dense layer adds (1 - s) q_i, and
+
+        sum over dense layers of (1 - s) q_i <= (active - s) sum over all layers of q_i.
+    """
     ffns, saved = model.config.ffns, 1 - split.share
     if saved == 0:
         return frozenset()
@@ -556,11 +561,11 @@ def choose_dense(model: Decoder, calib_ids: Tensor, split: Split, active: float)
     losses = conversion_losses(model, calib_ids[: FISHER_TOKENS // length, :length])
     check_finite(losses, "predicted losses are not finite")
     dense = set()
-    more = (active - split.share + 1e-6) * sum(ffns)  # neurons that may run beside the split's
+    room = (active - split.share + 1e-6) * sum(ffns)  # 1e-6: 2 / 3 - 1 / 2 is rounded down
     for i in losses.argsort(descending=True).tolist()[:-1]:
-        if saved * ffns[i] <= more:
+        if saved * ffns[i] <= room:
             dense.add(i)
-            more -= saved * ffns[i]
+            room -= saved * ffns[i]
     return frozenset(dense)
 
 def parse_layers(text: str) -> frozenset[int]:
@@ -1007,8 +1012,7 @@ def add_sides(result: dict, sides: dict[str, dict]):
     """Add the numbers of the table to what --json writes: dense_perplexity, moe_prefill_ms, ..."""
     for side, values in sides.items():
         result |= {f"{side}_{key}": value for key, value in values.items()}
-        if not math.isfinite(values["perplexity"]):
-            result[f"{side}_perplexity"] = None  # JSON has no infinity
+        result[f"{side}_perplexity"] = finite_or_none(values["perplexity"])
     if "dense" in sides:
         for what in ("prefill", "decode"):
             result[f"{what}_speedup"] = result[f"dense_{what}_ms"] / result[f"moe_{what}_ms"]

@@ -97,6 +97,9 @@ def write_json(file: Path, content: dict | list):
     scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(scratch, file)
 
+def finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no infinity
+
 # -------------------------------------------------------------------------------- 1. Configuration
 
 class Split(NamedTuple):

@@ -26,8 +26,8 @@ from tqdm import tqdm
 # isort: off
 from ffn2moe import METHODS, convert, sample_rows
 from model import Decoder, InputError, Linear, MoE, check_output, check_writable, cut_windows
-from model import load_model, perplexity, read_ids, refusing, require, run_command, save_model
-from model import warn_if_same, write_json
+from model import finite_or_none, load_model, perplexity, read_ids, refusing, require, run_command
+from model import save_model, warn_if_same, write_json
 
 SETTINGS = {  # each is a flag of the command line: name -> (default, help)
     "samples": (2048, "training sequences, in whole batches; a short text is used several times"),
@@ -349,9 +349,8 @@ def run(args: argparse.Namespace):
         print(f"perplexity {name:<20}{value:>10.2f}")
     print(f"wrote {args.out}")
     if args.json is not None:
-        for name, value in result.items():
-            result[name] = value if math.isfinite(value) else None  # JSON has no infinity
-        write_json(Path(args.json), vars(args) | {"perplexity": result, "log": log})
+        found = {name: finite_or_none(value) for name, value in result.items()}
+        write_json(Path(args.json), vars(args) | {"perplexity": found, "log": log})
 
 def main(argv: list[str] | None = None) -> int:
     return run_command("train", lambda: run(parse_args(argv)))
