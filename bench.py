@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
 from itertools import cycle, product
@@ -41,14 +42,14 @@ import ffn2moe
 import kernels
 import train
 from ffn2moe import HIDDEN_RIDGE, SAMPLE_TOKENS, atopk_markers, balanced_assignment, build_moe
-from ffn2moe import contribution_energy, expert_norms, hidden, joint_layer, members, neuron_markers
+from ffn2moe import contribution_energy, expert_norms, hidden, joint_layer, neuron_markers
 from ffn2moe import neuron_weights, paper_layer, partition_and_router, partition_neurons, refit_down
 from ffn2moe import refit_moe, representative_neurons, ridge_router, running_bins, sample_rows
 from ffn2moe import unpredicted_energy
 from model import DEFAULT_MODEL, FFN, Decoder, MoE, MoESpec, Split
-from model import active_parameters, as_ids, cut_windows, encode, has_bfloat16_units, load_model
-from model import load_text, make_ffn, perplexity, read_ids, read_json, refusing, require
-from model import run_command, spec_of, split_spec, warn_if_same, write_json
+from model import active_parameters, as_ids, check_writable, cut_windows, encode
+from model import has_bfloat16_units, load_model, load_text, make_ffn, perplexity, read_ids
+from model import read_json, refusing, require, run_command, split_spec, warn_if_same, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -59,9 +60,8 @@ RESULTS = Path(__file__).parent / "results"
 def static_layer(ffn: FFN, x: Tensor, split: Split, refit=True, ridge=HIDDEN_RIDGE) -> FFN:
     """Static pruning: the S + A slices of neurons with the most energy, the same for all tokens."""
     down, q = ffn.down_proj, ffn.down_proj.shape[1]
-    energy = torch.zeros(q, device=x.device)
-    for block in x.split(ffn2moe.BLOCK):
-        energy += contribution_energy(hidden(ffn, block), down).sum(dim=0)
+    blocks = x.split(ffn2moe.BLOCK)
+    energy = sum(contribution_energy(hidden(ffn, block), down).sum(dim=0) for block in blocks)
     keep = energy.topk(round(split.share * q)).indices
     if refit:
         runs = torch.zeros(q, device=x.device).index_fill(0, keep, 1.0)
@@ -177,12 +177,10 @@ class Masked(nn.Module):
 def oracle_router_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
     """The joint partition under a router that knows how much energy each expert has, and refit."""
     moe = joint_layer(ffn, x, split, refit=False)
-    routed = moe.bin_of[moe.bin_of > 0]
 
     def norms(rows):
         h = hidden(ffn, rows.to(ffn.down_proj))  # which calibration may have in another dtype
-        energy = contribution_energy(h, ffn.down_proj)[:, moe.bin_of > 0]
-        return expert_norms(energy, routed, split.routed)
+        return expert_norms(contribution_energy(h, ffn.down_proj), moe.bin_of, split.routed)
 
     scale = ffn2moe.ROUTER_SCALE / norms(sample_rows(x, SAMPLE_TOKENS)).max()
     moe.scores = lambda rows: norms(rows) * scale
@@ -201,11 +199,8 @@ def wina_layer(ffn: FFN, x: Tensor, split: Split, keep: float) -> Masked:
     """The joint method, and in the experts that run only the share `keep` of neurons with the
     largest |h_i| |W_down_i| (WINA, which the paper combines with). This saves arithmetic only on
     hardware that can skip single neurons."""
-    moe = joint_layer(ffn, x, split)
-    shared, routed = members(moe.bin_of, split.routed)
-    down = torch.empty_like(ffn.down_proj)
-    down[:, shared] = moe.shared_expert.down_proj
-    down[:, routed] = moe.down_proj.transpose(0, 1) / moe.spec.down_scale
+    moe = joint_layer(ffn, x, split, refit=False)
+    down = refit_down(ffn, x, partial(neuron_weights, moe)).to(ffn.down_proj)
     n = round(keep * split.share * down.shape[1])
 
     def weights(h, rows):
@@ -285,14 +280,13 @@ def main_rows(percent: float, seed: int = 0) -> list[Row]:
 
 def control_rows(percent: float) -> list[Row]:
     joint, alike = JOINT[percent], ALIKE[percent]
-    static, no_refit = partial(static_layer, refit=False), partial(joint_layer, refit=False)
     own_ridge = partial(static_layer, ridge=0.03)  # its best on held-back text; joint does not care
     return [
-        Row("static pruning", percent, static, alike),
+        Row("static pruning", percent, partial(static_layer, refit=False), alike),
         Row("static pruning, own penalty", percent, own_ridge, alike, quoted=True),
         Row("static pruning, refit, same layers dense", percent, static_layer, joint, "auto"),
         Row("joint, all layers alike", percent, joint_layer, alike),
-        Row("joint, no refit", percent, no_refit, joint, "auto"),
+        Row("joint, no refit", percent, partial(joint_layer, refit=False), joint, "auto"),
         Row("joint, E = 16", percent, joint_layer, JOINT_E16[percent], "auto", timed=True),
         Row("joint, E = 8", percent, joint_layer, JOINT_E8[percent], "auto", timed=True),
         Row("oracle router", percent, oracle_router_layer, joint, "auto"),
@@ -340,16 +334,13 @@ ABLATIONS = [
 def quality_rows() -> list[Row]:
     """All rows, those that the README quotes first."""
     rows = [replace(DENSE, quoted=True)]
-    for percent in SIZES:
+    for percent in (*SIZES, 87.5, 62.5, 37.5):
         rows += main_rows(percent)
-    for percent, group in product((50, 75, 25), ("random", "weights")):
-        rows.append(grid_row(group, "MLP", False, percent))
+    rows += [grid_row(group, "MLP", False, p) for p, group in product(SIZES, ("random", "weights"))]
     cells = [grid_row(*cell) for cell in GRID]
     rows += [row for row in cells if row.name not in SYSTEMS.values()] + ABLATIONS
     for percent in SIZES:
         rows += control_rows(percent)
-    for percent in (87.5, 62.5, 37.5):
-        rows += main_rows(percent)
     for percent, seed in product(SIZES, (1, 2)):
         rows += [replace(row, name=f"{row.name}, seed {seed}") for row in main_rows(percent, seed)]
     return rows
@@ -454,7 +445,7 @@ class Text(NamedTuple):
 
 def settings_of(args: argparse.Namespace, *more: str) -> dict:
     """What must be equal for rows to stand in one file; these names of flags too."""
-    common = ("device", "seed", "eval_tokens", "window")
+    common = ("command", "device", "seed", "eval_tokens", "window")
     found = {name: getattr(args, name) for name in (*common, *more)}
     found |= {"model": args.model or DEFAULT_MODEL, "dtype": args.dtype[0]}
     found |= {"calib": Path(args.calib).stem, "eval": [Path(text).stem for text in args.eval]}
@@ -506,9 +497,13 @@ def evaluate(model: Decoder, text: Text, whole: bool, title: str) -> dict:
         result["perplexity_whole"] = float(np.exp(np.mean(nll)))
     return result
 
-def convert_by_row(model: Decoder, row: Row, windows: Tensor, title: str) -> frozenset[int]:
-    """Convert the model as the row says, in place -> the layers that stayed dense."""
+def convert_by_row(model: Decoder, row: Row, calib: Tensor, seed: int, title: str) -> frozenset:
+    """Convert the model as the row says, in place, on some of the windows calib [N, T] -> the
+    layers that stayed dense."""
     split = Split.parse(row.experts)
+    windows = sample_rows(calib, row.calib_windows, seed + row.seed)
+    if len(windows) < row.calib_windows:
+        print(f"warning: only {len(windows)} calibration windows", file=sys.stderr)
     if row.dense == "auto":
         dense = ffn2moe.choose_dense(model, windows, split, row.percent / 100)
     else:
@@ -529,18 +524,18 @@ def quality(args: argparse.Namespace):
     file, missing = args.json, []
     done = read_results(file, settings_of(args))
     for row in chosen_rows(quality_rows(), args.only):
-        whole = perplexity_of(done, row.name, row.percent, key="perplexity_whole")
-        unread = args.whole and row.quoted and whole is None
-        if unread or not is_done(done, row.label, row.key(), args):
-            missing.append(row)
+        had_whole = perplexity_of(done, row.name, row.percent, key="perplexity_whole") is not None
+        whole = had_whole or (args.whole and row.quoted)
+        if whole > had_whole or not is_done(done, row.label, row.key(), args):
+            missing.append((row, whole))
     if missing:
         measure_rows(args, missing, done)
     plot_quality(done, file.with_suffix(".png"))
     plot_waterfall(done, file.with_name(f"{file.stem}-waterfall.png"))
     publish(file, "Quality", done, quality_tables(done))
 
-def measure_rows(args: argparse.Namespace, rows: list[Row], done: dict):
-    """Convert and evaluate by each row, and write the file after each."""
+def measure_rows(args: argparse.Namespace, rows: list[tuple[Row, bool]], done: dict):
+    """Convert, evaluate and write each row; True beside it: on all of the first text."""
     model, _, calib, found = load(args)
     calib, texts = cut_windows(model, calib, args.window), []
     for name, ids in found.items():
@@ -550,29 +545,23 @@ def measure_rows(args: argparse.Namespace, rows: list[Row], done: dict):
         states = [model.hidden_states(one[None])[0, :-1] for one in bar]
         texts.append(Text(name, windows, states))
     dense_ffns, dense_ffn = model.ffns, active_parameters(model)[0]
-    for n, row in enumerate(rows):
-        title, model.ffns = f"{n + 1}/{len(rows)} {row.label}", dense_ffns
-        windows = sample_rows(calib, row.calib_windows if row.layer else 0, args.seed + row.seed)
-        if row.layer and len(windows) < row.calib_windows:
-            print(f"warning: only {len(windows)} calibration windows", file=sys.stderr)
+    for n, (row, whole) in enumerate(rows, start=1):
+        title, model.ffns = f"{n}/{len(rows)} {row.label}", dense_ffns
         start = time.perf_counter()
-        dense = convert_by_row(model, row, windows, title) if row.layer else frozenset()
+        dense = convert_by_row(model, row, calib, args.seed, title) if row.layer else ()
         result = {
             "active_ffn": active_share(model, dense_ffn),
             "dense_layers": ffn2moe.format_layers(dense),
-            "calib_tokens": windows.numel(),
             "seconds": time.perf_counter() - start,
         }
         if row.timed:
             versions, ids = {"dense_": dense_ffns, "": model.ffns}, texts[0].windows[:1]
-            for what, steps in (("prefill", 0), ("decode", 16)):
+            for what, steps in (("prefill", 0), ("decode", min(16, ids.shape[1]))):
                 times = ffn2moe.time_model(model, versions, ids, steps, args.turns)
                 result |= {f"{side}{what}_ms": float(np.median(ms)) for side, ms in times.items()}
         result["texts"] = {}
-        had_whole = perplexity_of(done, row.name, row.percent, key="perplexity_whole") is not None
         for text in texts if row.quoted else texts[:1]:
-            whole = text is texts[0] and (had_whole or (args.whole and row.quoted))
-            result["texts"][text.name] = evaluate(model, text, whole, title)
+            result["texts"][text.name] = evaluate(model, text, whole and text is texts[0], title)
         add_row(args, done, row.label, row.key(), result)
         print(f"{title}: {result['texts'][texts[0].name]['perplexity']:.2f}", flush=True)
 
@@ -587,26 +576,20 @@ def cell(*of, **more) -> str:
     value = perplexity_of(*of, **more)
     return "" if value is None else f"{value:.2f}"
 
-def sizes_table(names: Iterable[str], percents: Iterable, of: Callable) -> str:
-    """Methods against sizes, in each cell of(name, percent). The dense model has one size."""
+def sizes_table(done: dict, of: Callable, names: Iterable[str], percents: Iterable = SIZES) -> str:
+    """Methods against sizes, in each cell of(done, name, percent). The dense model has one size."""
     lines = {}
     for name in ("dense", *names):
-        cells = {f"{p:g} %": of(name, 100 if name == "dense" else p) for p in percents}
+        cells = {f"{p:g} %": of(done, name, 100 if name == "dense" else p) for p in percents}
         if any(cells.values()):
             lines[name] = cells
     return markdown("active FFN", lines) if lines else ""
 
-def main_table(done: dict) -> str:
-    """The table of the README."""
-    return sizes_table(README_ROWS, SIZES, partial(cell, done))
-
 def details_table(done: dict) -> str:
     """Every row: what runs, how fast, and how far from the dense model."""
     lines, text = {}, done["settings"]["eval"][0]
-    for row in quality_rows():
-        r = done["rows"].get(row.label)
-        if not r:
-            continue
+    for row in [row for row in quality_rows() if row.label in done["rows"]]:
+        r = done["rows"][row.label]
         lines[row.label] = {
             "made by": r["key"]["layer"],
             "split": r["key"]["experts"],
@@ -647,15 +630,15 @@ def quality_tables(done: dict) -> str:
     names = [*OTHERS, *MAIN, *(row.name for row in control_rows(50))]
     steps = {change: {"row": row, "perplexity": cell(done, row, 50)} for change, row in WATERFALL}
     parts = {
-        f"Perplexity ({text}, {much})": sizes_table(names, SIZES, partial(cell, done)),
+        f"Perplexity ({text}, {much})": sizes_table(done, cell, names),
         "How neurons are grouped x how tokens are routed x refit": grid_table(done),
         "One change at a time, at 50 %": markdown("", steps),
-        "More sizes": sizes_table(MAIN, PAPER, partial(cell, done)),
-        "Three seeds": sizes_table(MAIN, SIZES, partial(seeds_cell, done)),
+        "More sizes": sizes_table(done, cell, MAIN, PAPER),
+        "Three seeds": sizes_table(done, seeds_cell, MAIN),
     }
     for other in others:
         title = f"Calibrated on {done['settings']['calib']}, evaluated on {other}"
-        parts[title] = sizes_table(names, SIZES, partial(cell, done, text=other))
+        parts[title] = sizes_table(done, partial(cell, text=other), names)
     parts["All rows"] = details_table(done)
     return "\n".join(f"## {title}\n\n{table}" for title, table in parts.items() if table)
 
@@ -668,40 +651,45 @@ PLOTTED = {
     "joint, E = 8": ("#8ec6ee", "P-"),
     "oracle neurons": ("#6a9e5c", "^--"),
 }
+
+@contextmanager
+def picture(file: Path, width: float, height: float, *grid: int, **options):
+    """The axes of a new figure, which is saved at the end."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure.subplots(*grid, **options)
+    figure.savefig(file, dpi=120)
+
 PERPLEXITIES = [20, 30, 50, 100, 200, 500, 1000]  # on axes
 
 def plot_quality(done: dict, file: Path):
     """Perplexity on the first text: against the share of the FFN that runs, and against time, where
     all points are of one machine, the first row's."""
     machine = next((r["origin"]["machine"] for r in done["rows"].values()), "")
-    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    by_size = sorted(done["rows"].values(), key=lambda r: r["key"]["percent"])
-    for name, (colour, style) in PLOTTED.items():
-        shares, times = [], []  # the points of each panel
-        for r in by_size:
-            if r["key"]["name"] == name:
-                value = perplexity_of(done, name, r["key"]["percent"])
-                shares.append((r["active_ffn"], value))
-                if "prefill_ms" in r and r["origin"]["machine"] == machine:
-                    times.append((r["prefill_ms"] / r["dense_prefill_ms"], value))
-        for ax, points in ((left, shares), (right, times)):
-            if points:
-                ax.plot(*zip(*points), style, color=colour, label=name)
-    dense = perplexity_of(done, "dense", 100)
-    for ax in (left, right):
-        if dense:
-            ax.axhline(dense, color="black", linewidth=0.8, label="dense")
-        ax.set_yscale("log")
-        ax.set_yticks(PERPLEXITIES, PERPLEXITIES)
-        ax.minorticks_off()
-        ax.grid(alpha=0.3)
-    right.axvline(1, color="black", linewidth=0.8)
-    left.set_xlabel("active FFN parameters / dense")
-    right.set_xlabel("time of a prefill / dense")
-    left.set_ylabel(f"perplexity, {done['settings']['eval'][0]}")
-    left.legend(fontsize=8)
-    figure.savefig(file, dpi=120)
+    with picture(file, 9.6, 4.2, 1, 2, sharey=True) as (left, right):
+        by_size = sorted(done["rows"].values(), key=lambda r: r["key"]["percent"])
+        for name, (colour, style) in PLOTTED.items():
+            shares, times = [], []  # the points of each panel
+            for r in by_size:
+                if r["key"]["name"] == name:
+                    value = perplexity_of(done, name, r["key"]["percent"])
+                    shares.append((r["active_ffn"], value))
+                    if "prefill_ms" in r and r["origin"]["machine"] == machine:
+                        times.append((r["prefill_ms"] / r["dense_prefill_ms"], value))
+            for ax, points in ((left, shares), (right, times)):
+                if points:
+                    ax.plot(*zip(*points), style, color=colour, label=name)
+        dense = perplexity_of(done, "dense", 100)
+        for ax in (left, right):
+            if dense:
+                ax.axhline(dense, color="black", linewidth=0.8, label="dense")
+            ax.set(yscale="log", yticks=PERPLEXITIES, yticklabels=PERPLEXITIES)
+            ax.minorticks_off()
+            ax.grid(alpha=0.3)
+        right.axvline(1, color="black", linewidth=0.8)
+        left.set_xlabel("active FFN parameters / dense")
+        right.set_xlabel("time of a prefill / dense")
+        left.set_ylabel(f"perplexity, {done['settings']['eval'][0]}")
+        left.legend(fontsize=8)
 
 def plot_waterfall(done: dict, file: Path):
     """From the paper's method to ours at 50 %, one change at a time."""
@@ -709,22 +697,19 @@ def plot_waterfall(done: dict, file: Path):
     dense = perplexity_of(done, "dense", 100)
     if None in (dense, *values):
         return
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    ax = figure.subplots()
-    for i, (before, value) in enumerate(zip([dense, *values[:-1]], values, strict=True)):
-        colour = "#999999" if i == 0 else "#b03a2e" if value > before else "#1f6fb4"
-        ax.barh(i, value - before, left=before, color=colour)
-        ax.text(max(value, before) * 1.03, i, f"{value:.1f}", va="center", fontsize=9)
-    ax.set_yticks(range(len(values)), [change for change, _ in WATERFALL])
-    ax.invert_yaxis()
-    ax.axvline(dense, color="black", linewidth=0.8)
-    ax.set(xscale="log", xlim=(dense * 0.9, max(values) * 1.4))
-    ticks = [tick for tick in PERPLEXITIES if dense * 0.9 < tick < max(values) * 1.4]
-    ax.set_xticks(ticks, ticks)
-    ax.minorticks_off()
-    text = done["settings"]["eval"][0]
-    ax.set_xlabel(f"perplexity, {text}, half of the FFN active (line: dense)")
-    figure.savefig(file, dpi=120)
+    with picture(file, 6.4, 3.6) as ax:
+        for i, (before, value) in enumerate(zip([dense, *values[:-1]], values, strict=True)):
+            colour = "#999999" if i == 0 else "#b03a2e" if value > before else "#1f6fb4"
+            ax.barh(i, value - before, left=before, color=colour)
+            ax.text(max(value, before) * 1.03, i, f"{value:.1f}", va="center", fontsize=9)
+        ax.set_yticks(range(len(values)), [change for change, _ in WATERFALL])
+        ax.invert_yaxis()
+        ax.axvline(dense, color="black", linewidth=0.8)
+        ax.set(xscale="log", xticks=PERPLEXITIES, xticklabels=PERPLEXITIES)
+        ax.set_xlim(dense * 0.9, max(values) * 1.4)
+        ax.minorticks_off()
+        text = done["settings"]["eval"][0]
+        ax.set_xlabel(f"perplexity, {text}, half of the FFN active (line: dense)")
 
 # ---------------------------------------------------------------------------------------- 5. Speed
 
@@ -809,18 +794,19 @@ def workload(key: dict) -> str:
         return f"FFN {key['shape']}, {tokens}, {key['dtype']}"
     return f"SmolLM2 {key['what']}, batch {key['batch']}, {key['dtype']}"
 
-def speed_row(key: dict, times: dict, ffns: list, parameters: list, rest_ms=0.0) -> dict:
+def speed_row(key: dict, times: dict, ffns: list, parameters: list) -> dict:
     """Medians in milliseconds, and what to compare the speedup with.
 
-    times: milliseconds of each turn; ffns: int or spec of each layer; parameters: those that one
-    token uses in the dense model and in the MoE; rest_ms: the time of a model without FFNs.
+    times: milliseconds of each turn ("bare": of the model without FFNs); ffns: int or spec of each
+    layer; parameters: those that one token uses in the dense model and in the MoE.
 
     spread      of the speedup over turns: interquartile range / median
     ideal       neurons / neurons that run
     bound       the speedup of the whole if its FFNs were ideal
     read_bound  the same if each expert that a token of the batch chose is read once
     """
-    dense, moe = float(np.median(times["dense"])), float(np.median(times["MoE"]))
+    medians = {name: float(np.median(ms)) for name, ms in times.items()}
+    dense, moe, bare = medians["dense"], medians["MoE"], medians.get("bare", 0.0)
     low, middle, high = np.quantile(times["dense"] / times["MoE"], [0.25, 0.5, 0.75])
     tokens = key["batch"] * (1 if key["what"] == "decode" else key["tokens"])
     neurons = sum(neurons_read(ffn, np.inf) for ffn in ffns)
@@ -833,10 +819,10 @@ def speed_row(key: dict, times: dict, ffns: list, parameters: list, rest_ms=0.0)
         "speedup": dense / moe,
         "spread": (high - low) / middle,
         "ideal": ideal,
-        "bound": dense / (rest_ms + (dense - rest_ms) / ideal),
-        "read_bound": dense / (rest_ms + (dense - rest_ms) / by_reading),
+        "bound": dense / (bare + (dense - bare) / ideal),
+        "read_bound": dense / (bare + (dense - bare) / by_reading),
         "parameters": parameters,
-        "peers_ms": {name: float(np.median(ms)) for name, ms in times.items() if name in PEERS},
+        "peers_ms": {name: medians[name] for name in PEERS if name in medians},
     }
 
 def ffn_speed(key: dict, turns: int) -> dict:
@@ -881,36 +867,32 @@ def model_versions(dtype: str, device: str, experts: str):
     versions["MoE"], parameters = model.ffns, [before, active_parameters(model)[1]]
     return model, versions, parameters, read_ids(model, tokenizer, "manual", "test")
 
-DECODED = 32  # tokens of a sequence
-
 def model_speed(key: dict, turns: int) -> dict:
     """The default model -> a row. prefill: to the logits of the last token; decode: the last
-    DECODED tokens, one at a time with a KV cache."""
+    32 tokens, one at a time with a KV cache."""
     batch, device = key["batch"], key["device"]
     model, versions, parameters, text = model_versions(key["dtype"], device, key["experts"])
     needed = batch * key["tokens"]
     require(len(text) >= needed, f"--batch {batch} needs {needed} tokens of text")
     ids = text[:needed].view(batch, -1)
-    steps = DECODED if key["what"] == "decode" else 0
+    steps = 32 if key["what"] == "decode" else 0
     compiled = 0 < steps and batch <= kernels.FEW_TOKENS and kernels.can_compile(device)
     times = faster(ffn2moe.time_model(model, versions, ids, steps, turns, compiled))
-    rest_ms = float(np.median(times["bare"]))
-    return speed_row(key, times, list(map(spec_of, versions["MoE"])), parameters, rest_ms)
+    return speed_row(key, times, model.config.ffns, parameters)
 
 def speed_keys(args: argparse.Namespace) -> list[dict]:
     """All workloads: what (ffn, prefill or decode), shape, tokens of a sequence, sequences, split,
     dtype and device of each, and a name for it."""
     keys = []
     for dtype, shape in product(args.dtype, args.shape):
-        cases = []
         if shape == "smollm2-135m":
+            cases = []
             for experts, batch in product(args.experts, args.batch):
                 cases.append(("prefill", 2048 // batch, batch, experts))
                 cases.append(("decode", 128, batch, experts))
         else:
-            two_levels = ["S2A4E8+S3A3E8"] * (shape == "2048x8192")
-            for tokens, experts in product(args.tokens, args.experts + two_levels):
-                cases.append(("ffn", tokens, 1, experts))
+            splits = args.experts + ["S2A4E8+S3A3E8"] * (shape == "2048x8192")  # in two levels
+            cases = [("ffn", tokens, 1, split) for tokens, split in product(args.tokens, splits)]
         for what, tokens, batch, experts in cases:
             key = {"shape": shape, "dtype": dtype, "device": args.device, "what": what}
             key |= {"tokens": tokens, "batch": batch, "experts": experts}
@@ -918,7 +900,7 @@ def speed_keys(args: argparse.Namespace) -> list[dict]:
     return keys
 
 def speed(args: argparse.Namespace):
-    done = read_results(args.json, {})
+    done = read_results(args.json, {"command": "speed"})
     torch.manual_seed(0)
     for key in speed_keys(args):
         if not is_done(done, key["name"], key, args):
@@ -951,7 +933,6 @@ def speed_tables(done: dict) -> str:
     for name, r in done["rows"].items():
         dense, moe, tokens = r["dense_ms"], r["moe_ms"], r["tokens_at_once"]
         before, after = r["parameters"]
-        few = tokens <= kernels.FEW_TOKENS
         lines[name] = {
             "dense, ms": milliseconds(dense),
             "MoE, ms": milliseconds(moe),
@@ -960,13 +941,11 @@ def speed_tables(done: dict) -> str:
             "ideal": f"{r['ideal']:.2f}x",
             "of ideal": f"{r['speedup'] / r['ideal']:.1%}",
             "bound": f"{r['bound']:.2f}x",
-            "bound by reading": f"{r['read_bound']:.2f}x" if few else "",
+            "bound by reading": f"{r['read_bound']:.2f}x" if tokens <= kernels.FEW_TOKENS else "",
             "GFLOP per token": f"{2e-9 * before:.3f} → {2e-9 * after:.3f}",
             "tokens/s": f"{1e3 * tokens / dense:,.0f} → {1e3 * tokens / moe:,.0f}",
         }
-        for peer in PEERS:
-            ms = r["peers_ms"].get(peer)
-            lines[name][peer] = f"{dense / ms:.2f}x" if ms else ""
+        lines[name] |= {peer: f"{dense / ms:.2f}x" for peer, ms in r["peers_ms"].items()}
     return f"{speed_overview(done)}\n## All rows\n\n{markdown('', lines)}"
 
 # ---------------------------------------------------------------------------------- 6. Fine-tuning
@@ -1017,7 +996,6 @@ def finetune(args: argparse.Namespace):
     done = read_results(file, settings_of(args, *RECIPE))
     rows = chosen_rows(finetune_rows(args.samples), args.only)
     dense, _, ids, texts = load(args)
-    dense_ffn = active_parameters(dense)[0]
     eval_ids = next(iter(texts.values()))[: args.eval_tokens or None]
     windows = cut_windows(dense, ids, args.window)
 
@@ -1043,17 +1021,14 @@ def finetune(args: argparse.Namespace):
     for row in rows:
         if is_done(done, row.label, row.key(), args):
             continue
-        settings, teacher = train.make_settings(**recipe | row.settings), None
+        settings = train.make_settings(**recipe | row.settings)
         if not row.layer:
             model, result = tuned_dense(settings.samples)
         else:
-            if settings.distill:
-                teacher, _ = tuned_dense(settings.samples)
+            teacher = tuned_dense(settings.samples)[0] if settings.distill else None
             model = copy.deepcopy(teacher or dense)
-            calib = sample_rows(windows, row.calib_windows, args.seed)
-            convert_by_row(model, row, calib, row.label)
+            convert_by_row(model, row, windows, args.seed, row.label)
             result = tune(model, settings, teacher)
-        result["active_ffn"] = active_share(model, dense_ffn)
         add_row(args, done, row.label, row.key(), result)
         print(f"{row.label}: {result['before']:.2f} -> {result['after']:.2f}", flush=True)
     plot_tokens(done, file.with_suffix(".png"))
@@ -1061,17 +1036,12 @@ def finetune(args: argparse.Namespace):
 
 def finetune_cell(done: dict, name: str, percent: float) -> str:
     """Perplexity before → after, in brackets over the dense model's after as many tokens."""
-    rows = done["rows"]
-    if label(name, percent) not in rows:
+    row, rows = done["rows"].get(label(name, percent)), done["rows"].values()
+    if not row:
         return ""
-    row = rows[label(name, percent)]
-    dense = {r["tokens"]: r["after"] for r in rows.values() if r["key"]["percent"] == 100}
+    dense = {r["tokens"]: r["after"] for r in rows if r["key"]["percent"] == 100}
     ratio = f" ({row['after'] / dense[row['tokens']]:.2f})" if row["tokens"] in dense else ""
     return f"{row['before']:.2f} → {row['after']:.2f}{ratio}"
-
-def finetune_table(done: dict) -> str:
-    """The table of the README."""
-    return sizes_table(MAIN, SIZES, partial(finetune_cell, done))
 
 def finetune_tables(done: dict) -> str:
     lines = {}
@@ -1083,29 +1053,27 @@ def finetune_tables(done: dict) -> str:
             "seconds": f"{row['seconds']:.0f}",
         }
     recipe = {name: done["settings"][name] for name in RECIPE}
-    return f"Recipe: {recipe}\n\n{finetune_table(done)}\n## All rows\n\n{markdown('', lines)}"
+    table = sizes_table(done, finetune_cell, MAIN)
+    return f"Recipe: {recipe}\n\n{table}\n## All rows\n\n{markdown('', lines)}"
 
 def plot_tokens(done: dict, file: Path):
     """Perplexity after the fine-tune against training tokens, at 50 %, beside the dense model."""
-    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
-    ax = figure.subplots()
-    for method, colour in (("dense", "black"), ("paper", "#b03a2e"), ("joint", "#1f6fb4")):
-        names = [method, *(longer_run(method, factor) for factor in FACTORS)]
-        labels = [label(name, 100 if method == "dense" else 50) for name in names]
-        rows = [done["rows"][one] for one in labels if one in done["rows"]]
-        points = [(row["tokens"], row["after"]) for row in rows]
-        if points:
-            ax.plot(*zip(*points), "o-", color=colour, label=method)
-    ax.axvline(4.2e6, color="#999999", linewidth=0.8, linestyle="--")
-    ax.set(xscale="log", yscale="log", xlabel="training tokens (dashed: the paper's 4.2 M)")
-    ax.set_ylabel(f"perplexity, {done['settings']['eval'][0]}")
-    ax.xaxis.set_major_formatter("{x:,.0f}")
-    ax.yaxis.set_major_formatter("{x:.0f}")
-    ax.yaxis.set_minor_formatter("{x:.0f}")
-    ax.grid(alpha=0.3, which="both")
-    if ax.lines[1:]:
+    with picture(file, 5.6, 3.8) as ax:
+        for method, colour in (("dense", "black"), ("paper", "#b03a2e"), ("joint", "#1f6fb4")):
+            names = [method, *(longer_run(method, factor) for factor in FACTORS)]
+            labels = [label(name, 100 if method == "dense" else 50) for name in names]
+            rows = [done["rows"][one] for one in labels if one in done["rows"]]
+            points = [(row["tokens"], row["after"]) for row in rows]
+            if points:
+                ax.plot(*zip(*points), "o-", color=colour, label=method)
+        ax.axvline(4.2e6, color="#999999", linewidth=0.8, linestyle="--", label="the paper's 4.2 M")
+        ax.set(xscale="log", yscale="log", xlabel="training tokens")
+        ax.set_ylabel(f"perplexity, {done['settings']['eval'][0]}")
+        ax.xaxis.set_major_formatter("{x:,.0f}")
+        ax.yaxis.set_major_formatter("{x:.0f}")
+        ax.yaxis.set_minor_formatter("{x:.0f}")
+        ax.grid(alpha=0.3, which="both")
         ax.legend(fontsize=8)
-    figure.savefig(file, dpi=120)
 
 # ------------------------------------------------------------------------- 7. Figures of one model
 
@@ -1116,58 +1084,53 @@ def plot_rates(rates: dict[tuple[int, int], Tensor], file: Path):
     """Activation rates as in the paper's Figure 2: a row per K_a, a column per layer, linear axes.
     rates: layer, K_a -> [q], by layers."""
     rows, columns = len({k for _, k in rates}), len({layer for layer, _ in rates})
-    figure = Figure(figsize=(2.6 * columns + 0.6, 2.0 * rows + 0.4), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax, ((layer, k), rate) in zip(axes.T.flat, rates.items()):
-        ax.hist(rate.numpy(), np.linspace(0, 1, 51), color="#4878a8")
-        often = (rate > 0.5).double().mean().item()
-        ax.set_title(f"layer {layer}, K_a = {k}: {often:.1%} above 0.5", fontsize=8)
-        ax.tick_params(labelsize=7)
-    figure.supxlabel("activation rate: share of tokens for which a neuron fires", fontsize=9)
-    figure.supylabel("neurons", fontsize=9)
-    figure.savefig(file, dpi=120)
+    size = (2.6 * columns + 0.6, 2.0 * rows + 0.4)
+    with picture(file, *size, rows, columns, squeeze=False) as axes:
+        for ax, ((layer, k), rate) in zip(axes.T.flat, rates.items()):
+            ax.hist(rate.numpy(), np.linspace(0, 1, 51), color="#4878a8")
+            often = (rate > 0.5).float().mean()
+            ax.set_title(f"layer {layer}, K_a = {k}: {often:.1%} above 0.5", fontsize=8)
+            ax.tick_params(labelsize=7)
+        figure = axes[0, 0].figure
+        figure.supxlabel("activation rate: share of tokens for which a neuron fires", fontsize=9)
+        figure.supylabel("neurons", fontsize=9)
 
 def plot_partition(ffn: FFN, x: Tensor, split: Split, file: Path):
     """Where a token's energy is, by the router's first choice, before and after alternating."""
     R, x = split.routed, sample_rows(x, SAMPLE_TOKENS)
     energy = contribution_energy(hidden(ffn, x), ffn.down_proj)
-    figure = Figure(figsize=(7.6, 3.7), layout="constrained")
-    bins = {"before": ffn2moe.first_bins(energy, split), "after": joint_bins(ffn, x, split)}
-    for ax, (when, bin_of) in zip(figure.subplots(1, 2), bins.items()):
-        norms = expert_norms(energy, bin_of, R)
-        scores = x @ ridge_router(energy, x, bin_of, R)["router_weight"].T
-        chosen = scores.topk(split.active, dim=-1).indices
-        runs = running_bins(chosen, R)[:, bin_of]  # [T, q]
-        captured = (energy * runs).sum() / energy.sum()
-        first = F.one_hot(chosen[:, 0], R).float()  # [T, R]
-        mean = first.T @ norms.square() / first.sum(dim=0).clamp_min(1)[:, None]
-        mean = mean / norms.square().mean(dim=0)
-        order = mean.diagonal().argsort(descending=True)
-        mean[first.sum(dim=0) == 0] = torch.nan  # nobody's first choice: grey
-        shown = mean[order][:, order].log2().clamp(-2, 2).cpu().numpy()
-        image = ax.imshow(shown, cmap="RdBu_r", vmin=-2, vmax=2)
-        ax.set_facecolor("#bbbbbb")
-        ax.set_title(f"{when}: {captured:.0%} of the energy runs", fontsize=9)
-        ax.set(xlabel="expert", xticks=[], yticks=[])
-    figure.axes[0].set_ylabel("tokens whose first choice is this expert")
-    bar = figure.colorbar(image, ax=figure.axes, ticks=range(-2, 3))
-    bar.set_ticklabels(["1/4", "1/2", "1", "2", "4"])
-    bar.set_label("expert's energy / its mean")
-    figure.savefig(file, dpi=120)
+    with picture(file, 7.6, 3.7, 1, 2) as axes:
+        bins = {"before": ffn2moe.first_bins(energy, split), "after": joint_bins(ffn, x, split)}
+        for ax, (when, bin_of) in zip(axes, bins.items()):
+            norms = expert_norms(energy, bin_of, R)
+            scores = x @ ridge_router(energy, x, bin_of, R)["router_weight"].T
+            chosen = scores.topk(split.active, dim=-1).indices
+            runs = running_bins(chosen, R)[:, bin_of]  # [T, q]
+            captured = (energy * runs).sum() / energy.sum()
+            first = F.one_hot(chosen[:, 0], R).float()  # [T, R]
+            mean = first.T @ norms.square() / first.sum(dim=0)[:, None]  # nan: never first
+            mean = mean / norms.square().mean(dim=0)
+            order = mean.diagonal().nan_to_num().argsort(descending=True)
+            shown = mean[order][:, order].log2().clamp(-2, 2).cpu().numpy()
+            image = ax.imshow(shown, cmap="RdBu_r", vmin=-2, vmax=2)
+            ax.set_facecolor("#bbbbbb")  # of nan
+            ax.set_title(f"{when}: {captured:.0%} of the energy runs", fontsize=9)
+            ax.set(xlabel="expert", xticks=[], yticks=[])
+        axes[0].set_ylabel("tokens whose first choice is this expert")
+        bar = axes[0].figure.colorbar(image, ax=axes, label="expert's energy / its mean")
+        bar.set_ticks(range(-2, 3), labels=["1/4", "1/2", "1", "2", "4"])
 
 def plot_words(model: Decoder, tokenizer, shown: Tensor, words: list[list[str]], layer: int, file):
     """Which routed experts run for the tokens of a text [T], and which words each is for."""
     R = len(words)
     chosen = ffn2moe.chosen_experts(model, shown[None], layer)
     ran = F.one_hot(chosen, R).sum(dim=1).T.cpu()  # [R, T]
-    figure = Figure(figsize=(3.4 + 0.24 * len(shown), 1.2 + 0.19 * R), layout="constrained")
-    ax = figure.subplots()
-    ax.imshow(ran.numpy(), cmap="Blues", aspect="auto", vmax=1.4)
-    tokens = [ffn2moe.token_text(tokenizer, i) for i in shown.tolist()]
-    ax.set_xticks(range(len(shown)), tokens, rotation=90, fontsize=8)
-    ax.set_yticks(range(R), [", ".join(favourites[:5]) for favourites in words], fontsize=7)
-    ax.set_ylabel("routed expert: the words that it is for", fontsize=9)
-    figure.savefig(file, dpi=120)
+    with picture(file, 3.4 + 0.24 * len(shown), 1.2 + 0.19 * R) as ax:
+        ax.imshow(ran.numpy(), cmap="Blues", aspect="auto", vmax=1.4)
+        tokens = [ffn2moe.token_text(tokenizer, i) for i in shown.tolist()]
+        ax.set_xticks(range(len(shown)), tokens, rotation=90, fontsize=8)
+        ax.set_yticks(range(R), [", ".join(favourites[:5]) for favourites in words], fontsize=7)
+        ax.set_ylabel("routed expert: the words that it is for", fontsize=9)
 
 def balanced_load(moe: MoE, x: Tensor) -> tuple[Tensor, Tensor]:
     """The share of the tokens x [T, D] of each routed expert, before and after the paper's adaptive
@@ -1182,20 +1145,17 @@ def balanced_load(moe: MoE, x: Tensor) -> tuple[Tensor, Tensor]:
     moe.router_bias.copy_(bias)
     return tuple(loads)
 
-def plot_load(loads: dict[int, tuple[Tensor, Tensor]], even: float, file: Path):
+def plot_load(loads: list[tuple[Tensor, Tensor]], even: float, file: Path):
     """The load of routed experts over an even share, as in the paper's Figure 5."""
-    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for i, (ax, title) in enumerate(zip(axes, ("as converted", "with the adaptive bias"))):
-        load = torch.stack([pair[i].sort(descending=True).values for pair in loads.values()])
-        image = ax.imshow(load.T.numpy() / even, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
-        ax.set_xticks(range(0, len(loads), 4), list(loads)[::4])
-        ax.set(xlabel="layer", title=f"{title}: {load.max() / even:.2f} at most", yticks=[])
-    axes[0].set_ylabel("routed expert, busiest first")
-    figure.colorbar(image, ax=axes, label="load / even share")
-    figure.savefig(file, dpi=120)
+    with picture(file, 8.4, 3.4, 1, 2, sharey=True) as axes:
+        for ax, title, side in zip(axes, ("as converted", "with the adaptive bias"), zip(*loads)):
+            load = torch.stack(side).sort(descending=True).values / even
+            image = ax.imshow(load.T.numpy(), aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
+            ax.set(xlabel="layer", xticks=range(0, len(loads), 4), yticks=[])
+            ax.set_title(f"{title}: {load.max():.2f} at most")
+        axes[0].set_ylabel("routed expert, busiest first")
+        axes[0].figure.colorbar(image, ax=axes, label="load / even share")
 
-@torch.no_grad()
 def figures(args: argparse.Namespace):
     """The pictures of the README, from one conversion."""
     FIGURES.mkdir(exist_ok=True)
@@ -1203,7 +1163,7 @@ def figures(args: argparse.Namespace):
     calib = cut_windows(model, calib, args.window)
     test = cut_windows(model, next(iter(texts.values())), args.window)[:20]
     split, q = Split.parse(args.experts[0]), model.config.intermediate_size
-    last, rates, loads = len(model.layers) - 1, {}, {}
+    last, rates, loads = len(model.layers) - 1, {}, []
 
     def replacement(i, ffn, x):
         if i in (0, last // 2, last):
@@ -1213,7 +1173,7 @@ def figures(args: argparse.Namespace):
         if i == last // 2:
             plot_partition(ffn, x, split, FIGURES / "partition.png")
         moe = joint_layer(ffn, x, split)
-        loads[i] = balanced_load(moe, sample_rows(x, 2048))
+        loads.append(balanced_load(moe, sample_rows(x, 2048)))
         return moe
 
     windows, bar = sample_rows(calib, 32, args.seed), partial(tqdm, desc="converting", unit="layer")
@@ -1233,8 +1193,9 @@ def in_readme(row: dict) -> bool:
 
 def readme_tables() -> dict[str, str]:
     """The tables of the README, by the names in its markers, from the files in results/."""
-    makers = {"default": lambda done: f"```\n{done['table']}\n```\n", "quality": main_table,
-              "speed": speed_overview, "finetune": finetune_table}  # fmt: skip
+    makers = {"default": lambda done: f"```\n{done['table']}\n```\n", "speed": speed_overview,
+              "quality": partial(sizes_table, of=cell, names=README_ROWS),
+              "finetune": partial(sizes_table, of=finetune_cell, names=MAIN)}  # fmt: skip
     tables = {}
     for name, make in makers.items():
         if (RESULTS / f"{name}.json").exists():
@@ -1260,8 +1221,7 @@ def default(args: argparse.Namespace):
     if args.json.exists() and not args.again:
         print(f"{args.json} is there already; --again measures it again")
         return
-    failed = ffn2moe.main(["--json", str(args.json), "--device", args.device])
-    require(not failed, "the default job failed")
+    ffn2moe.run(ffn2moe.parse_args(["--json", str(args.json), "--device", args.device]))
     write_json(args.json, read_json(args.json) | {"origin": origin(args.device)})
 
 def everything(args: argparse.Namespace):
@@ -1311,8 +1271,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace):
     """Refuse what is known to be impossible before anything is loaded."""
+    check_writable(args.json)
     least = min(args.turns, *args.tokens, *args.batch)
     require(least > 0, "--turns, --tokens and --batch must be at least 1")
+    require(max(args.batch) <= 2048, "--batch must be at most 2048")
     require(args.eval_tokens >= 0, "expected --eval-tokens at least 0")
     has_rows = args.command in ("quality", "finetune")
     require(has_rows or not args.only, "--only is for quality and finetune")
@@ -1324,15 +1286,13 @@ def check_args(args: argparse.Namespace):
 COMMANDS = {one.__name__: one for one in (default, quality, speed, finetune, figures, readme)}
 COMMANDS["all"] = everything
 
+def run(args: argparse.Namespace):
+    check_args(args)
+    origin(args.device)  # remembered now: the code may be changed while it runs
+    COMMANDS[args.command](args)
+
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-
-    def job():
-        check_args(args)
-        origin(args.device)  # remembered now: the code may be changed while it runs
-        COMMANDS[args.command](args)
-
-    return run_command("bench", job)
+    return run_command("bench", lambda: run(parse_args(argv)))
 
 if __name__ == "__main__":
     sys.exit(main())

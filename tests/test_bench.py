@@ -232,11 +232,11 @@ def test_all_commands_run_in_order(monkeypatch):
 def test_the_default_job_is_measured_once(tmp_path, monkeypatch):
     calls, file = [], tmp_path / "default.json"
 
-    def job(argv):
-        calls.append(argv)
+    def job(args):
+        calls.append(args)
         file.write_text("{}")
 
-    monkeypatch.setattr(ffn2moe, "main", job)
+    monkeypatch.setattr(ffn2moe, "run", job)
     for again in ([], [], ["--again"]):
         assert bench.main(["default", "--json", str(file), *again]) == 0
     assert len(calls) == 2 and "origin" in json.loads(file.read_text())
