@@ -395,7 +395,8 @@ def describe_origin(rows: Iterable[dict]) -> str:
 def read_results(file: Path, settings: dict) -> dict:
     """The rows that an earlier run with the same settings left in the file, or none yet."""
     done = read_json(file) if file.exists() else {"settings": settings, "rows": {}}
-    require({"settings", "rows"} <= done.keys(), f"{file} holds no rows of results")
+    has_rows = isinstance(done, dict) and {"settings", "rows"} <= done.keys()
+    require(has_rows, f"{file} holds no rows of results")
     for name, value in settings.items():
         there = done["settings"].get(name)
         other = f"{file} was made with {name} = {there}, and not {value}"
@@ -411,7 +412,8 @@ def is_done(done: dict, name: str, key: dict, args: argparse.Namespace) -> bool:
     return not args.again or (here == there and here["clean"])
 
 def add_row(args: argparse.Namespace, done: dict, name: str, key: dict, row: dict):
-    done["rows"][name] = {"key": key, "origin": origin(args.device)} | row
+    others = read_json(args.json)["rows"] if args.json.exists() else {}  # of a run beside this one
+    done["rows"] |= others | {name: {"key": key, "origin": origin(args.device)} | row}
     write_json(args.json, done)
 
 def chosen_rows(rows: list[Row], only: list[str] | None) -> list[Row]:
@@ -508,6 +510,7 @@ def convert_by_row(model: Decoder, row: Row, calib: Tensor, seed: int, title: st
         dense = ffn2moe.choose_dense(model, windows, split, row.percent / 100)
     else:
         dense = ffn2moe.parse_layers(row.dense)
+    require(len(dense) < len(model.layers), f"{row.label}: this model has too few layers")
     bar = partial(tqdm, desc=f"{title}: convert", unit="layer")
     ffn2moe.replace_ffns(model, windows, lambda i, ffn, x: row.layer(ffn, x, split), dense, bar)
     return dense
@@ -1228,7 +1231,8 @@ def everything(args: argparse.Namespace):
     """All measurements of the README, in order. Rows that are done are not measured again."""
     for name in [name for name in COMMANDS if name != "all"]:
         print(f"--- {name}", flush=True)
-        COMMANDS[name](argparse.Namespace(**vars(args) | {"json": RESULTS / f"{name}.json"}))
+        change = {"command": name, "json": RESULTS / f"{name}.json"}
+        COMMANDS[name](argparse.Namespace(**vars(args) | change))
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """One set of flags; each command uses those that concern it."""
@@ -1278,6 +1282,7 @@ def check_args(args: argparse.Namespace):
     require(args.eval_tokens >= 0, "expected --eval-tokens at least 0")
     has_rows = args.command in ("quality", "finetune")
     require(has_rows or not args.only, "--only is for quality and finetune")
+    require(len(args.dtype) == 1 or not has_rows, "only speed can take more than one --dtype")
     train.check_settings(train.make_settings(**recipe_of(args)))
     for shape in args.shape:
         known = re.fullmatch(r"smollm2-135m|[1-9]\d*x[1-9]\d*", shape)

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import compress, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -361,7 +361,7 @@ def running_bins(chosen: Tensor, num_routed: int, weights: Tensor | None = None)
     """Weights of the bins, float32 [T, 1 + R]: 1 for the shared one, the given weights [T, A] (1 if
     None) for the chosen experts [T, A], 0 for the others."""
     weights = torch.ones_like(chosen) if weights is None else weights
-    routed = torch.zeros(len(chosen), num_routed, device=chosen.device)
+    routed = weights.new_zeros(len(chosen), num_routed, dtype=torch.float32)
     routed.scatter_(1, chosen, weights.float())
     return F.pad(routed, (1, 0), value=1.0)
 
@@ -455,8 +455,8 @@ def refit_down(ffn: FFN, x: Tensor, running: Callable, ridge: float = HIDDEN_RID
     W_down. x [T, D] is read in blocks, so that T may be large. -> float32 [D, q]
     """
     D, q = ffn.down_proj.shape
-    gram, cross = torch.zeros(q, q, device=x.device), torch.zeros(q, D, device=x.device)
     down = ffn.down_proj.float()  # in float16, what is missing can overflow
+    gram, cross = down.new_zeros(q, q), down.new_zeros(q, D)
     width = math.ceil(q / 4)
     for block in x.split(BLOCK):
         h = hidden(ffn, block)  # [t, q]
@@ -542,6 +542,7 @@ def label_gradient(model: Decoder, x: Tensor, generator: torch.Generator) -> Ten
     gradients = []
     for block in x.detach().split(128):  # logits are large
         p = model.logits(block).float().softmax(dim=-1)
+        check_finite(p, "logits are not finite")
         label = torch.multinomial(p, 1, generator=generator)[:, 0]
         gradients.append(model.head[label] - p.to(x) @ model.head)
     return torch.cat(gradients)
@@ -590,16 +591,9 @@ def format_layers(layers: Iterable[int]) -> str:
 
 # ------------------------------------------------------------------------------ 7. The whole model
 
-class Method(NamedTuple):
-    """A way to convert a layer, and defaults."""
-
-    convert_layer: Callable
-    experts: str
-    calib_tokens: int
-
-METHODS = {
-    "joint": Method(joint_layer, "S2A2E8", 16 * 2048),
-    "paper": Method(paper_layer, "S3A3E8", 8 * 2048),
+METHODS = {  # ways to convert a layer, and their defaults
+    "joint": SimpleNamespace(convert_layer=joint_layer, experts="S2A2E8", calib_tokens=16 * 2048),
+    "paper": SimpleNamespace(convert_layer=paper_layer, experts="S3A3E8", calib_tokens=8 * 2048),
 }
 
 def convert_ffn(ffn: FFN | MoE, x: Tensor, convert_layer: Callable) -> MoE:
@@ -635,17 +629,15 @@ def check_conversion(model: Decoder, experts: Split | str | None, method: str, d
     if dense == "auto":  # in an MoE, the layers that are dense stay so
         dense = [i for i, ffn in enumerate(ffns) if is_moe and isinstance(ffn, int)]
     kept = parse_layers(dense) if isinstance(dense, str) else frozenset(dense)
-    in_range = active is None or 0 < active <= 1
-    require(in_range, f"active = {active} is not more than 0 and at most 1")
-    if active is not None and not choose:
-        raise InputError("--active is for --method joint with --dense auto, on a dense model")
-    if active is not None and active < split.share:
-        raise InputError(f"{split} runs {split.share:.1%} of each FFN, more than --active {active}")
+    if active is not None:
+        require(0 < active <= 1, f"active = {active} is not more than 0 and at most 1")
+        require(choose, "--active is for --method joint with --dense auto, on a dense model")
+        more = f"{split} runs {split.share:.1%} of each FFN, more than --active {active}"
+        require(active >= split.share, more)
     layers = frozenset(range(len(ffns)))
-    sparse = layers - kept
     wrong = f"dense layers {format_layers(kept)}: the model has {len(ffns)}, some must be converted"
-    require(sparse and kept <= layers, wrong)
-    for i in sparse:
+    require(kept < layers, wrong)  # fewer than all
+    for i in layers - kept:
         width, spec = ffns[i], split_spec(ffns[i], split, "linear")  # refuses what does not divide
         if spec.inner:
             width = min(spec.expert_size, spec.shared_size or spec.expert_size)
@@ -742,11 +734,10 @@ def favourite_words(words: list[str], chosen: Tensor, num_routed: int, n=8) -> l
         ran = (chosen == e).any(dim=1).tolist()  # [T]
         together = Counter(compress(words, ran))
         p = min(max(1e-6, sum(ran) / len(ran)), 1 - 1e-6)
-        z = {}
+        z = Counter()
         for word, c in count.items():
             z[word] = (together[word] - c * p) / math.sqrt(c * p * (1 - p))
-        best = sorted(z, key=z.get, reverse=True)[:n]
-        favourites.append([word for word in best if z[word] > 1])
+        favourites.append([word for word, score in z.most_common(n) if score > 1])
     return favourites
 
 def words_of_experts(model: Decoder, tokenizer: Tokenizer, windows: Tensor,
@@ -808,16 +799,12 @@ def time_model(model: Decoder, versions: dict[str, list[nn.Module]], ids: Tensor
     if steps:
         model.hidden_states(ids, cache)
 
-    def prefill():
-        model.logits(model.hidden_states(ids)[:, -1])
-
-    def decode():
-        for t in range(length - steps, length):
-            model(ids[:, t : t + 1], cache, t)
-
     def run(ffns: list[nn.Module], compiled: bool):
         with temporarily(model, "ffns", ffns), temporarily(model, "compiled", compiled):
-            decode() if steps else prefill()
+            if not steps:
+                model.logits(model.hidden_states(ids)[:, -1])
+            for t in range(length - steps, length):
+                model(ids[:, t : t + 1], cache, t)
 
     functions = {name: partial(run, ffns, False) for name, ffns in versions.items()}
     if compiled:
@@ -832,7 +819,7 @@ def perplexity_and_times(model: Decoder, versions: dict[str, list[nn.Module]],
     of a prefill of one of them (to the logits of its last token), and of decoding one token (of
     the last 16). The versions take turns at each window, as in `time_in_turns`."""
     passes = windows if len(windows) > 1 else windows.repeat(2, 1)  # the first time is not counted
-    losses = {name: [] for name in versions}  # per token, of each window
+    losses = {name: [] for name in versions}  # of each window
     times = {name: [] for name in versions}
     for window in tqdm(passes, desc=f"perplexity, {' and '.join(versions)}", unit="window"):
         for name, ffns in versions.items():
@@ -841,7 +828,7 @@ def perplexity_and_times(model: Decoder, versions: dict[str, list[nn.Module]],
                 x = model.hidden_states(window[None])[0]
                 model.logits(x[-1:]).sum().item()  # waits until it is there
                 times[name].append(1e3 * (time.perf_counter() - start))
-                losses[name].append(window_loss(model, x, window) / (len(window) - 1))
+                losses[name].append(window_loss(model, x, window))
     decode = time_model(model, versions, windows[:1], min(16, windows.shape[1]), turns=3)
     found = {}
     for name in versions:
@@ -889,7 +876,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="picks the calibration windows")
     add("--prompt", default="The capital of France is", help="text to continue, before and after")
     add("--explain", metavar="TEXT", help="print which experts run for this text, and why, instead")
-    add("--layer", type=int, metavar="N", help="layer for --explain, or the next MoE layer")
+    add("--layer", type=int, metavar="N", help="layer for --explain, or the nearest MoE")
     add("--out", metavar="DIR", help="write the converted checkpoint; --model DIR loads it")
     add("--force", action="store_true", help="replace the checkpoint in an --out that is not empty")
     add("--json", metavar="FILE", help="write the final table and the settings")
@@ -897,14 +884,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace):
     """Refuse what is known to be impossible before anything is loaded."""
-    if args.window < 2 or args.eval_tokens < 0 or not 0 <= args.seed < 2**63:
-        raise InputError("--window must be at least 2, --eval-tokens and --seed at least 0")
+    in_range = args.window >= 2 and args.eval_tokens >= 0
+    require(in_range, "--window must be at least 2, --eval-tokens at least 0")
+    require(0 <= args.seed < 2**63, "--seed must be at least 0 and below 2**63")
     if args.out is not None:
         check_output(args.out, args.force)
     if args.json is not None:
         check_writable(args.json)
-    if args.json is not None and args.explain is not None:
-        raise InputError("--explain makes no table that --json could write")
+        require(args.explain is None, "--explain makes no table that --json could write")
     warn_if_same(args.calib, args.eval)
 
 def calibration_windows(model: Decoder, tokenizer: Tokenizer, args: argparse.Namespace) -> Tensor:
@@ -969,7 +956,7 @@ def run(args: argparse.Namespace):
         save_model(model, tokenizer, args.out, args.force)
     if args.explain is not None:
         moes = [i for i, ffn in enumerate(model.config.ffns) if isinstance(ffn, MoESpec)]
-        wanted = model.config.num_layers // 2 if args.layer is None else args.layer
+        wanted = len(model.layers) // 2 if args.layer is None else args.layer
         layer = min(moes, key=lambda i: abs(i - wanted))  # or the nearest MoE
         print(explain(model, tokenizer, prompt, windows, layer))
         return
@@ -978,11 +965,15 @@ def run(args: argparse.Namespace):
     for side, ffns in versions.items():
         model.ffns = ffns
         sides[side] |= describe_model(model, tokenizer, prompt)
+        result |= {f"{side}_{key}": value for key, value in sides[side].items()}
+        result[f"{side}_perplexity"] = finite_or_none(sides[side]["perplexity"])
     result["table"] = final_table(sides, windows.shape[1], result.get("conversion_seconds"))
-    add_sides(result, sides)
+    if "dense" in sides:
+        for what in ("prefill", "decode"):
+            result[f"{what}_speedup"] = result[f"dense_{what}_ms"] / result[f"moe_{what}_ms"]
+    print("\n" + result["table"] + (f"\n\nwrote {args.out}" if args.out is not None else ""))
     if args.json is not None:
         write_json(Path(args.json), result)
-    print("\n" + result["table"] + (f"\n\nwrote {args.out}" if args.out is not None else ""))
 
 def final_table(sides: dict[str, dict], length: int, seconds: float | None) -> str:
     """Perplexity, times and parameters of the sides, with ratios (of times: the speedup); then how
@@ -1007,15 +998,6 @@ def final_table(sides: dict[str, dict], length: int, seconds: float | None) -> s
         lines.append(f"conversion: {seconds:.1f} seconds")
     lines += ["", *(f"{side['name']}: {' '.join(side['text'].split())}" for side in sides.values())]
     return "\n".join(lines)
-
-def add_sides(result: dict, sides: dict[str, dict]):
-    """Add the numbers of the table to what --json writes: dense_perplexity, moe_prefill_ms, ..."""
-    for side, values in sides.items():
-        result |= {f"{side}_{key}": value for key, value in values.items()}
-        result[f"{side}_perplexity"] = finite_or_none(values["perplexity"])
-    if "dense" in sides:
-        for what in ("prefill", "decode"):
-            result[f"{what}_speedup"] = result[f"dense_{what}_ms"] / result[f"moe_{what}_ms"]
 
 def main(argv: list[str] | None = None) -> int:
     return run_command("ffn2moe", lambda: run(parse_args(argv)))

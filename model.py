@@ -59,7 +59,10 @@ def refusing(what: str):
         yield
     except InputError:
         raise
-    except Exception as error:  # noqa: BLE001 (the tokenizers package raises plain Exception)
+    except BaseException as error:
+        # The tokenizers package raises plain Exception, and where its Rust code fails this one
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{what}: {why}") from None
 
@@ -71,15 +74,12 @@ def run_command(name: str, job: Callable[[], None]) -> int:
             stream.reconfigure(errors="replace")  # what a terminal cannot show must not end a job
     try:
         job()
-    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        if os.environ.get("FFN2MOE_DEBUG"):
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        no_memory = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+        known = no_memory or isinstance(error, (InputError, OSError, torch.OutOfMemoryError))
+        if not known or os.environ.get("FFN2MOE_DEBUG"):
             raise
-        print(f"{name}: {error or type(error).__name__}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error) or os.environ.get("FFN2MOE_DEBUG"):
-            raise
-        print(f"{name}: not enough memory", file=sys.stderr)
+        print(f"{name}: {'not enough memory' if no_memory else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -90,12 +90,22 @@ def read_json(file: Path):
     with refusing(f"{file} is not valid JSON"):
         return json.loads(file.read_text(encoding="utf-8"))
 
-def write_json(file: Path, content: dict | list):
-    """Write a JSON file, all of it or nothing."""
+def replace_file(file: Path, write: Callable):
+    """Let write(f) fill a scratch file, then rename it: a crash leaves the old file or the new."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, file)
+    scratch = file.with_name(f"{file.name}.tmp")
+    try:
+        with open(scratch, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(scratch, file)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+def write_json(file: Path, content: dict | list):
+    text = json.dumps(content, indent=1) + "\n"
+    replace_file(file, lambda f: f.write(text.encode()))
 
 def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no infinity
@@ -214,7 +224,6 @@ class Config:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -230,7 +239,7 @@ class Config:
     ffns: list[int | MoESpec]  # of each layer
     raw: dict  # the config.json of the model that it was at first
     files: dict[str, bytes] = field(default_factory=dict)  # the SMALL_FILES beside it; load_model
-    bos_id: int | None = None  # what the tokenizer puts before a text; load_model
+    first_ids: list[int] = field(default_factory=list)  # what comes before a text; load_model
 
 # What the absence of a key means in transformers. A null means something else: no window, as many
 # key/value heads as heads, head_dim = D / H. Keys that are not here must be there.
@@ -260,7 +269,7 @@ ONLY = {
     "quantization_config": (None, "only unquantised checkpoints and GGUF files are implemented"),
 }
 CONTEXT = "original_max_position_embeddings"
-LLAMA3_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", CONTEXT)
+LLAMA3_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor")  # and CONTEXT
 ROPE_NUMBERS = {"default": (), "linear": ("factor",), "llama3": LLAMA3_NUMBERS}
 LARGEST = 2**28  # larger sizes would overflow before a tensor is looked at
 MOST_EXPERTS = MOST_LAYERS = 2**16
@@ -269,11 +278,10 @@ def config_value(raw: dict, key: str, kind: type, if_null=None):
     """raw[key], checked: of this type, and a number positive and not absurdly large."""
     value = if_null if raw.get(key) is None else raw[key]
     require(value is not None, f"the configuration has no {key!r}")
-    if kind is float and type(value) is int and value < 2**53:
+    if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
-    usable = type(value) is kind
-    if usable and kind in (int, float):
-        usable = 0 < value < (LARGEST if kind is int else math.inf)
+    limits = {int: LARGEST, float: math.inf}
+    usable = type(value) is kind and (kind not in limits or 0 < value < limits[kind])
     require(usable, f"the configuration's {key} = {str(value)[:80]!r} is not a usable value")
     return value
 
@@ -304,7 +312,6 @@ def parse_config(raw: dict) -> Config:
         vocab_size=get("vocab_size", int),
         hidden_size=get("hidden_size", int),
         intermediate_size=get("intermediate_size", int),
-        num_layers=num_layers,
         num_heads=heads,
         num_kv_heads=get("num_key_value_heads", int, if_null=heads),
         head_dim=get("head_dim", int, if_null=get("hidden_size", int) // heads),
@@ -358,12 +365,10 @@ def parse_rope(raw: dict, rope: dict) -> tuple[float, dict]:
     require(kind in list(ROPE_NUMBERS), f"rope_type {kind!r} is not implemented")
     if kind == "default":
         return theta, {}
-    if kind == "llama3":  # beside the object, in it, or else that of max_position_embeddings
-        longest = rope.get(CONTEXT, raw["max_position_embeddings"])
-        rope = {**rope, CONTEXT: raw.get(CONTEXT, longest)}
     numbers = {key: config_value(rope, key, float) for key in ROPE_NUMBERS[kind]}
-    if kind == "llama3":
-        numbers[CONTEXT] = int(numbers[CONTEXT])  # as transformers wants it
+    if kind == "llama3":  # beside the object, in it, or else that of max_position_embeddings
+        places = {CONTEXT: raw["max_position_embeddings"]} | rope | raw
+        numbers[CONTEXT] = int(config_value(places, CONTEXT, float))  # as transformers wants it
     return theta, {"rope_type": kind, **numbers}
 
 def parse_ffns(kind: str, get: Callable) -> list[int | MoESpec]:
@@ -375,11 +380,10 @@ def parse_ffns(kind: str, get: Callable) -> list[int | MoESpec]:
     require(active <= count <= MOST_EXPERTS, f"num_experts = {count} is not a usable value")
     if kind == "mixtral":
         return [MoESpec(0, count, dense, active)] * num_layers
-    size, shared = get("moe_intermediate_size", int), 0
-    if kind == "qwen2_moe":
-        shared = get("shared_expert_intermediate_size", int)
+    size, gated = get("moe_intermediate_size", int), kind == "qwen2_moe"
+    shared = get("shared_expert_intermediate_size", int) if gated else 0
     weights = "renormalised" if get("norm_topk_prob", bool) else "softmax"
-    moe = MoESpec(shared, count, size, active, weights=weights, gated=kind == "qwen2_moe")
+    moe = MoESpec(shared, count, size, active, weights=weights, gated=gated)
     only_dense, every = get("mlp_only_layers", list, if_null=[]), get("decoder_sparse_step", int)
     sparse = [i not in only_dense and (i + 1) % every == 0 for i in range(num_layers)]
     return [moe if is_sparse else dense for is_sparse in sparse]
@@ -389,7 +393,8 @@ def parse_ffns(kind: str, get: Callable) -> list[int | MoESpec]:
 def rope_inverse_frequencies(c: Config) -> Tensor:
     """Rotary angle per position, float32 [d / 2]: theta^(-2i/d), rescaled by a linear factor or as
     Llama 3 does. Raises InputError if an angle is no positive number."""
-    inverse = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, device="cpu") / c.head_dim)
+    even = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu")
+    inverse = 1.0 / c.rope_theta ** (even / c.head_dim)
     kind, numbers = c.rope_scaling.get("rope_type"), c.rope_scaling
     if kind == "linear":
         inverse = inverse / numbers["factor"]
@@ -430,15 +435,11 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, rows: int = 128) -> Ten
         out.append((p.view(B, K, -1, start + t) @ values).view(B, K, H // K, t, d))
     return torch.cat(out, dim=3).view(B, H, T, d)
 
-@functools.cache
+CPU = torch.cpu.get_capabilities()  # amx_bf16: units for products of whole bfloat16 tiles
+
 def has_bfloat16_units() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32."""
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16")) or has_amx()
-
-@functools.cache
-def has_amx() -> bool:
-    """Whether it has units for products of whole bfloat16 tiles."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return bool(CPU.get("avx512_bf16") or CPU.get("amx_bf16"))
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
@@ -472,7 +473,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim), k, v)
             return self.o_proj(y.reshape(B, T, -1))
         short_training = q.requires_grad and T <= 512
-        slow_sdpa = x.dtype == torch.bfloat16 and has_bfloat16_units() and not has_amx()
+        slow_sdpa = x.dtype == torch.bfloat16 and CPU.get("avx512_bf16") and not CPU.get("amx_bf16")
         if start:
             mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
@@ -684,9 +685,11 @@ def as_ids(model: Decoder, ids: Tensor | list[int]) -> Tensor:
 def first_ids(tokenizer: Tokenizer) -> list[int]:
     """What the tokenizer puts before every text: nothing, or a beginning-of-text token."""
     with refusing("the tokenizer cannot encode a text"):
-        found = tokenizer.encode("a")
-    count = found.special_tokens_mask.index(0) if 0 in found.special_tokens_mask else 0
-    return found.ids[:count]
+        for text in ("a", *tokenizer.get_vocab()):  # some know no "a"
+            found = tokenizer.encode(text)
+            if 0 in found.special_tokens_mask:
+                return found.ids[: found.special_tokens_mask.index(0)]
+    return []
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids, with what belongs before a text, but never an end token after it: a model that has
@@ -701,12 +704,11 @@ def read_ids(model: Decoder, tokenizer: Tokenizer, source: str, split: str) -> T
 def cut_windows(model: Decoder, ids: Tensor | list[int], window: int) -> Tensor:
     """Token ids [T] -> windows that do not overlap, [N, window]; the rest of the text is dropped.
 
-    A window is at most as long as the model can run. Every one begins with config.bos_id, if there
-    is one, not only the text's first one: models that were trained with one need it. Raises
+    A window is at most as long as the model can run. Every one begins with config.first_ids, not
+    only the text's first one: models that were trained with a first token need it. Raises
     InputError if the text does not fill one window.
     """
-    ids, bos = as_ids(model, ids), model.config.bos_id
-    first = as_ids(model, [] if bos is None else [bos])
+    ids, first = as_ids(model, ids), as_ids(model, model.config.first_ids)
     if ids[: len(first)].equal(first):
         ids = ids[len(first) :]
     window = min(window, model.config.max_position_embeddings)
@@ -721,7 +723,9 @@ def generate(model: Decoder, ids: Tensor | list[int], max_new_tokens: int, tempe
              top_k: int | None = None, seed=0) -> list[int]:  # fmt: skip
     """Continue the ids [T] -> the new ids. Greedy at temperature 0. Stops after an end token, and
     when the model can run no more."""
-    ids = as_ids(model, ids).view(1, -1)
+    ids = as_ids(model, ids)
+    require(ids.dim() == 1, f"expected one prompt [T], and not {list(ids.shape)}")
+    ids = ids[None]
     room = model.config.max_position_embeddings - ids.shape[1]
     max_new_tokens = min(max_new_tokens, max(1, room + 1))  # the last one need not be run
     require(ids.numel(), "the prompt is empty")
@@ -736,7 +740,7 @@ def generate(model: Decoder, ids: Tensor | list[int], max_new_tokens: int, tempe
         if temperature > 0:
             token = torch.multinomial((scores / temperature).softmax(-1), 1, generator=random)
         else:
-            token = scores.argmax().view(1)
+            token = scores.argmax()
         done, ids = done + ids.shape[1], token.view(1, 1).to(ids)
         new.append(token.item())
         if new[-1] in model.config.eos_ids:
@@ -744,23 +748,21 @@ def generate(model: Decoder, ids: Tensor | list[int], max_new_tokens: int, tempe
     return new
 
 def window_loss(model: Decoder, x: Tensor, ids: Tensor) -> float:
-    """The sum of the negative log-likelihoods of all ids [T] but the first, given the last hidden
-    states x [T, D]."""
+    """The mean negative log-likelihood of all ids [T] but the first, given the last hidden states
+    x [T, D]."""
     total = 0.0
     for part, target in zip(x[:-1].split(256), ids[1:].split(256)):  # all logits would be large
         total += F.cross_entropy(model.logits(part).float(), target, reduction="sum").item()
-    return total
+    return total / (len(ids) - 1)
 
 @torch.no_grad()
 def perplexity(model: Decoder, ids: Tensor | list[int], window: int,
                progress: Callable = iter) -> float:  # fmt: skip
     """exp of the mean negative log-likelihood, in the usual protocol: the ids [T] are cut into
     windows without overlap (`cut_windows`), and in each all tokens but the first are predicted."""
-    total, count = 0.0, 0
-    for one in progress(cut_windows(model, ids, window)):
-        total += window_loss(model, model.hidden_states(one[None])[0], one)
-        count += len(one) - 1
-    return float(np.exp(total / count))  # inf rather than an exception, for a broken model
+    windows = progress(cut_windows(model, ids, window))
+    losses = [window_loss(model, model.hidden_states(one[None])[0], one) for one in windows]
+    return float(np.exp(np.mean(losses)))  # inf rather than an exception, for a broken model
 
 def used_parameters(spec: int | MoESpec, D: int) -> int:
     """Parameters of an FFN or MoE that one token uses, routers counted."""
@@ -806,7 +808,7 @@ def load_model(source: str | Path | None = None, dtype: torch.dtype | str = torc
     with refusing("generation_config.json is not usable"):
         more = parse_eos(json.loads(files.get("generation_config.json", "{}")))
     config.eos_ids = sorted({*config.eos_ids, *more})
-    config.files, config.bos_id = files, next(iter(first_ids(tokenizer)), None)
+    config.files, config.first_ids = files, first_ids(tokenizer)
     check_tensors(config, tensors)
     with torch.device("meta"):  # shapes only
         model = Decoder(config)
@@ -822,9 +824,9 @@ def load_model(source: str | Path | None = None, dtype: torch.dtype | str = torc
 def check_tensors(config: Config, tensors: dict[str, Callable]):
     """Refuse checkpoints by what they lack, before allocating what config.json claims, and find
     out whether the embedding really is the output matrix too."""
-    for i in range(config.num_layers):
+    for i in range(len(config.ffns)):
         found = f"layers.{i}.input_layernorm.weight" in tensors
-        require(found, f"the checkpoint has no tensors for layer {i} of {config.num_layers}")
+        require(found, f"the checkpoint has no tensors for layer {i} of {len(config.ffns)}")
     inner = [ffn.num_experts for ffn in config.ffns if isinstance(ffn, MoESpec) and ffn.inner]
     require(sum(inner) < len(tensors), "the checkpoint has fewer tensors than experts")
     scales = [name for name in tensors if name.endswith(("weight_scale_inv", "weight_scale"))]
@@ -855,6 +857,9 @@ def read_parameter(name: str, parameter: Tensor, tensors: dict, dtype, device) -
             result = torch.empty(parameter.shape, dtype=dtype, device=device)
             views = checkpoint_parts(name, result, stacked)
         views[part].copy_(tensor)
+        if dtype == torch.float16:
+            in_range = tensor.isinf().any() or not views[part].isinf().any()
+            require(in_range, f"tensor {part!r} is too large for float16: choose another dtype")
     return result
 
 PARTS = {  # a parameter of ours -> the tensors of a checkpoint that lie above each other in it
@@ -911,10 +916,8 @@ def open_directory(path: Path) -> Checkpoint:
         with refusing(f"{file} is truncated or not a safetensors file"), safe_open(file, "pt") as f:
             names = list(f.keys())
         tensors |= {common_name(name): partial(read_tensor, file, name) for name in names}
-    file = path / "tokenizer.json"
-    require(file.exists(), f"{path} has no {file.name}")
-    with refusing(f"{file} is not a usable tokenizer"):
-        tokenizer = Tokenizer.from_buffer(file.read_bytes())
+    with refusing(f"{path} has no usable tokenizer.json"):
+        tokenizer = Tokenizer.from_buffer((path / "tokenizer.json").read_bytes())
     tokenizer.no_truncation()
     tokenizer.no_padding()
     small = {name: (path / name).read_bytes() for name in SMALL_FILES if (path / name).exists()}
@@ -949,27 +952,30 @@ def export(model: Decoder) -> tuple[dict, dict[str, Tensor]]:
     as the first model, if nothing was converted, or as a Qwen2-MoE (which llama.cpp and MLX, unlike
     transformers and vLLM, run without norm_topk_prob). Else they are in our own form, and a line on
     stderr says why."""
-    c, state = model.config, model.state_dict()
+    c, state = replace(model.config, ffns=list(map(spec_of, model.ffns))), model.state_dict()
     extras = {n: w for n, w in state.items() if n.endswith(("router_scale", "router_bias"))}
     standard = {n: w for n, w in state.items() if n not in extras}
     trained = any(weight.any() for weight in extras.values())
     if not trained and parse_config(c.raw).ffns == c.ffns:
         return c.raw, standard
     moes = [ffn for ffn in c.ffns if isinstance(ffn, MoESpec)]
-    if any(moe.router == "neurons" for moe in moes):
-        why = "the paper's router is not a linear one (that of --method joint is)"
-    elif trained:
-        why = "gate scales or selection biases were trained (by --scale-rate, --bias-step)"
-    elif any(moe.inner for moe in moes):
-        why = "it is a mixture in two levels"
-    elif len(set(moes)) > 1:
-        why = "its MoE layers differ"
-    elif not moes or moes[0].gated or not moes[0].shared_size:
-        why = "it was no dense model at first"
-    elif c.qk_norm or c.o_bias or c.head_dim * c.num_heads != c.hidden_size:
-        why = "its attention is not Qwen2's"
-    else:
-        return as_qwen2_moe(c, moes[0], standard)
+    first = moes[0] if moes else None
+    foreign_attention = c.qk_norm or c.o_bias or c.head_dim * c.num_heads != c.hidden_size
+    widths = {ffn for ffn in c.ffns if isinstance(ffn, int)}
+    obstacles = {
+        "the paper's router is not a linear one (that of --method joint is)":
+            any(moe.router == "neurons" for moe in moes),
+        "gate scales or selection biases were trained (by --scale-rate, --bias-step)": trained,
+        "it is a mixture in two levels": any(moe.inner for moe in moes),
+        "its MoE layers differ": len(set(moes)) > 1,
+        "it was no dense model at first": not first or first.gated or not first.shared_size,
+        "the weights of its experts do not sum to 1": first and first.weights != "renormalised",
+        "its dense FFNs differ in width": widths - {c.intermediate_size},
+        "its attention is not Qwen2's": foreign_attention,
+    }  # fmt: skip
+    why = next((why for why, true in obstacles.items() if true), None)
+    if why is None:
+        return as_qwen2_moe(c, first, standard)
     note = "this model has no Qwen2-MoE form, which other engines run, only our own"
     print(f"note: {note}: {why}", file=sys.stderr)
     about = {"model_type": "ffn2moe", "base_model_type": c.raw["model_type"]}
@@ -990,7 +996,7 @@ def as_qwen2_moe(c: Config, spec: MoESpec, state: dict[str, Tensor]) -> tuple[di
             state[f"{shared}.down_proj"] = 2 * state[f"{shared}.down_proj"]
     raw = {
         "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "hidden_act": "silu",
-        "vocab_size": c.vocab_size, "hidden_size": c.hidden_size, "num_hidden_layers": c.num_layers,
+        "vocab_size": c.vocab_size, "hidden_size": c.hidden_size, "num_hidden_layers": len(c.ffns),
         "intermediate_size": c.intermediate_size, "num_attention_heads": c.num_heads,
         "num_key_value_heads": c.num_kv_heads, "rms_norm_eps": c.rms_norm_eps,
         "max_position_embeddings": c.max_position_embeddings, "use_sliding_window": False,
@@ -1185,17 +1191,14 @@ def open_gguf(path: Path) -> Checkpoint:
     heads = {"attn_q": raw["num_attention_heads"], "attn_k": raw["num_key_value_heads"]}
     tensors = {}
     for name, (shape, kind, offset) in found.items():
-        known = ", ".join(known for known, _, _ in GGUF_TENSORS.values())
-        supported = f"tensor {name!r} has GGUF type {kind}; supported are {known}"
-        require(kind in GGUF_TENSORS, f"{path}: {supported}")
+        require(kind in GGUF_TENSORS, f"{path}: {name!r} has GGUF type {kind}, which {ADVICE}")
         _, block, layout = GGUF_TENSORS[kind]
         end = offset + math.prod(shape) // block * layout.itemsize
         fits = shape and 0 not in shape and shape[-1] % block == 0 and end <= len(data)
         require(fits, f"{path} is truncated or corrupt: tensor {name!r} does not fit into the file")
-        words = name.split(".")
-        part = words[-2] if len(words) > 1 else name
+        part = name.removesuffix(".weight").rpartition(".")[2]  # such as attn_q
         read = partial(read_gguf_tensor, data[offset:end], kind, shape, heads.get(part))
-        tensors[".".join(GGUF_NAMES.get(word, word) for word in words)] = read
+        tensors[".".join(GGUF_NAMES.get(word, word) for word in name.split("."))] = read
     tokenizer = gguf_tokenizer(path, meta)
     return raw, tensors, tokenizer, {"tokenizer_config.json": gguf_about(meta)}
 
@@ -1206,6 +1209,7 @@ def gguf_config(path: Path, meta: dict, shapes: dict) -> dict:
     whole = get("split.count", 1) in (0, 1) and get("llama.expert_count", 0) == 0
     require(whole, f"{path}: a split file, or an MoE, {ADVICE}")
     signs = {"rope_freqs.weight", "llama.rope.scale_linear", "llama.rope.scaling.factor"}
+    require(get("llama.attention.causal", True), f"{path}: attention that is not causal {ADVICE}")
     scaled = signs & {*shapes, *meta} or get("llama.rope.scaling.type", "none") != "none"
     require(not scaled, f"{path}: scaled RoPE (rope_freqs) {ADVICE}")
     embedding = shapes.get("token_embd.weight", ())
@@ -1237,15 +1241,11 @@ def read_gguf_tensor(raw: np.ndarray, kind: int, shape: tuple, heads: int | None
     name, _, layout = GGUF_TENSORS[kind]
     values = raw.view(layout)
     if name.startswith("Q"):
-        d, q = values["d"][:, None].astype(np.float32), values["q"]
+        d, q, least = values["d"][:, None].astype(np.float32), values["q"], 0
         if name != "Q8_0":  # low nibbles are weights 0..15, high nibbles 16..31
-            q = np.concatenate((q & 15, q >> 4), axis=1).astype(np.float32)
-        if name == "Q4_0":
-            values = d * (q - 8)
-        elif name == "Q4_1":
-            values = d * q + values["m"][:, None]
-        else:
-            values = d * q
+            q = np.concatenate((q & 15, q >> 4), axis=1)
+            least = -8 * d if name == "Q4_0" else values["m"][:, None]
+        values = d * q + least
     values = values.reshape(shape)
     if heads and len(shape) == 2 and shape[0] % (2 * heads) == 0:
         # GGUF rotates pairs (2i, 2i+1); our RoPE rotates (i, i + d/2): reorder each head's rows.
@@ -1318,12 +1318,8 @@ def load_text(source: str, split: str) -> str:
             file = hf_hub_download("ggml-org/ci", "wikitext-2-raw-v1.zip", repo_type="dataset")
             with zipfile.ZipFile(file) as archive:
                 return archive.read(f"wikitext-2-raw/wiki.{split}.raw").decode("utf-8")
-    try:
+    with refusing(f"{source} cannot be read as UTF-8 text"):
         return Path(source).read_text(encoding="utf-8-sig")  # skips a byte order mark
-    except UnicodeDecodeError:
-        raise InputError(f"{source} is not UTF-8 text") from None
-    except OSError as error:
-        raise InputError(f"cannot read the text {source}: {error.strerror}") from None
 
 def warn_if_same(train: str, test: str):
     """A file has no splits: warn before a model is evaluated on the text that it has seen."""
@@ -1339,11 +1335,10 @@ def manual_text(split: str) -> str:
     names = sorted(topics)
     test = names[2::3]
     train = [name for name in names if name not in test]
-    seen, parts = set(), {"train": [], "test": []}
+    first = {}  # the words of a paragraph -> the topic that has it first, and how it stands there
     for name in train + test:
         for paragraph in topics[name].split("\n\n"):
-            words = " ".join(paragraph.split())
-            if words and words not in seen:
-                parts["test" if name in test else "train"].append(paragraph)
-            seen.add(words)
-    return "\n\n".join(parts[split])
+            first.setdefault(" ".join(paragraph.split()), (name, paragraph))
+    first.pop("", None)  # between blank lines
+    wanted = test if split == "test" else train
+    return "\n\n".join(paragraph for name, paragraph in first.values() if name in wanted)

@@ -12,7 +12,6 @@ import argparse
 import copy
 import hashlib
 import math
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -26,8 +25,8 @@ from tqdm import tqdm
 # isort: off
 from ffn2moe import METHODS, convert, sample_rows
 from model import Decoder, InputError, Linear, MoE, check_output, check_writable, cut_windows
-from model import finite_or_none, load_model, perplexity, read_ids, refusing, require, run_command
-from model import save_model, warn_if_same, write_json
+from model import finite_or_none, load_model, perplexity, read_ids, refusing, replace_file, require
+from model import run_command, save_model, warn_if_same, write_json
 
 SETTINGS = {  # each is a flag of the command line: name -> (default, help)
     "samples": (2048, "training sequences, in whole batches; a short text is used several times"),
@@ -246,19 +245,9 @@ def identify(settings: SimpleNamespace, ids: Tensor, models: list[Decoder | None
     return vars(settings) | {"rate": None, "sha256": sha.hexdigest()}
 
 def save_state(file: Path, run: dict, step: int, log: dict, tensors: list[Tensor], adam):
-    """Write a scratch file, then rename it: a crash leaves the old state or the new one."""
     state = {"run": run, "step": step, "log": log, "tensors": tensors, "adam": adam.state_dict()}
-    scratch = file.with_name(f"{file.name}.tmp")
-    try:
-        with refusing(f"could not write {file}"):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(scratch, "wb") as f:
-                torch.save(state, f)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(scratch, file)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with refusing(f"could not write {file}"):
+        replace_file(file, partial(torch.save, state))
 
 def load_state(file: Path, run: dict, tensors: list[Tensor], adam) -> tuple[int, dict]:
     """Restore tensors and optimizer -> the step to go on with, and the log so far."""

@@ -189,7 +189,11 @@ def test_results_remember_their_rows_and_their_origin(tmp_path, monkeypatch):
     for name, text in (("a", 1), ("b", 2), ("a", 3)):
         assert not bench.is_done(done, name, {"text": text}, once)
         bench.add_row(once, done, name, {"text": text}, {})
+    beside = bench.read_results(file, settings)  # of another run, at the same time
+    bench.add_row(once, beside, "c", {}, {})
+    bench.add_row(once, done, "d", {}, {})
     done = bench.read_results(file, settings)
+    assert list(done["rows"]) == ["a", "b", "c", "d"]
     assert not bench.is_done(done, "a", {"text": 1}, once)  # it was defined otherwise
     for args in (once, again):
         assert bench.is_done(done, "a", {"text": 3}, args)
@@ -226,6 +230,7 @@ def test_all_commands_run_in_order(monkeypatch):
     assert bench.main(["all", "--calib", "a", "--eval", "b", "--again"]) == 0
     names = [args.json.stem for args in seen]
     assert names == ["default", "quality", "speed", "finetune", "figures", "readme"]
+    assert names == [args.command for args in seen]
     assert all(args.calib == "a" and args.eval == ["b"] and args.again for args in seen)
     assert all(args.json.parent == bench.RESULTS for args in seen)
 
@@ -248,6 +253,7 @@ def test_bad_flags_end_in_one_sentence(capsys):
         "all --only joint": "--only is for quality and finetune",
         "finetune --samples 0": "must be at least 2, other counts",
         "quality --eval-tokens -5": "--eval-tokens at least 0",
+        "quality --dtype float32 bfloat16": "more than one --dtype",
         "speed --turns 0": "must be at least 1",
         "speed --tokens 1 0": "must be at least 1",
         "speed --shape 576": "--shape '576'",

@@ -159,7 +159,7 @@ ARGUMENTS = [
     ("--explain x --json y", "--json could write"),
     ("--calib {short}", "less than one window of 128"),
     ("--eval {short}", "less than one window of 128"),
-    ("--eval {none}", "no.txt: No such file"),
+    ("--eval {none}", "No such file"),
     ("--prompt=", "the prompt is empty"),
     ("--prompt \udcff", "cannot encode"),
     ("--explain=", "the prompt is empty"),
@@ -218,8 +218,7 @@ def test_help_names_every_flag(capsys):
 def test_each_neuron_is_calibrated_on_enough_tokens(checkpoint, monkeypatch, capsys):
     """An expert that 2 of 8 tokens choose needs four times as many."""
     model, tokenizer = load_model(checkpoint)
-    method = ffn2moe.METHODS["joint"]._replace(calib_tokens=64)
-    monkeypatch.setattr(ffn2moe, "METHODS", {"joint": method})
+    monkeypatch.setattr(ffn2moe.METHODS["joint"], "calib_tokens", 64)
     args = ffn2moe.parse_args(["--window", "64"])
     few = ffn2moe.parse_args(["--calib-tokens", "1000000"])
     ffn2moe.calibration_windows(model, tokenizer, few)

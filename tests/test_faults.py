@@ -27,8 +27,8 @@ import ffn2moe
 import model as model_file
 import test_train
 import train
-from model import InputError, check_output, encode, fetch_default_model, load_model, run_command
-from model import save_model, spec_to_json
+from model import InputError, check_output, encode, fetch_default_model, load_model, refusing
+from model import run_command, save_model, spec_to_json, write_json
 
 resource = pytest.importorskip("resource", reason="drills need POSIX")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
@@ -193,9 +193,9 @@ def test_a_damaged_file_is_refused_or_runs(kind, checkpoint, tmp_path, tokenizer
     contents = (damaged(whole, seed) for seed in range(6000 if SLOW else 600))
     assert drill(lambda: load_all(file, contents, source), memory=2**24) == 0
 
-HOSTILE = [None, True, False, 0, -1, 1, 3, 2**31, 2**63, 10**400, 0.0, -1.0, 1e308, 1e-308, "", "x",
-           "\ud800", [], [0], ["x"], {}, {"a": 1}, {"rope_type": "llama3"}, [[]] * 3, "silu",
-           {"rope_type": "linear", "factor": 0}, float("nan"), float("inf")]  # fmt: skip
+HOSTILE = [None, True, False, 0, -1, 1, 3, 2**31, 2**63, 10**400, -(10**400), 0.0, -1.0, 1e308,
+           1e-308, "", "x", "\ud800", [], [0], ["x"], {}, {"a": 1}, {"rope_type": "llama3"}, "silu",
+           [[]] * 3, {"rope_type": "linear", "factor": 0}, float("nan"), float("inf")]  # fmt: skip
 KEYS = {"rope_scaling", "rope_parameters", "head_dim", "rope_theta", "tie_word_embeddings", "ffns",
         "attention_bias", "sliding_window", "base_model_type", "quantization_config", "torch_dtype",
         "layer_types", "hidden_act", "mlp_only_layers"}  # fmt: skip
@@ -222,8 +222,8 @@ def test_a_hostile_config_is_refused_or_runs(name, checkpoint):
 @pytest.mark.parametrize("name, content, message", [
     ("--calib", b"", "0 tokens of text are less than one window"),
     ("--eval", b"", "0 tokens of text are less than one window"),
-    ("--calib", bytes(range(256)) * 20, "not UTF-8"),
-    ("--eval", b"\xed\xa0\x80 lone surrogate " * 99, "not UTF-8"),
+    ("--calib", bytes(range(256)) * 20, "as UTF-8"),
+    ("--eval", b"\xed\xa0\x80 lone surrogate " * 99, "as UTF-8"),
     ("--calib", b"\0" * 2000, None),
     ("--eval", b"one line " * 50_000, None),
     ("--calib", b"x" * 100_000, None),
@@ -248,8 +248,24 @@ def test_the_traceback_is_shown_where_asked_for(monkeypatch, capsys):
         raise OSError("in the code")
 
     assert run_command("x", broken) == 2 and capsys.readouterr().err == "x: in the code\n"
-    too_much = partial(torch.empty, 2**46)
-    assert run_command("x", too_much) == 2 and capsys.readouterr().err == "x: not enough memory\n"
+    for job in (partial(torch.empty, 2**46), partial(bytearray, 2**62)):
+        assert run_command("x", job) == 2 and capsys.readouterr().err == "x: not enough memory\n"
     monkeypatch.setenv("FFN2MOE_DEBUG", "1")
     with pytest.raises(OSError, match="in the code"):
         run_command("x", broken)
+
+class PanicException(BaseException):
+    """As a library in Rust raises it where it fails."""
+
+@pytest.mark.parametrize("kind, seen", [
+    (PanicException, InputError), (OSError, InputError), (KeyboardInterrupt, KeyboardInterrupt),
+])  # fmt: skip
+def test_what_libraries_raise_becomes_one_sentence(kind, seen):
+    with pytest.raises(seen, match="why"), refusing("a file"):
+        raise kind("why")
+
+def test_a_file_that_cannot_be_replaced_leaves_no_scratch(tmp_path):
+    (tmp_path / "table.json").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_json(tmp_path / "table.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import CONFIGS, LLAMA, SHARED, random_ffn, random_ids, random_model, refused
 import ffn2moe
 from ffn2moe import balanced_assignment
-from model import FFN, MoE, Split, perplexity
+from model import FFN, Decoder, MoE, Split, perplexity
 
 SPLIT = Split.parse("S2A2E8")  # of 48 neurons: 12 are shared, 6 are in each of 6 experts
 
@@ -492,6 +492,22 @@ def test_a_model_that_overflows_is_refused():
     model.ffns[1].gate_up_proj.fill_(3e4)
     for dense in ("none", "auto"):
         refused("hidden activations overflow", ffn2moe.convert, model, ids, "S2A2E8", dense=dense)
+    model = random_model(LLAMA)
+    model.lm_head.weight[7].fill_(float("nan"))
+    refused("logits are not finite", ffn2moe.convert, model, ids, "S2A2E8")
+
+def test_the_default_dtype_changes_nothing():
+    ids, first, second = random_ids(2, 100), random_model(LLAMA), random_model(LLAMA)
+    expected = ffn2moe.convert(first, ids, "S2A2E8", dense="none")(ids)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = Decoder(second.config)
+        model.load_state_dict(second.state_dict(), assign=True)
+        model.requires_grad_(False)
+        found = ffn2moe.convert(model, ids, "S2A2E8", dense="none")(ids)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
 
 # --- What experts are for, and timing
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, models, processors
 
 # isort: off
 import make_config_cases
@@ -104,7 +104,7 @@ REFUSED_CONFIGS = {  # message -> changes
     "vocab_size = '300'": [{"vocab_size": "300"}],
     "rope_scaling": [{"rope_scaling": "long"}],
     "quantization_config": [{"quantization_config": {"bits": 4}}],
-    "rms_norm_eps": [{"rms_norm_eps": 10**400}],
+    "rms_norm_eps": [{"rms_norm_eps": 10**400}, {"rms_norm_eps": -(10**400)}],
     "eos_token_id": [{"eos_token_id": [1, [2]]}],
     "num_key_value_heads": [{"num_key_value_heads": 3}],
     "factor = '0.0'": [{"rope_scaling": {"type": "linear", "factor": 0}}],
@@ -244,7 +244,7 @@ def test_sampling():
 def test_perplexity(bos):
     """Windows of 20 tokens, with a beginning-of-text token 19 and that one."""
     model, ids = random_model(LLAMA, dtype=torch.float64), torch.randint(6, 300, (105,))
-    model.config.bos_id = bos
+    model.config.first_ids = [] if bos is None else [bos]
     losses = []
     for start in (0, 20, 40, 60, 80) if bos is None else (0, 19, 38, 57, 76):
         window = ids[start : start + 20]  # the last 5 or 10 tokens fill no window
@@ -269,6 +269,7 @@ def test_what_the_model_cannot_run_is_refused():
     refused("129 tokens", model, torch.zeros(1, 129, dtype=torch.long))
     refused("less than one window of 20", perplexity, model, torch.arange(19), 20)
     refused("empty", generate, model, [], 1)
+    refused("expected one prompt", generate, model, IDS.view(2, 50), 1)
 
 def test_first_and_last_tokens(checkpoint, tokenizer):
     """What a tokenizer appends is dropped, what it puts first is known to the model; end tokens
@@ -278,7 +279,7 @@ def test_first_and_last_tokens(checkpoint, tokenizer):
     plain = tokenizer.encode("The cat<end>").ids
     assert encode(tokenizer, "The cat<end>") == plain and plain[-1] == 299
     model, _ = load_model(checkpoint)
-    assert (model.config.eos_ids, model.config.bos_id) == ([299], None)
+    assert (model.config.eos_ids, model.config.first_ids) == ([299], [])
     a = tokenizer.token_to_id("a")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="a $A <end>", special_tokens=[("a", a), ("<end>", 299)]
@@ -287,7 +288,14 @@ def test_first_and_last_tokens(checkpoint, tokenizer):
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": [7, 299]}')
     model, tokenizer = load_model(checkpoint)
     assert encode(tokenizer, "The cat<end>") == [a, *plain] and encode(tokenizer, "") == [a]
-    assert (model.config.eos_ids, model.config.bos_id) == ([7, 299], a)
+    assert (model.config.eos_ids, model.config.first_ids) == ([7, 299], [a])
+    letters = Tokenizer(models.BPE({"C": 0, "G": 1, "<s>": 2, "<dna>": 3}, []))  # no "a", two first
+    letters.post_processor = processors.TemplateProcessing(
+        single="<s> <dna> $A", special_tokens=[("<s>", 2), ("<dna>", 3)]
+    )
+    assert encode(letters, "GC") == [2, 3, 1, 0]
+    model.config.first_ids = [2, 3]
+    assert cut_windows(model, [2, 3, 1, 0, 0, 1], 4).tolist() == [[2, 3, 1, 0], [2, 3, 0, 1]]
     for content in ("[", "[]", '{"eos_token_id": "x"}'):
         (checkpoint / "generation_config.json").write_text(content)
         refused("generation_config.json|eos_token_id", load_model, checkpoint)
@@ -328,12 +336,22 @@ def test_export(tmp_path, tokenizer, capsys):
         (LLAMA | native(64, LINEAR, TWO_LEVELS), "two levels"),
         (LLAMA | native(64, LINEAR, replace(LINEAR, active=2)), "its MoE layers differ"),
         (LLAMA | native(64, 64, 32), "no dense model at first"),
+        (LLAMA | native(32, 64, LINEAR), "differ in width"),
+        (LLAMA | native(64, 64, replace(LINEAR, weights="softmax")), "do not sum to 1"),
         (CONFIGS["qwen3"] | native(64, 64, LINEAR, base="qwen3"), "attention is not Qwen2's"),
     ):
         about, state = export(model := random_model(raw))
         assert about == raw and state.keys() == model.state_dict().keys()
         printed = capsys.readouterr().err
         assert printed.startswith("note: ") and why in printed
+
+def test_what_is_saved_is_what_the_model_holds(tmp_path, tokenizer):
+    """Its FFNs can be assigned to, whatever it was converted to before."""
+    model = random_model(LLAMA | native(64, LINEAR, NEURONS))
+    model.ffns = random_model(LLAMA).ffns
+    expected = model(IDS)
+    save_model(model, tokenizer, tmp_path / "out")
+    assert torch.equal(load_model(tmp_path / "out")[0](IDS), expected)
 
 def test_a_tied_head_that_differs_is_not_tied(checkpoint, tokenizer):
     """As in transformers: equal or absent, the embedding is the head; else the head counts."""
@@ -398,8 +416,8 @@ UP = "model.layers.1.mlp.up_proj.weight"
     (damage_bytes("config.json", lambda b: b[:-1]), "not valid JSON"),
     (damage_bytes("config.json", lambda b: b"\xff" + b), "not valid JSON"),
     (damage_bytes("config.json", lambda b: b"[1]"), "JSON object"),
-    (damage_bytes("tokenizer.json", lambda b: b[:-9]), "not a usable tokenizer"),
-    (lambda path: (path / "tokenizer.json").unlink(), "no tokenizer.json"),
+    (damage_bytes("tokenizer.json", lambda b: b[:-9]), "no usable tokenizer.json"),
+    (lambda path: (path / "tokenizer.json").unlink(), "no usable tokenizer.json"),
     (lambda path: (path / "config.json").unlink(), "no config.json"),
     (lambda path: (path / WEIGHTS).rename(path / "pytorch_model.bin"), "pickle files are never"),
     (only_an_adapter, "only an adapter"),
@@ -407,11 +425,12 @@ UP = "model.layers.1.mlp.up_proj.weight"
     (damage_tensors(lambda t: t.update({UP: t[UP][:-1].clone()})), r"up_proj.weight' is \[63"),
     (damage_tensors(lambda t: t.update({UP: t[UP].to(torch.int8)})), "up_proj.weight' is .*int8"),
     (damage_tensors(lambda t: t.update({UP + "_scale_inv": torch.ones(1)})), "fp8"),
+    (damage_tensors(lambda t: t[UP].mul_(1e6)), "up_proj.weight' is too large for float16"),
     (damage_tensors(lambda t: t.update({UP[:-6] + "bias": torch.ones(64)})), "does not use"),
 ])  # fmt: skip
 def test_damaged_directories(checkpoint, damage, message):
     damage(checkpoint)
-    refused(message, load_model, checkpoint)
+    refused(message, load_model, checkpoint, torch.float16)
 
 def test_saving_is_all_or_nothing(checkpoint, tmp_path, monkeypatch):
     model, tokenizer = load_model(checkpoint)
@@ -604,7 +623,7 @@ def test_gguf_first_token(gguf, tokenizer):
     ):
         make_gguf(gguf, tokenizer, meta={"tokenizer.ggml.bos_token_id": 299} | meta)
         model, loaded = load_model(gguf)
-        assert (encode(loaded, "The")[0] == 299) == adds == (model.config.bos_id == 299)
+        assert (encode(loaded, "The")[0] == 299) == adds == (model.config.first_ids == [299])
 
 def test_gguf_chat_template_and_special_tokens_are_saved(gguf, tmp_path, tokenizer):
     meta = {"tokenizer.ggml.padding_token_id": 7, "tokenizer.chat_template": "{{ messages }}"}
@@ -620,6 +639,7 @@ def test_gguf_chat_template_and_special_tokens_are_saved(gguf, tmp_path, tokeniz
     ({"llama.block_count": 7}, {}, "layer 3 of 7"),
     ({"llama.expert_count": 8}, {}, "MoE"),
     ({"split.count": 2}, {}, "split"),
+    ({"llama.attention.causal": False}, {}, "not causal"),
     ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, {}, "Hugging Face"),
     ({"llama.rope.scale_linear": 4.0}, {}, "Hugging Face"),
     ({"llama.rope.dimension_count": 4}, {}, "RoPE on a part"),
@@ -744,5 +764,5 @@ def test_text_files(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + "naïve\n".encode())  # a byte order mark
     assert load_text(str(tmp_path / "a.txt"), "test") == "naïve\n"
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
-    for name, message in (("b.txt", "not UTF-8"), ("c.txt", "No such file"), (".", "directory")):
+    for name, message in (("b.txt", "as UTF-8"), ("c.txt", "No such file"), (".", "directory")):
         refused(message, load_text, str(tmp_path / name), "test")
