@@ -445,6 +445,11 @@ class Text(NamedTuple):
     windows: Tensor  # [N, T]
     dense: list[Tensor]  # last hidden states of the dense model, for the first windows
 
+def weight_files(model: str | None) -> list[Path]:
+    """The files of a model on disk; the default model is verified at every use."""
+    path = Path(model or DEFAULT_MODEL)
+    return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+
 def settings_of(args: argparse.Namespace, *more: str) -> dict:
     """What must be equal for rows to stand in one file; these names of flags too."""
     common = ("command", "device", "seed", "eval_tokens", "window")
@@ -453,7 +458,10 @@ def settings_of(args: argparse.Namespace, *more: str) -> dict:
     found |= {"calib": Path(args.calib).stem, "eval": [Path(text).stem for text in args.eval]}
     texts = [load_text(text, "test") for text in args.eval if text != HELD_BACK]
     sha = hashlib.sha256("".join([load_text(args.calib, "train"), *texts]).encode())
-    return found | {"texts_sha256": sha.hexdigest()[:16]}
+    for weights in weight_files(args.model):
+        with open(weights, "rb") as f:
+            sha.update(hashlib.file_digest(f, "sha256").digest())
+    return found | {"inputs_sha256": sha.hexdigest()[:16]}
 
 def load(args: argparse.Namespace) -> tuple[Decoder, Tokenizer, Tensor, dict[str, Tensor]]:
     """The model, its tokenizer, the token ids to calibrate or train on [T], and those of each

@@ -343,8 +343,11 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
     assert (tmp_path / "w.png").read_bytes()[:4] == b"\x89PNG"
     for extra in (["--seed", "1"], ["--only", "magic"], ["--eval", str(text), str(text)]):
         assert bench.main([*argv, *extra]) == 2
-    texts[1].write_text("another text")
-    assert bench.main(argv) == 2
+    for changed in (texts[1], checkpoint / "model.safetensors"):
+        before = changed.read_bytes()
+        changed.write_bytes(before + b"more")
+        assert bench.main(argv) == 2
+        changed.write_bytes(before)
     file.write_text("{")
     assert bench.main(argv) == 2
 
