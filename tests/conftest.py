@@ -87,24 +87,20 @@ def checkpoint_tensors(model: Decoder) -> dict[str, torch.Tensor]:
     """The parameters of a model that is not ours, by the names that Hugging Face gives them; many
     are views of one parameter."""
     tensors, mixtral = {}, model.config.raw["model_type"] == "mixtral"
+    gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    names = {"gate_up_proj": [f"{gate}.weight", f"{up}.weight"], "down_proj": [f"{down}.weight"],
+             "router_weight": ["gate.weight"], "shared_expert_gate": ["shared_expert_gate.weight"],
+             "router_scale": [], "router_bias": []}  # fmt: skip
     for name, t in model.state_dict().items():
-        stem, _, last = name.rpartition(".")
+        stem, dot, last = name.rpartition(".")
         stem = stem.replace(".mlp", ".block_sparse_moe") if mixtral else stem
-        gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-        several = t.dim() == 3
-        experts = {f"{stem}.experts.{e}": one for e, one in enumerate(t)} if several else {stem: t}
-        if last == "gate_up_proj":
-            for expert, weight in experts.items():
-                for part, half in zip((gate, up), weight.chunk(2), strict=True):
-                    tensors[f"{expert}.{part}.weight"] = half
-        elif last == "down_proj":
-            tensors |= {f"{expert}.{down}.weight": weight for expert, weight in experts.items()}
-        elif last == "router_weight":
-            tensors[f"{stem}.gate.weight"] = t
-        elif last == "shared_expert_gate":
-            tensors[f"{name}.weight"] = t
-        elif last not in ("router_scale", "router_bias"):
-            tensors[name] = t
+        experts = {stem: t}
+        if t.dim() == 3:
+            experts = {f"{stem}.experts.{e}": weight for e, weight in enumerate(t)}
+        for expert, weight in experts.items():
+            parts = names.get(last, [last])
+            for part, rows in zip(parts, weight.chunk(max(1, len(parts))), strict=False):
+                tensors[expert + dot + part] = rows
     return tensors
 
 def write_checkpoint(path: Path, model: Decoder, tokenizer: Tokenizer, raw: dict) -> Path:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -110,8 +111,6 @@ def test_wina_runs_the_largest_of_the_neurons_that_run(case, keep):
     ffn, x = case
     moe, masked = ffn2moe.joint_layer(ffn, x, SPLIT), bench.wina_layer(ffn, x, SPLIT, keep)
     assert masked.share == pytest.approx(keep / 2)
-    if keep == 1:
-        assert torch.allclose(masked(x), moe(x), atol=1e-5)
     for token in x[:20]:
         chosen, weights = moe.route(token[None])
         gate_ups = [moe.shared_expert.gate_up_proj, *moe.gate_up_proj[chosen[0]]]
@@ -217,11 +216,7 @@ def test_tables_are_put_between_their_markers():
 def test_the_tables_of_the_readme_are_those_of_the_results():
     text = (bench.RESULTS.parent / "README.md").read_text(encoding="utf-8")
     marked = dict(re.findall(r"<!-- (\w+) -->\n(.*?)<!-- end -->", text, re.DOTALL))
-    filled = {name: table for name, table in marked.items() if table}
-    if not filled:
-        pytest.skip("the README has no marked tables yet")
-    tables = bench.readme_tables()
-    assert filled == {name: tables.get(name) for name in filled}
+    assert marked == bench.readme_tables()
 
 def test_all_commands_run_in_order(monkeypatch):
     seen = []
@@ -287,10 +282,13 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
         if len(written) == 2:
             raise KeyboardInterrupt
 
+    rows = [replace(row, calib_windows=4) for row in bench.quality_rows()]
+    few = [row for row in rows if row.percent in (100, 75, 50)]
+    monkeypatch.setattr(bench, "quality_rows", lambda: few)
     names = ["dense", "paper", "static pruning", "joint", "joint, E = 8", "oracle neurons"]
     names += ["joint, seed 1", "joint, seed 2"]
     sizes = {"eval_tokens": 256, "window": 128, "turns": 1, "only": names, "whole": []}
-    text.write_text(text.read_text()[:8000])
+    text.write_text(text.read_text()[:4000])
     (tmp_path / "other.txt").write_text(text.read_text()[::-1])
     texts = [text, tmp_path / "other.txt"]
     argv = arguments("quality", checkpoint, text, file, eval=texts, **sizes)
@@ -303,7 +301,7 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
     file.write_text(json.dumps(done))
     assert bench.main(argv) == 0
     rows = rows_of(file)
-    assert len(rows) == 28 and rows["dense", 100]["seconds"] == 12345
+    assert len(rows) == 15 and rows["dense", 100]["seconds"] == 12345
     dense, tokenizer = load_model(checkpoint)
     ids = tokenizer.encode(text.read_text()).ids
     first = rows["dense", 100]["texts"]["text"]
@@ -318,11 +316,11 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
     assert second["other"]["kl"] != second["text"]["kl"] and "perplexity_whole" in second["text"]
     assert rows["joint, E = 8", 50]["texts"].keys() == {"text"}
     for name in ("static pruning", "oracle neurons"):
-        assert rows[name, 25]["active_ffn"] == 0.25
+        assert rows[name, 75]["active_ffn"] == 0.75
     routers = 6 * (32 + 32 + 2) / (3 * 32 * 64)
     assert rows["paper", 50]["active_ffn"] == pytest.approx(0.5 + routers)
     timed = {key for key, row in rows.items() if "prefill_ms" in row}
-    assert timed >= {("paper", 75), ("joint", 25), ("joint, E = 8", 50)}
+    assert timed >= {("paper", 75), ("joint", 50), ("joint, E = 8", 50)}
     assert not timed & {("dense", 100), ("oracle neurons", 50)}
     table = file.with_suffix(".md").read_text()
     for (name, _), row in rows.items():
@@ -445,17 +443,17 @@ def test_the_faster_of_two_ways_counts():
 
 # --- Fine-tuning, figures
 
-def test_finetune_rows(tokenizer, text, tmp_path, capsys):
+def test_finetune_rows(checkpoint, text, tmp_path, monkeypatch):
     rows = bench.finetune_rows(2048)
     assert len({(row.name, row.percent) for row in rows}) == len(rows)
-    raw = LLAMA | {"num_hidden_layers": 5}
-    checkpoint = write_checkpoint(tmp_path / "five", random_model(raw), tokenizer, raw)
+    few = [replace(row, calib_windows=4) for row in rows if row.percent in (100, 50)]
+    monkeypatch.setattr(bench, "finetune_rows", lambda samples: few)
     variants = ["with balancing", "in the paper's order", "router learned from nothing"]
     names = ["dense", "joint", *(f"joint, {variant}" for variant in variants)]
     recipe = {"samples": 56, "length": 32, "rate": 0.01, "distill": 0.2, "eval_tokens": 512}
     file = tmp_path / "finetune.json"
     rows = run("finetune", checkpoint, text, file, **recipe, only=names)
-    assert len(rows) == 7
+    assert len(rows) == 5
     for row in rows.values():
         assert row["after"] < row["before"] and row["loss"][1] < row["loss"][0]
         assert row["tokens"] == 56 * 32

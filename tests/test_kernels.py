@@ -1,10 +1,10 @@
-"""Every path of the MoE layer against its definition, which a loop over tokens and neurons tests.
+"""Every path of the MoE layer against its definition.
 
 The Triton kernels are tested where triton is installed; without a GPU they are interpreted.
 """
 
 import warnings
-from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TO_RUN = "pip install triton==3.9.0 (beside the requirements), then pytest tests/test_kernels.py"
 NEEDS_TRITON = pytest.mark.skipif(kernels.triton is None, reason=f"needs triton: {TO_RUN}")
 TRITON = pytest.param("moe_triton", marks=NEEDS_TRITON)
-PATHS = ["moe_grouped", "moe", "moe_few_tokens", "moe_all_experts", TRITON]  # all uncompiled
+PATHS = ["moe_reference", "moe_grouped", "moe", "moe_few_tokens", "moe_all_experts", TRITON]
 
 def random_layer(T, D, m, R, A, routing="random", dtype=torch.float32):
     """y, x, gate_up, down, chosen, weights. Skewed: all tokens choose the last A experts."""
@@ -40,18 +40,13 @@ def run(path, arguments):
     return out
 
 def definition(arguments):
-    return kernels.moe_reference(*(t.double() if t.is_floating_point() else t for t in arguments))
-
-def test_the_definition_token_by_token_and_neuron_by_neuron():
-    y, x, gate_up, down, chosen, weights = random_layer(5, 6, 3, 4, 2, dtype=torch.float64)
-    expected = y.clone()
-    for t in range(5):
-        for e, weight in zip(chosen[t], weights[t], strict=True):
-            for i in range(3):
-                g, u = gate_up[e, i] @ x[t], gate_up[e, 3 + i] @ x[t]
-                expected[t] += weight * g / (1 + torch.exp(-g)) * u * down[e, :, i]
-    found = kernels.moe_reference(y, x, gate_up, down, chosen, weights)
-    assert torch.allclose(found, expected, rtol=1e-12)
+    """y_t + the sum over t's experts of weight * W_down (silu(W_gate x_t) * (W_up x_t))."""
+    double = (t.double() if t.is_floating_point() else t for t in arguments)
+    y, x, gate_up, down, chosen, weights = double
+    for e, weight in zip(chosen.T, weights.T, strict=True):  # each token's first expert, ...
+        gate, up = torch.einsum("tmd, td -> tm", gate_up[e], x).chunk(2, dim=1)
+        y = y + torch.einsum("tdm, tm, t -> td", down[e], gate / (1 + (-gate).exp()) * up, weight)
+    return y
 
 DTYPES = [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float64, 1e-14)]
 SHAPES = [(1, 24), (24,), (3, 24), (8, 24), (2, 4, 24), (9, 24), (1, 1, 24), (0, 24)]
@@ -88,17 +83,16 @@ def test_ffn_is_its_formula_for_every_token(shape, monkeypatch):
 @pytest.mark.parametrize("routing", ["random", "skewed"])
 @pytest.mark.parametrize("R, A", [(5, 3), (14, 2), (6, 1), (4, 4), (1, 1)])
 def test_paths_equal_the_definition(R, A, routing, path):
-    for T in [1] if path == "moe_one_token" else [1, 3, 150]:
+    for T in [1] if path == "moe_one_token" else [0, 1, 3, 150]:
         arguments = random_layer(T, 40, 24, R, A, routing)
         found = run(path, arguments).double()
         assert torch.allclose(found, definition(arguments), rtol=1e-4, atol=1e-5)
 
 @pytest.mark.parametrize("path", PATHS)
-def test_tiles_of_128_slots_and_no_tokens_at_all(path):
+def test_tiles_of_128_slots(path):
     """Some tiles are full and some are not; columns are no multiple of a block."""
     arguments = random_layer(300, 70, 130, 3, 2)
     assert torch.allclose(run(path, arguments).double(), definition(arguments), atol=1e-4)
-    assert run(path, random_layer(0, 8, 4, 3, 2)).shape == (0, 8)
 
 def test_experts_that_were_not_chosen_may_overflow():
     y, x, gate_up, down, _, weights = random_layer(20, 16, 8, 4, 2)
@@ -115,18 +109,6 @@ def test_in_bfloat16_the_error_is_that_of_bfloat16(path):
     expected = definition(arguments)
     error = (run(path, arguments).double() - expected).abs().max() / expected.abs().max()
     assert 1e-6 < error < 0.02  # 8 bits; a handful of roundings, one per operation
-
-@pytest.mark.parametrize("R, A", [(5, 3), (4, 1)])
-def test_gradients_are_exact(R, A):
-    """Against finite differences in float64; with an expert that no token chose."""
-    *tensors, chosen, weights = random_layer(7, 4, 3, R, A, dtype=torch.float64)
-    chosen = chosen % (R - 1) if A == 1 else chosen
-    tensors = [t.requires_grad_() for t in (*tensors, weights)]
-
-    def layer(y, x, gate_up, down, weights):
-        return kernels.moe(y.clone(), x, gate_up, down, chosen, weights)
-
-    assert torch.autograd.gradcheck(layer, tensors)
 
 @pytest.mark.parametrize("rows", [1, 3, 20])
 def test_gradients_of_few_rows_in_float32(rows):
@@ -146,20 +128,13 @@ def test_autocast():
         found = kernels.moe(torch.zeros(40, 16), x, gate_up, down, chosen, weights)
     assert (found - expected).norm() < 0.02 * expected.norm()
 
-class Pretender(SimpleNamespace):
-    """What `kernels.moe` looks at of a tensor, and no more."""
-
-    def __len__(self):
-        return self.shape[0]
-
 def test_which_path_is_taken(monkeypatch):
     def path(tokens=100, cuda=False, dtype=torch.float32, grad=False, triton=True):
         monkeypatch.setattr(kernels, "triton", object() if triton else None)
         kernels.has_triton.cache_clear()
-        about = {"requires_grad": grad, "is_cuda": cuda, "is_cpu": not cuda, "dtype": dtype}
-        y, x, gate_up, weights = [Pretender(**about)] * 4
-        down, chosen = Pretender(shape=(6, 4, 3), **about), Pretender(shape=(tokens, 2))
-        return kernels.moe(y, x, gate_up, down, chosen, weights)
+        t = MagicMock(requires_grad=grad, is_cuda=cuda, is_cpu=not cuda, dtype=dtype)
+        t.__len__.return_value = 6
+        return kernels.moe(t, t, t, t, MagicMock(shape=(tokens, 2)), t)
 
     for name in ("moe_grouped", "moe_one_token", "moe_all_experts", "moe_triton"):
         monkeypatch.setattr(kernels, name, lambda *_, name=name: name)

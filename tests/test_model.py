@@ -5,7 +5,6 @@ import math
 import re
 import struct
 import subprocess
-import sys
 import tracemalloc
 import zipfile
 from dataclasses import asdict, replace
@@ -22,14 +21,14 @@ from tokenizers import Tokenizer, models, processors
 
 # isort: off
 import make_config_cases
-from conftest import CONFIGS, LLAMA, MIXTRAL, MOES, TEXT, checkpoint_tensors, random_model
+from conftest import CONFIGS, LLAMA, MOES, TEXT, checkpoint_tensors, random_model
 from conftest import refused, write_checkpoint
 import kernels
 import model as model_file
 from model import GGUF_NAMES, SMALL_FILES, WHEEL, WHEEL_MEMBER, Decoder, MoESpec, Split
 from model import active_parameters, blockwise_attention, cut_windows, encode, export
 from model import fetch_default_model, generate, load_model, load_text, parse_config, perplexity
-from model import save_model, spec_from_json, spec_to_json, split_spec
+from model import save_model, spec_to_json, split_spec
 
 IDS, WEIGHTS = torch.arange(100).view(1, 100), "model.safetensors"
 LINEAR = MoESpec.of(64, Split(2, 3, 8), "linear")
@@ -55,8 +54,6 @@ def test_specs_count_neurons_and_split_twice():
     refused("cannot be split again", split_spec, TWO_LEVELS, Split(1, 1, 2), "linear")
     refused("not divisible by E", split_spec, LINEAR, Split(1, 1, 3), "linear")
     refused("not divisible by E", MoESpec.of, 63, Split(1, 1, 2), "linear")
-    for spec in (64, LINEAR, NEURONS, TWO_LEVELS):
-        assert spec_from_json(json.loads(json.dumps(spec_to_json(spec)))) == spec
 
 def test_active_parameters_are_counted_layer_by_layer():
     model = random_model(LLAMA | native(64, LINEAR, TWO_LEVELS))
@@ -94,22 +91,7 @@ WRONG_SPECS = [asdict(LINEAR) | wrong for wrong in (
     {"num_experts": 10**6}, {"num_experts": 6.0}, {"expert_size": 0}, {"expert_size": -8},
     {"shared_size": None}, {"gated": 1}, {"more": 1}, {"gated": True, "shared_size": 0},
 )]  # fmt: skip
-REFUSED_CONFIGS = {  # message -> changes
-    "model_type is 'gpt2'": [{"model_type": "gpt2"}],
-    "model_type": [{"model_type": None}, {"model_type": ["llama"]}],
-    "no 'hidden_size'": [{"hidden_size": None}],
-    "no 'num_attention_heads'": [{"num_attention_heads": None}],
-    "intermediate_size = '0'": [{"intermediate_size": 0}],
-    "vocab_size": [{"vocab_size": 10**18}],
-    "vocab_size = '300'": [{"vocab_size": "300"}],
-    "rope_scaling": [{"rope_scaling": "long"}],
-    "quantization_config": [{"quantization_config": {"bits": 4}}],
-    "rms_norm_eps": [{"rms_norm_eps": 10**400}, {"rms_norm_eps": -(10**400)}],
-    "eos_token_id": [{"eos_token_id": [1, [2]]}],
-    "num_key_value_heads": [{"num_key_value_heads": 3}],
-    "factor = '0.0'": [{"rope_scaling": {"type": "linear", "factor": 0}}],
-    "factor = '4'": [{"rope_scaling": {"type": "linear", "factor": "4"}}],
-    "not usable": [{"rope_theta": 1e308}],
+REFUSED_CONFIGS = {  # message -> changes; more are in config_cases.json
     "head_dim": [{"hidden_size": 10**8}],
     "no tensors for layer 3 of 10000": [{"num_hidden_layers": 10**4}],
     "num_hidden_layers = 100000000": [{"num_hidden_layers": 10**8}],
@@ -122,52 +104,21 @@ REFUSED_CONFIGS = {  # message -> changes
     "expected S<shared>": [native(64, 64, asdict(LINEAR) | {"inner": "S1E4"})],
     "not divisible by E = 3": [native(64, 64, asdict(LINEAR) | {"inner": "S1A1E3"})],
     "fewer tensors": [native(*[asdict(LINEAR) | {"inner": "S1A1E2", "num_experts": 65536}] * 3)],
-    "no 'num_experts_per_tok'": [{"model_type": "mixtral"}],
-    "num_experts = 4": [MIXTRAL | {"num_local_experts": 4, "num_experts_per_tok": 5}],
 }  # fmt: skip
 
 @pytest.mark.parametrize("message", REFUSED_CONFIGS)
 def test_configs_that_are_refused(checkpoint, message):
     for change in REFUSED_CONFIGS[message]:
-        raw = {key: value for key, value in (LLAMA | change).items() if value is not None}
-        (checkpoint / "config.json").write_text(json.dumps(raw))
+        (checkpoint / "config.json").write_text(json.dumps(LLAMA | change))
         refused(message, load_model, checkpoint)
 
-def test_a_sliding_window_limits_the_context():
-    for extra, limit in (
-        ({"model_type": "mistral", "sliding_window": 50}, 50),
-        ({"model_type": "mistral", "max_position_embeddings": 9999}, 4096),
-        ({"model_type": "mistral", "max_position_embeddings": 9999, "sliding_window": None}, 9999),
-        ({"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window": 50}, 128),  # not used
-        ({"model_type": "qwen2", "sliding_window": 50, "use_sliding_window": True}, 50),
-    ):
-        assert parse_config(LLAMA | extra).max_position_embeddings == limit
-    model = random_model(LLAMA | {"model_type": "mistral", "sliding_window": 50})
-    refused("more than the 50", model, IDS[:, :51])
+def test_the_window_of_a_mistral_is_4096_unless_it_has_none():
+    """Windows that are set are in config_cases.json."""
+    raw = LLAMA | {"model_type": "mistral", "max_position_embeddings": 9999}
+    assert parse_config(raw).max_position_embeddings == 4096
+    assert parse_config(raw | {"sliding_window": None}).max_position_embeddings == 9999
 
 # --- The decoder
-
-def test_two_levels_are_a_mixture_of_mixtures():
-    """Outer router, then the inner router of each expert that it chose, one token at a time."""
-    moe = random_model(LLAMA | native(64, 64, TWO_LEVELS)).layers[2].mlp
-
-    def ffn(x, gate_up, down):
-        return down @ kernels.swiglu(gate_up @ x)
-
-    def inner(expert, x):
-        gate, up = expert.router_gate @ x, expert.router_up @ x
-        e = (torch.nn.functional.silu(gate) * up).abs().argmax()
-        shared = expert.shared_expert
-        y = ffn(x, shared.gate_up_proj, shared.down_proj)
-        return y + ffn(x, expert.gate_up_proj[e], expert.down_proj[e])
-
-    for x in torch.randn(20, 32):
-        scores = moe.router_weight @ x
-        best = scores.argsort()[-2:]
-        y = inner(moe.shared_expert, x)
-        for e, weight in zip(best, scores[best].softmax(0), strict=True):
-            y = y + weight * inner(moe.experts[e], x)
-        assert torch.allclose(moe(x[None])[0], y, atol=1e-5)
 
 @pytest.mark.parametrize("raw", [
     LLAMA, CONFIGS["llama-3"], CONFIGS["qwen3"] | native(64, LINEAR, TWO_LEVELS, base="qwen3"),
@@ -186,25 +137,25 @@ def test_cache_filled_in_pieces():
     assert torch.allclose(torch.cat(pieces, 1), model(ids), rtol=0, atol=1e-12)
 
 @pytest.mark.skipif(not kernels.can_compile("cpu"), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("ffns, batch, dtype, tolerance", [
-    ((64, NEURONS, LINEAR), 3, torch.float32, 1e-4),
-    ((64, LINEAR, LINEAR), 1, torch.bfloat16, 0.3),
+@pytest.mark.parametrize("ffns, batch, prompt, dtype, tolerance", [
+    ((64, NEURONS, LINEAR), 3, 16, torch.float32, 1e-4),
+    ((64, LINEAR, LINEAR), 1, 19, torch.bfloat16, 0.3),
 ])  # fmt: skip
-def test_compiled_decoding_equals_plain(ffns, batch, dtype, tolerance):
+def test_compiled_decoding_equals_plain(ffns, batch, prompt, dtype, tolerance):
     """Dense layers and MoE layers, at positions that change; the prompt is not compiled."""
     model = random_model(LLAMA | native(*ffns) | {"attention_bias": True}, dtype=dtype)
     ids = torch.arange(20 * batch).view(batch, -1) * 7 % 300
     with torch.no_grad():
-        expected, cache = model(ids), model.new_cache(batch, 20)
+        expected, cache = model(ids), model.new_cache(batch, 21)  # a full one is compiled anew
         model.compiled = True
-        found = [model(ids[:, :16], cache)]
-        found += [model(ids[:, t : t + 1], cache, t) for t in range(16, 20)]
+        found = [model(ids[:, :prompt], cache)]
+        found += [model(ids[:, t : t + 1], cache, t) for t in range(prompt, 20)]
     assert torch.allclose(torch.cat(found, dim=1), expected, rtol=tolerance, atol=tolerance)
     torch.compiler.reset()
 
 @pytest.mark.parametrize("heads, kv_heads, length", [(4, 2, 7), (3, 3, 1), (6, 1, 33)])
 def test_blockwise_attention(heads, kv_heads, length):
-    """Against the definition, one query at a time, and PyTorch's own gradients."""
+    """Against PyTorch's own, and its gradients."""
     random = torch.Generator().manual_seed(0)
 
     def noise(n):
@@ -212,15 +163,13 @@ def test_blockwise_attention(heads, kv_heads, length):
         return torch.randn(shape, generator=random, dtype=torch.float64, requires_grad=True)
 
     q, k, v, weight = noise(heads), noise(kv_heads), noise(kv_heads), noise(heads).detach()
-    y = blockwise_attention(q, k, v, rows=8)
-    for b, h, t in np.ndindex(2, heads, length):
-        g = h // (heads // kv_heads)
-        p = (k[b, g, : t + 1] @ q[b, h, t] / 8**0.5).softmax(0)
-        assert torch.allclose(y[b, h, t], p @ v[b, g, : t + 1], atol=1e-12)
-    ours = torch.autograd.grad((y * weight).sum(), (q, k, v))
-    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    expected = torch.autograd.grad((y * weight).sum(), (q, k, v))
-    assert all(torch.allclose(*pair, atol=1e-12) for pair in zip(ours, expected, strict=True))
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    ours = blockwise_attention(q, k, v, rows=8)
+    theirs = sdpa(q, k, v, is_causal=True, enable_gqa=True)
+    found, expected = (
+        (y, *torch.autograd.grad((y * weight).sum(), (q, k, v))) for y in (ours, theirs)
+    )
+    assert all(torch.allclose(*pair, atol=1e-12) for pair in zip(found, expected, strict=True))
 
 # --- Generation and perplexity
 
@@ -266,8 +215,6 @@ def test_what_the_model_cannot_run_is_refused():
     for ids in ([5, 300], [-1, 5]):
         refused("vocabulary of 300", generate, model, ids, 1)
         refused("vocabulary of 300", perplexity, model, ids, 2)
-    refused("129 tokens", model, torch.zeros(1, 129, dtype=torch.long))
-    refused("less than one window of 20", perplexity, model, torch.arange(19), 20)
     refused("empty", generate, model, [], 1)
     refused("expected one prompt", generate, model, IDS.view(2, 50), 1)
 
@@ -377,19 +324,6 @@ def test_experts_in_one_tensor(name, tmp_path, tokenizer):
     save_file(tensors, path / WEIGHTS)
     assert torch.equal(load_model(path)[0](IDS), model(IDS))
 
-def test_shards_of_others(checkpoint):
-    """Tensors in any order, in files of any name."""
-    whole, _ = load_model(checkpoint)
-    tensors, places = load_file(checkpoint / "model.safetensors"), {}
-    for i in range(3):
-        part = {name: tensors[name] for name in sorted(tensors)[i::3]}
-        save_file(part, checkpoint / f"model-{i}.safetensors")
-        places |= dict.fromkeys(part, f"model-{i}.safetensors")
-    (checkpoint / "model.safetensors").unlink()
-    index = checkpoint / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": places}))
-    assert torch.equal(load_model(checkpoint)[0](IDS), whole(IDS))
-
 def change_tensors(path: Path, change):
     """Apply a function to the tensors of a checkpoint, by name."""
     tensors = load_file(path / WEIGHTS)
@@ -410,11 +344,8 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 @pytest.mark.parametrize("damage, message", [
     (damage_bytes(WEIGHTS, lambda b: b[: len(b) // 2]), "truncated"),
-    (damage_bytes(WEIGHTS, lambda b: b[:5]), "truncated"),
-    (damage_bytes(WEIGHTS, lambda b: b""), "truncated"),
     (damage_bytes(WEIGHTS, lambda b: struct.pack("<Q", 2**60) + b[8:]), "not a safetensors"),
     (damage_bytes("config.json", lambda b: b[:-1]), "not valid JSON"),
-    (damage_bytes("config.json", lambda b: b"\xff" + b), "not valid JSON"),
     (damage_bytes("config.json", lambda b: b"[1]"), "JSON object"),
     (damage_bytes("tokenizer.json", lambda b: b[:-9]), "no usable tokenizer.json"),
     (lambda path: (path / "tokenizer.json").unlink(), "no usable tokenizer.json"),
@@ -431,20 +362,6 @@ UP = "model.layers.1.mlp.up_proj.weight"
 def test_damaged_directories(checkpoint, damage, message):
     damage(checkpoint)
     refused(message, load_model, checkpoint, torch.float16)
-
-def test_saving_is_all_or_nothing(checkpoint, tmp_path, monkeypatch):
-    model, tokenizer = load_model(checkpoint)
-
-    def full_disk(*args, **kwargs):
-        Path(args[1]).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(model_file, "save_file", full_disk)
-    for target in (tmp_path / "out", checkpoint):
-        refused("No space left", save_model, model, tokenizer, target, force=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]  # no out, no scratch
-    monkeypatch.undo()
-    assert torch.equal(load_model(checkpoint)[0](IDS), model(IDS))  # still whole
 
 def test_a_save_fills_an_empty_directory_and_replaces_a_checkpoint_by_force(checkpoint, tmp_path):
     """Here behind a link. Of the old checkpoint nothing stays, of other files all."""
@@ -475,38 +392,7 @@ def test_a_forced_save_that_fails_midway_keeps_the_new_checkpoint(checkpoint):
     (scratch,) = checkpoint.glob(".tiny.*")  # what is not in place yet
     assert "config.json" in {p.name for p in scratch.iterdir()}
 
-def test_scratch_of_a_killed_save_is_removed(checkpoint):
-    model, tokenizer = load_model(checkpoint)
-    (checkpoint / ".tiny.saving").mkdir()
-    (checkpoint / ".tiny.saving/model.safetensors").write_bytes(b"half")
-    save_model(model, tokenizer, checkpoint, force=True)
-    assert not (checkpoint / ".tiny.saving").exists()
-    assert torch.equal(load_model(checkpoint)[0](IDS), model(IDS))
-
-def test_loading_needs_little_more_than_the_weights(tmp_path, tokenizer):
-    big = LLAMA | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
-    with torch.device("meta"):
-        empty = Decoder(parse_config(big))
-    path = write_checkpoint(tmp_path / "big", empty.to(torch.bfloat16).to_empty(device="cpu"),
-                            tokenizer, big)  # fmt: skip
-    program = """if True:
-        import resource, sys, torch, model
-        def peak():
-            unit = 1 if sys.platform == "darwin" else 1024
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        torch.ones(1000, 1000) @ torch.ones(1000, 1000)
-        before = peak()
-        m, _ = model.load_model(sys.argv[1], dtype="bfloat16")
-        print((peak() - before) / sum(p.nbytes for p in m.parameters()))
-    """
-    command, root = [sys.executable, "-c", program, path], Path(model_file.__file__).parent
-    done = subprocess.run(command, cwd=root, capture_output=True, check=True)
-    assert float(done.stdout) < 1.3
-
 # --- GGUF: a writer of our own, and the block formats spelled out one weight at a time
-
-def half(x) -> float:
-    return float(np.float16(x))
 
 def quantise(weights: np.ndarray, kind: str) -> tuple[bytes, np.ndarray]:
     """Bytes of a tensor in a GGUF type, and the weights that those bytes mean."""
@@ -517,7 +403,8 @@ def quantise(weights: np.ndarray, kind: str) -> tuple[bytes, np.ndarray]:
     for block in weights.reshape(-1, 32):
         low, high, most = block.min(), block.max(), np.abs(block).max()
         steps = {"Q8_0": most / 127, "Q4_0": most / 7, "Q4_1": (high - low) / 15}
-        d, m, zero = half(steps[kind]), half(low if kind == "Q4_1" else 0), 8 * (kind == "Q4_0")
+        d, m = np.array([steps[kind], low if kind == "Q4_1" else 0], np.float16).tolist()
+        zero = 8 if kind == "Q4_0" else 0
         codes = [round((x - m) / d) + zero for x in block]
         out += struct.pack("<2e", d, m) if kind == "Q4_1" else struct.pack("<e", d)
         if kind == "Q8_0":
@@ -603,7 +490,8 @@ def gguf(tmp_path) -> Path:
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_0", "Q4_1"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_gguf(kind, tied, gguf, tmp_path, tokenizer):
-    expected = make_gguf(gguf, tokenizer, kind, LLAMA | {"tie_word_embeddings": tied})
+    meta = {"tokenizer.ggml.padding_token_id": 7, "tokenizer.chat_template": "{{ messages }}"}
+    expected = make_gguf(gguf, tokenizer, kind, LLAMA | {"tie_word_embeddings": tied}, meta)
     model, loaded_tokenizer = load_model(gguf)
     assert torch.allclose(model(IDS), expected(IDS), atol=1e-4)
     assert model.config.eos_ids == [299]
@@ -613,6 +501,9 @@ def test_gguf(kind, tied, gguf, tmp_path, tokenizer):
         assert loaded_tokenizer.decode(ids) == tokenizer.decode(ids)
     save_model(model, loaded_tokenizer, tmp_path / "saved")
     assert torch.equal(load_model(tmp_path / "saved")[0](IDS), model(IDS))
+    about = json.loads((tmp_path / "saved/tokenizer_config.json").read_text())
+    assert about["chat_template"] == "{{ messages }}" and about["eos_token"] == "<end>"
+    assert about["pad_token"] == tokenizer.id_to_token(7)
 
 def test_gguf_first_token(gguf, tokenizer):
     for meta, adds in (
@@ -624,14 +515,6 @@ def test_gguf_first_token(gguf, tokenizer):
         make_gguf(gguf, tokenizer, meta={"tokenizer.ggml.bos_token_id": 299} | meta)
         model, loaded = load_model(gguf)
         assert (encode(loaded, "The")[0] == 299) == adds == (model.config.first_ids == [299])
-
-def test_gguf_chat_template_and_special_tokens_are_saved(gguf, tmp_path, tokenizer):
-    meta = {"tokenizer.ggml.padding_token_id": 7, "tokenizer.chat_template": "{{ messages }}"}
-    make_gguf(gguf, tokenizer, meta=meta)
-    save_model(*load_model(gguf), tmp_path / "out")
-    about = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
-    assert about["chat_template"] == "{{ messages }}" and about["eos_token"] == "<end>"
-    assert about["pad_token"] == tokenizer.id_to_token(7)
 
 @pytest.mark.parametrize("meta, tensors, message", [
     ({"general.architecture": "mamba"}, {}, "mamba"),
@@ -659,19 +542,14 @@ def test_gguf_that_is_refused(meta, tensors, message, gguf, tokenizer):
     make_gguf(gguf, tokenizer, raw=raw, meta=meta, tensors=tensors)
     refused(message, load_model, gguf)
 
-def test_gguf_cut_or_lying(gguf, tokenizer):
+def test_gguf_that_lies_about_a_length(gguf, tokenizer):
     make_gguf(gguf, tokenizer)
     whole, key = gguf.read_bytes(), b"tokenizer.ggml.tokens"
-    for length in [*range(40), *range(40, len(whole), 997), len(whole) - 1]:
-        gguf.write_bytes(whole[:length])
-        refused("truncated|corrupt|not a GGUF", load_model, gguf)
+    lengths = (8, 16, 24, whole.index(key) + len(key) + 8)  # tensors, metadata, a string, an array
     tracemalloc.start()
-    for at, claim in product((8, 16, 24), (2**31, 2**62)):  # tensors, metadata, a string's length
+    for at, claim in product(lengths, (2**31, 2**50, 2**62)):
         gguf.write_bytes(whole[:at] + struct.pack("<Q", claim) + whole[at + 8 :])
         refused("truncated|corrupt", load_model, gguf)
-    at = whole.index(key) + len(key) + 8  # the length of that array
-    gguf.write_bytes(whole[:at] + struct.pack("<Q", 2**50) + whole[at + 8 :])
-    refused("truncated", load_model, gguf)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 5 * len(whole)  # nothing is allocated on the word of the file

@@ -11,7 +11,7 @@ from conftest import write_checkpoint
 from safetensors.torch import load_file
 import ffn2moe
 from ffn2moe import convert
-from model import MoE, MoESpec, Split, active_parameters, export, load_model, save_model, split_spec
+from model import MoE, MoESpec, Split, export, load_model, save_model, split_spec
 
 IDS, FILE = random_ids(8, 128, seed=3), "model.safetensors"
 
@@ -54,15 +54,11 @@ def test_experts_are_converted_on_their_own_tokens_or_if_few_on_all(tokens, even
 @pytest.mark.parametrize("method", ["joint", "paper"])
 def test_our_own_model_is_split_again(method, tmp_path, tokenizer, capsys):
     model = converted_model("S2A4E8", dtype=torch.float64, method=method, k_act=5)
-    _, parameters = active_parameters(model)
     convert(model, IDS, "S1A1E4", method, k_act=2)  # the first layer, a dense one, stays so
     assert ffn2moe.describe(model.config.ffns) == "MoE of MoEs"
     router = {"joint": "linear", "paper": "neurons"}[method]
     spec = split_spec(MoESpec.of(64, Split(2, 4, 8), router), Split(1, 1, 4), router)
     assert model.config.ffns == [64, spec, spec]
-    inner_routers = 2 * (1 + 6 * 4 / 6) * 3 * (32 * (2 if method == "paper" else 1) + 2)
-    ffns = 2 * 3 * 32 * 64 * 6 / 8
-    assert active_parameters(model)[1] == parameters - ffns / 2 + inner_routers
     save_model(model, tokenizer, tmp_path / "out")
     assert kind_of(tmp_path / "out") == "ffn2moe" and "note: " in capsys.readouterr().err
     loaded, _ = load_model(tmp_path / "out", torch.float64)
@@ -99,6 +95,9 @@ def test_large_models_are_saved_in_shards(tmp_path, tokenizer, monkeypatch):
         assert all(places.pop(name) == file.name for name in shard)
         assert all(torch.equal(t, whole.pop(name)) for name, t in shard.items())
     assert not places and not whole and torch.equal(load_model(out)[0](IDS), model(IDS))
+    files[0].rename(out / "a.safetensors")  # others may name them otherwise
+    index.write_text(index.read_text().replace(files[0].name, "a.safetensors"))
+    assert torch.equal(load_model(out)[0](IDS), model(IDS))
     files[1].unlink()
     refused(f"{files[1].name} is missing", load_model, out)
     index.write_text("[]")

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from conftest import CONFIGS, LLAMA, kind_of, random_model, refused
+from conftest import CONFIGS, LLAMA, kind_of, random_ids, random_model, refused
 
 # isort: off
 import ffn2moe
@@ -24,8 +24,8 @@ def small(**changes):
 
 def moe_model(dtype=torch.float32, seed=0, raw=LLAMA, method="joint") -> Decoder:
     """Three layers; the FFN of the first is dense."""
-    ids = torch.randint(300, (512,), generator=torch.Generator().manual_seed(seed))
-    return ffn2moe.convert(random_model(raw, seed, dtype), ids, "S1A2E8", method, [0], window=128)
+    model, ids = random_model(raw, seed, dtype), random_ids(512, seed=seed)
+    return ffn2moe.convert(model, ids, "S1A2E8", method, [0], window=128)
 
 def weights(model):
     return {name: t.clone() for name, t in model.state_dict().items()}
@@ -64,11 +64,12 @@ def test_lora_starts_at_zero_and_merges_into_w_plus_scale_b_a():
 
 @pytest.mark.parametrize("method", ["joint", "paper"])
 def test_gradients_of_an_moe_are_exact(method):
-    """By its input, router, gate scales and experts, against finite differences."""
+    """By its input, router, gate scales and experts, against finite differences; three tokens leave
+    an expert that none of them chose."""
     moe = moe_model(torch.float64, method=method).layers[1].mlp
     moe.router_scale.normal_()
     names = [name for name, _ in moe.named_parameters() if name != "router_bias"]
-    values = [torch.randn(5, 32, dtype=torch.float64), *map(moe.get_parameter, names)]
+    values = [torch.randn(3, 32, dtype=torch.float64), *map(moe.get_parameter, names)]
 
     def forward(x, *tensors):
         return torch.func.functional_call(moe, dict(zip(names, tensors, strict=True)), (x,))
@@ -142,14 +143,6 @@ def test_what_is_balanced_is_what_ran(monkeypatch):
     monkeypatch.setattr(train, "balance", check)
     train.finetune(model, IDS, small(router=True, dropout=0.5))
     assert not any({"route", "last"} & vars(ffn).keys() for ffn in model.ffns)
-
-def test_balancing_balances():
-    imbalance = {}
-    for step in (0.0, 0.05):
-        settings = small(batch=24, samples=960, rate=0.0, bias_step=step)
-        found = train.finetune(moe_model(), IDS, settings)["imbalance"]
-        imbalance[step] = sum(found[-10:]) / 10
-    assert imbalance[0.0] > 1.5 and imbalance[0.05] < 1.3, imbalance
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("taught", [True, False])
