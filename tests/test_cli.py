@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tokenizers import processors
 
 # isort: off
@@ -74,6 +76,7 @@ def test_the_main_job(method, experts, dense_layers, argv, checkpoint, tmp_path,
 def test_seed_picks_the_calibration_windows_and_all_text_is_evaluated(argv, tmp_path):
     found = []
     argv += ["--eval-tokens", "0", "--experts", "S1A1E8", "--json", str(tmp_path / "t.json")]
+    argv += ["--out", str(tmp_path / "out"), "--force"]  # it replaces what the last one wrote
     for seed in ("0", "0", "1"):
         assert ffn2moe.main([*argv, "--seed", seed]) == 0
         found.append(json.loads((tmp_path / "t.json").read_text()))
@@ -83,7 +86,7 @@ def test_seed_picks_the_calibration_windows_and_all_text_is_evaluated(argv, tmp_
     whole = perplexity(model, tokenizer.encode(TEXT).ids, 128)
     assert found[0]["dense_perplexity"] == pytest.approx(whole, rel=1e-6)
 
-def test_explain(argv, capsys):
+def test_explain(argv, tmp_path, capsys):
     argv += ["--experts", "S1A2E8", "--explain", "The old house", "--layer"]
     assert ffn2moe.main([*argv, "2"]) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -94,6 +97,9 @@ def test_explain(argv, capsys):
     assert not any("perplexity" in line for line in printed)
     assert ffn2moe.main([*argv, "0"]) == 0  # which stays dense: the nearest MoE layer
     assert capsys.readouterr().out.startswith("Layer 1: 2 of 7")
+    assert ffn2moe.main([*argv[:-1], "--dtype", "bfloat16", "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.startswith("Layer 1: 2 of 7")  # the middle one
+    assert load_file(tmp_path / "out/model.safetensors").popitem()[1].dtype == torch.bfloat16
 
 def test_special_tokens_are_no_words_of_experts(tokenizer):
     model = ffn2moe.convert(random_model(LLAMA), random_ids(2, 100), "S2A2E8", dense="none")
@@ -121,6 +127,7 @@ ARGUMENTS = [
     ("--eval {short}", "less than one window of 128"),
     ("--eval {none}", "No such file"),
     ("--prompt=", "the prompt is empty"),
+    (f"--prompt {'cat.' * 99}", "the prompt is empty or too long"),
     ("--prompt \udcff", "cannot encode"),
     ("--explain=", "the prompt is empty"),
     ("--explain \udcff", "cannot encode"),

@@ -516,6 +516,17 @@ def test_gguf_first_token(gguf, tokenizer):
         model, loaded = load_model(gguf)
         assert (encode(loaded, "The")[0] == 299) == adds == (model.config.first_ids == [299])
 
+def test_gguf_word_splitting(gguf, tokenizer):
+    for name, expected in (
+        ("gpt-2", ["it", "'s", " 12345", " x", "\n", "\n", "y"]),
+        ("smollm", ["it", "'s", " ", "1", "2", "3", "4", "5", " x", "\n", "\n", "y"]),
+        ("llama-bpe", ["it", "'s", " ", "123", "45", " x", "\n\n", "y"]),
+    ):
+        make_gguf(gguf, tokenizer, meta={"tokenizer.ggml.pre": name})
+        text = "it's 12345 x\n\ny"
+        words = load_model(gguf)[1].pre_tokenizer.pre_tokenize_str(text)
+        assert [text[start:stop] for _, (start, stop) in words] == expected, name
+
 @pytest.mark.parametrize("meta, tensors, message", [
     ({"general.architecture": "mamba"}, {}, "mamba"),
     ({"llama.block_count": None}, {}, "num_hidden_layers"),
@@ -541,6 +552,8 @@ def test_gguf_that_is_refused(meta, tensors, message, gguf, tokenizer):
     raw = LLAMA | {"tie_word_embeddings": True}
     make_gguf(gguf, tokenizer, raw=raw, meta=meta, tensors=tensors)
     refused(message, load_model, gguf)
+    gguf.write_bytes(b"GGUF" + struct.pack("<I", 4) + gguf.read_bytes()[8:])
+    refused("not a GGUF file of version 2 or 3", load_model, gguf)
 
 def test_gguf_that_lies_about_a_length(gguf, tokenizer):
     make_gguf(gguf, tokenizer)
