@@ -306,7 +306,7 @@ def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     right = all(weight.dtype == dtype for weight in module.parameters())
     return module if right else copy.deepcopy(module).to(dtype)
 
-def check_finite(values: Tensor, fault: str = "hidden activations overflow"):
+def check_finite(values: Tensor, fault: str = "hidden activations overflow or are NaN"):
     extremes = torch.stack(values.aminmax())  # one pass, without a mask of the size of values
     require(extremes.isfinite().all(), f"{fault}: choose another dtype")
 
