@@ -720,7 +720,7 @@ def cut_windows(model: Decoder, ids: Tensor | list[int], window: int) -> Tensor:
     windows = ids[: len(ids) // size * size].view(-1, size)
     return torch.cat((first.expand(len(windows), -1), windows), dim=1)
 
-@torch.no_grad()
+@torch.inference_mode()  # like no_grad, with less work for each operation
 def generate(model: Decoder, ids: Tensor | list[int], max_new_tokens: int, temperature=0.0,
              top_k: int | None = None, seed=0) -> list[int]:  # fmt: skip
     """Continue the ids [T] -> the new ids. Greedy at temperature 0. Stops after an end token, and
@@ -757,7 +757,7 @@ def window_loss(model: Decoder, x: Tensor, ids: Tensor) -> float:
         total += F.cross_entropy(model.logits(part).float(), target, reduction="sum").item()
     return total / (len(ids) - 1)
 
-@torch.no_grad()
+@torch.inference_mode()
 def perplexity(model: Decoder, ids: Tensor | list[int], window: int,
                progress: Callable = iter) -> float:  # fmt: skip
     """exp of the mean negative log-likelihood, in the usual protocol: the ids [T] are cut into
