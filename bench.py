@@ -742,8 +742,7 @@ def parse_spec(text: str, q: int) -> MoESpec:
 def random_ffn(hidden_size: int, spec: int | MoESpec, dtype: torch.dtype, device: str) -> nn.Module:
     ffn = make_ffn(hidden_size, spec).to(device, dtype).requires_grad_(False)
     for weight in ffn.parameters():
-        if weight.dim() > 1:  # the router's scale and bias stay 0
-            weight.normal_().div_(weight.shape[-1] ** 0.5)
+        weight.normal_().div_(weight.shape[-1] ** 0.5)
     return ffn
 
 PEERS = ("static", "plain", "grouped_mm", "transformers")  # the same layer by other means
@@ -1146,14 +1145,15 @@ def plot_words(model: Decoder, tokenizer, shown: Tensor, words: list[list[str]],
 def balanced_load(moe: MoE, x: Tensor) -> tuple[Tensor, Tensor]:
     """The share of the tokens x [T, D] of each routed expert, before and after the paper's adaptive
     bias (`train.balance`): [R], [R]."""
-    bias, loads = moe.router_bias.clone(), []
+    loads, num_experts = [], moe.spec.num_experts
+    moe.router_bias = nn.Parameter(torch.zeros(num_experts, device=x.device), requires_grad=False)
     for count in (0, 400):
         for _ in range(count):
             moe.last = x, moe.route(x)[0]
             train.balance([moe], 0.02)
         chosen, _ = moe.route(x)
-        loads.append(chosen.flatten().bincount(minlength=len(bias)).cpu() / len(x))
-    moe.router_bias.copy_(bias)
+        loads.append(chosen.flatten().bincount(minlength=num_experts).cpu() / len(x))
+    moe.router_bias = None
     return tuple(loads)
 
 def plot_load(loads: list[tuple[Tensor, Tensor]], even: float, file: Path):

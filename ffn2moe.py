@@ -247,8 +247,6 @@ def build_moe(ffn: FFN, bin_of: Tensor, router: dict[str, Tensor], split: Split)
     weights = {
         "gate_up_proj": torch.cat([gate[routed], up[routed]], dim=1),  # [R, 2m, D]
         "down_proj": down[:, routed].transpose(0, 1) * spec.down_scale,  # [R, D, m]
-        "router_scale": gate.new_zeros(split.routed),
-        "router_bias": gate.new_zeros(split.routed),
         **router,
     }
     if split.shared:
@@ -614,8 +612,9 @@ def convert_ffn(ffn: FFN | MoE, x: Tensor, convert_layer: Callable) -> MoE:
     moe.experts = nn.ModuleList(experts)
     if ffn.spec.shared_size:
         moe.shared_expert = convert_layer(ffn.shared_expert, x)
-    for name in dict(moe.named_parameters(recurse=False)):  # of the router, and the shared gate
-        setattr(moe, name, ffn.get_parameter(name))
+    for name, weight in ffn.named_parameters(recurse=False):  # of the router, and the shared gate
+        if not name.endswith("_proj"):
+            setattr(moe, name, weight)
     return moe
 
 def check_conversion(model: Decoder, experts: Split | str | None, method: str, dense, active,

@@ -518,11 +518,11 @@ class MoE(nn.Module):
     s_e(x)   = | silu(router_gate_e . x) * (router_up_e . x) |    router "neurons" (the paper's)
              = router_weight_e . x                                router "linear"
     p(x)     = softmax(s(x))                                      over the R routed experts
-    top A    = the A largest of p_e(x) + router_bias_e            the bias is 0 unless trained
+    top A    = the A largest of p_e(x) + router_bias_e            the bias is None unless trained
     w_e(x)   = 1                                                  weights "one" (the paper's)
              = p_e(x)                                             weights "softmax" (some Qwen MoEs)
              = p_e(x) / sum of p over the top A                   weights "renormalised"
-    weight_e = w_e(x) (1 + p_e(x) router_scale_e)                 the scale is 0 unless trained
+    weight_e = w_e(x) (1 + p_e(x) router_scale_e)                 the scale is None unless trained
 
     If `gated` (Qwen2-MoE), F_shared(x) is scaled by sigmoid(shared_expert_gate . x). The experts'
     weights lie in one tensor; in a mixture of two levels each expert is an MoE of its own.
@@ -545,8 +545,7 @@ class MoE(nn.Module):
             self.router_up = nn.Parameter(torch.empty(R, hidden_size))
         else:
             self.router_weight = nn.Parameter(torch.empty(R, hidden_size))
-        self.router_scale = nn.Parameter(torch.zeros(R))
-        self.router_bias = nn.Parameter(torch.zeros(R))
+        self.router_scale = self.router_bias = None  # [R] each, if they were trained
 
     def scores(self, x: Tensor) -> Tensor:
         """x [T, D] -> s [T, R]."""
@@ -558,13 +557,15 @@ class MoE(nn.Module):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, D] -> the chosen experts [T, A] and their weights [T, A]."""
         p = kernels.widened(self.scores(x)).softmax(dim=-1)
-        chosen = (p + self.router_bias).topk(self.spec.active, dim=-1).indices
-        p_chosen = p.gather(-1, chosen)  # [T, A]
-        weights = 1 + p_chosen * self.router_scale[chosen]
-        if self.spec.weights != "one":
-            weights = weights * p_chosen
+        p_chosen, chosen = p.topk(self.spec.active, dim=-1)  # [T, A]
+        if self.router_bias is not None:
+            chosen = (p + self.router_bias).topk(self.spec.active, dim=-1).indices
+            p_chosen = p.gather(-1, chosen)
+        weights = torch.ones_like(p_chosen) if self.spec.weights == "one" else p_chosen
         if self.spec.weights == "renormalised":
-            weights = weights / p_chosen.sum(dim=-1, keepdim=True)
+            weights = p_chosen / p_chosen.sum(dim=-1, keepdim=True)
+        if self.router_scale is not None:
+            weights = weights * (1 + p_chosen * self.router_scale[chosen])
         return chosen, weights.to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -770,7 +771,7 @@ def used_parameters(spec: int | MoESpec, D: int) -> int:
     """Parameters of an FFN or MoE that one token uses, routers counted."""
     if isinstance(spec, int):
         return 3 * spec * D
-    per_expert = (2 * D if spec.router == "neurons" else D) + 2  # of the router; scale and bias
+    per_expert = 2 * D if spec.router == "neurons" else D  # of the router
     shared = used_parameters(spec.expert_spec(spec.shared_size), D) + D * spec.gated
     expert = used_parameters(spec.expert_spec(spec.expert_size), D)
     return spec.num_experts * per_expert + shared + spec.active * expert
@@ -814,6 +815,7 @@ def load_model(source: str | Path | None = None, dtype: torch.dtype | str = torc
     check_tensors(config, tensors)
     with torch.device("meta"):  # shapes only
         model = Decoder(config)
+        add_trained(model, tensors)
     state = {}
     for name, parameter in model.state_dict().items():
         state[name] = read_parameter(name, parameter, tensors, dtype, device)
@@ -842,10 +844,15 @@ def check_tensors(config: Config, tensors: dict[str, Callable]):
             config.tie_word_embeddings = False
             config.raw = {**config.raw, "tie_word_embeddings": False}
 
+def add_trained(model: Decoder, tensors: dict[str, Callable]):
+    """Make the gate scales and selection biases that a checkpoint has."""
+    for stem, moe in model.named_modules():
+        for name in ("router_scale", "router_bias"):
+            if isinstance(moe, MoE) and f"{stem}.{name}" in tensors:
+                setattr(moe, name, nn.Parameter(torch.empty(moe.spec.num_experts)))
+
 def read_parameter(name: str, parameter: Tensor, tensors: dict, dtype, device) -> Tensor:
     """Read a parameter of the shape of `parameter`, and take its tensors out of `tensors`."""
-    if name.endswith(("router_scale", "router_bias")) and name not in tensors:
-        return torch.zeros(parameter.shape, dtype=dtype, device=device)  # only ours has them
     stem, _, last = name.rpartition(".")
     stacked = parameter.dim() == 3 and f"{stem}.experts.{last}" in tensors
     result, views = None, {}
@@ -955,11 +962,9 @@ def export(model: Decoder) -> tuple[dict, dict[str, Tensor]]:
     transformers and vLLM, run without norm_topk_prob). Else they are in our own form, and a line on
     stderr says why."""
     c, state = replace(model.config, ffns=list(map(spec_of, model.ffns))), model.state_dict()
-    extras = {n: w for n, w in state.items() if n.endswith(("router_scale", "router_bias"))}
-    standard = {n: w for n, w in state.items() if n not in extras}
-    trained = any(weight.any() for weight in extras.values())
+    trained = any(name.endswith(("router_scale", "router_bias")) for name in state)
     if not trained and parse_config(c.raw).ffns == c.ffns:
-        return c.raw, standard
+        return c.raw, state
     moes = [ffn for ffn in c.ffns if isinstance(ffn, MoESpec)]
     first = moes[0] if moes else None
     foreign_attention = c.qk_norm or c.o_bias or c.head_dim * c.num_heads != c.hidden_size
@@ -977,7 +982,7 @@ def export(model: Decoder) -> tuple[dict, dict[str, Tensor]]:
     }  # fmt: skip
     why = next((why for why, true in obstacles.items() if true), None)
     if why is None:
-        return as_qwen2_moe(c, first, standard)
+        return as_qwen2_moe(c, first, state)
     note = "this model has no Qwen2-MoE form, which other engines run, only our own"
     print(f"note: {note}: {why}", file=sys.stderr)
     about = {"model_type": "ffn2moe", "base_model_type": c.raw["model_type"]}

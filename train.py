@@ -70,6 +70,15 @@ class LoRA(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight + (self.scale * self.b @ self.dropout(self.a)).to(weight.dtype)
 
+def add_scales_and_biases(model: Decoder, settings: SimpleNamespace):
+    """Make the gate scales and selection biases of MoE layers, if they are to be trained."""
+    for moe in [module for module in model.modules() if isinstance(module, MoE)]:
+        zeros = torch.zeros(moe.spec.num_experts, device=model.norm.weight.device)
+        if settings.scale_rate and moe.router_scale is None:
+            moe.router_scale = nn.Parameter(zeros)
+        if settings.bias_step and moe.router_bias is None:
+            moe.router_bias = nn.Parameter(zeros.clone())
+
 def prepare(model: Decoder, settings: SimpleNamespace) -> tuple[list, list]:
     """Freeze the model and add what is trained -> the parameters of LoRA, and gate scales.
 
@@ -78,6 +87,7 @@ def prepare(model: Decoder, settings: SimpleNamespace) -> tuple[list, list]:
     A gate scale u weights expert e by w_e(x) (1 + p_e(x) u_e): section 4.2, and `MoE.route`.
     """
     torch.manual_seed(settings.seed)
+    add_scales_and_biases(model, settings)
     model.requires_grad_(False)
     matrices, loras, scales = ["gate_up_proj", "down_proj"], [], []
     if settings.router:
@@ -130,9 +140,10 @@ def balance(moes: list[MoE], step: float) -> float:
         if "last" not in vars(moe):  # an MoE inside an expert that no token selected
             continue
         x, chosen = vars(moe).pop("last")
-        p = moe.scores(x).float().softmax(dim=-1)  # [T, R]
-        tokens = chosen.flatten().bincount(minlength=p.shape[1]).float()  # [R]
-        moe.router_bias -= step * p.std(correction=0) * (tokens - tokens.mean()).sign()
+        tokens = chosen.flatten().bincount(minlength=moe.spec.num_experts).float()  # [R]
+        if step:
+            p = moe.scores(x).float().softmax(dim=-1)  # [T, R]
+            moe.router_bias -= step * p.std(correction=0) * (tokens - tokens.mean()).sign()
         imbalance.append((tokens.max() / tokens.mean()).item())
     return sum(imbalance) / max(1, len(imbalance))
 
@@ -207,7 +218,7 @@ def finetune(model: Decoder, ids: Tensor, settings: SimpleNamespace, state_file:
         loras, scales = prepare(model, settings)
         trained, rates = loras + scales, (settings.rate, settings.scale_rate)
         adam = torch.optim.Adam([{"params": loras}, {"params": scales}], betas=(0.9, 0.95))
-        tensors = trained + [moe.router_bias for moe in moes]
+        tensors = trained + [moe.router_bias for moe in moes if moe.router_bias is not None]
         if resume:
             start, log = load_state(state_file, run, tensors, adam)
         model.train()

@@ -63,8 +63,6 @@ def random_model(raw: dict, seed=0, dtype=torch.float32) -> Decoder:
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
-        if name.endswith(("router_scale", "router_bias")):
-            continue  # other models have none
         if "norm" in name:
             p.data = 1 + 0.3 * noise
         elif p.dim() == 1:
@@ -89,8 +87,8 @@ def checkpoint_tensors(model: Decoder) -> dict[str, torch.Tensor]:
     tensors, mixtral = {}, model.config.raw["model_type"] == "mixtral"
     gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     names = {"gate_up_proj": [f"{gate}.weight", f"{up}.weight"], "down_proj": [f"{down}.weight"],
-             "router_weight": ["gate.weight"], "shared_expert_gate": ["shared_expert_gate.weight"],
-             "router_scale": [], "router_bias": []}  # fmt: skip
+             "router_weight": ["gate.weight"],
+             "shared_expert_gate": ["shared_expert_gate.weight"]}  # fmt: skip
     for name, t in model.state_dict().items():
         stem, dot, last = name.rpartition(".")
         stem = stem.replace(".mlp", ".block_sparse_moe") if mixtral else stem
@@ -99,7 +97,7 @@ def checkpoint_tensors(model: Decoder) -> dict[str, torch.Tensor]:
             experts = {f"{stem}.experts.{e}": weight for e, weight in enumerate(t)}
         for expert, weight in experts.items():
             parts = names.get(last, [last])
-            for part, rows in zip(parts, weight.chunk(max(1, len(parts))), strict=False):
+            for part, rows in zip(parts, weight.chunk(len(parts)), strict=True):
                 tensors[expert + dot + part] = rows
     return tensors
 

@@ -317,7 +317,7 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
     assert rows["joint, E = 8", 50]["texts"].keys() == {"text"}
     for name in ("static pruning", "oracle neurons"):
         assert rows[name, 75]["active_ffn"] == 0.75
-    routers = 6 * (32 + 32 + 2) / (3 * 32 * 64)
+    routers = 6 * (32 + 32) / (3 * 32 * 64)
     assert rows["paper", 50]["active_ffn"] == pytest.approx(0.5 + routers)
     timed = {key for key, row in rows.items() if "prefill_ms" in row}
     assert timed >= {("paper", 75), ("joint", 50), ("joint, E = 8", 50)}
@@ -434,7 +434,7 @@ def test_speed_of_the_whole_model(tokenizer, tmp_path, monkeypatch):
     for row in rows:
         before, after = row["parameters"]
         assert row["ideal"] == pytest.approx(2)
-        assert before - after == 3 * (3 * 32 * 64 / 2 - 6 * (32 + 2))
+        assert before - after == 3 * (3 * 32 * 64 / 2 - 6 * 32)
 
 def test_the_faster_of_two_ways_counts():
     times = {"dense": 2, "dense, compiled": 1, "MoE": 1, "MoE, compiled": 3, "static": 5}

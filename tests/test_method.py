@@ -157,11 +157,11 @@ def test_bias_moves_the_choice_and_scale_the_weight():
     before, weights = moe.route(x)
     assert (weights == 1).all()
     p = (F.silu(x @ moe.router_gate.T) * (x @ moe.router_up.T)).abs().softmax(-1)
-    moe.router_scale += torch.tensor([0.5, -1.0, 2.0])
+    moe.router_scale = torch.nn.Parameter(torch.tensor([0.5, -1.0, 2.0]))
     chosen, weights = moe.route(x)
     assert torch.equal(chosen, before)  # u weighs, it does not select
     assert torch.allclose(weights, 1 + (p * moe.router_scale).gather(1, chosen), atol=1e-6)
-    moe.router_bias += torch.tensor([0.0, 2.0, 0.0])  # p is at most 1: expert 1 must win
+    moe.router_bias = torch.nn.Parameter(torch.tensor([0.0, 2.0, 0.0]))  # p <= 1: expert 1 must win
     assert (moe.route(x)[0] == 1).all()
 
 # --- The joint method

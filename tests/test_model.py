@@ -58,9 +58,9 @@ def test_specs_count_neurons_and_split_twice():
 def test_active_parameters_are_counted_layer_by_layer():
     model = random_model(LLAMA | native(64, LINEAR, TWO_LEVELS))
     dense = random_model(LLAMA)
-    one = 3 * 32 * 40 + 6 * (32 + 2)  # neurons that run; the router with its scale and bias
-    inner = 3 * 32 * 8 + 3 * (2 * 32 + 2)
-    two = inner + 3 * (32 + 2) + 2 * inner  # shared expert, router, two routed experts
+    one = 3 * 32 * 40 + 6 * 32  # neurons that run; the router
+    inner = 3 * 32 * 8 + 3 * 2 * 32
+    two = inner + 3 * 32 + 2 * inner  # shared expert, router, two routed experts
     assert active_parameters(model)[0] == 3 * 32 * 64 + one + two
     assert active_parameters(dense) == (3 * 3 * 32 * 64, sum(p.numel() for p in dense.parameters()))
     assert active_parameters(model)[1] == active_parameters(dense)[1] - 6 * 32 * 64 + one + two
