@@ -318,6 +318,7 @@ ABLATIONS = [
     UNIFIED,
     Row("joint + WINA", 50, partial(wina_layer, keep=4 / 5), "S10A10E32"),
     Row("joint + WINA", 25, partial(wina_layer, keep=4 / 7), "S7A7E32"),
+    Row("joint, E = 8", 70, joint_layer, "S3A1E8", "auto", timed=True),  # ffn2moe.py's default
     Row("joint, more shared", 50, joint_layer, "S11A3E32", "auto"),
     Row("joint, more routed", 50, joint_layer, "S3A11E32", "auto"),
     Row("joint, one level", 77.5, joint_layer, "S2A4E8", "0-2"),
@@ -1250,7 +1251,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     dtype = "bfloat16" if device == "cuda" or has_bfloat16_units() else "float32"
     tokens = [1, 1024, 2048, 4096, 8192, 16384] if device == "cuda" else [1, 2048]
     shapes = ["576x1536", "2048x8192", "smollm2-135m"] + ["4096x11008"] * (device == "cuda")
-    splits = ["S7A7E32", "S10A10E32", "S6A4E16", "S3A3E8", "S2A2E8"]
+    splits = ["S7A7E32", "S10A10E32", "S6A4E16", "S3A3E8", "S2A2E8", "S3A1E8"]
     add = parser.add_argument
     add("command", choices=COMMANDS)
     add("--model", metavar="SOURCE", help="as for ffn2moe.py; splits are chosen for the default")

@@ -53,7 +53,7 @@ ROUTER_RIDGE = 1e-3  # penalty of the router's regression, over the median of th
 HIDDEN_RIDGE = 0.3  # the same for regressions on hidden activations
 ROUTER_SCALE = 2.0**-4  # the largest score: so small that experts run nearly as in the dense FFN
 LEAST_GAIN = 1e-3  # a round of alternation that gains less is the last
-ACTIVE = 2 / 3  # share of all FFN neurons that run for a token, for the choice of dense layers
+ACTIVE = 0.7  # share of all FFN neurons that run for a token, for the choice of dense layers
 FISHER_TOKENS = 2048  # to predict what the conversion of each layer costs
 TOKENS_PER_NEURON = 10  # of calibration, so that the refit fits the model rather than the text
 
@@ -560,7 +560,7 @@ def choose_dense(model: Decoder, calib_ids: Tensor, split: Split, active: float)
     losses = conversion_losses(model, calib_ids[: FISHER_TOKENS // length, :length])
     check_finite(losses, "predicted losses are not finite")
     dense = set()
-    room = (active - split.share + 1e-6) * sum(ffns)  # 1e-6: 2 / 3 - 1 / 2 is rounded down
+    room = (active - split.share + 1e-6) * sum(ffns)  # 1e-6: 0.7 - 0.5 is rounded down
     for i in losses.argsort(descending=True).tolist()[:-1]:
         if saved * ffns[i] <= room:
             dense.add(i)
@@ -590,7 +590,7 @@ def format_layers(layers: Iterable[int]) -> str:
 # ------------------------------------------------------------------------------ 7. The whole model
 
 METHODS = {  # ways to convert a layer, and their defaults
-    "joint": SimpleNamespace(convert_layer=joint_layer, experts="S2A2E8", calib_tokens=16 * 2048),
+    "joint": SimpleNamespace(convert_layer=joint_layer, experts="S3A1E8", calib_tokens=16 * 2048),
     "paper": SimpleNamespace(convert_layer=paper_layer, experts="S3A3E8", calib_tokens=8 * 2048),
 }
 
@@ -676,7 +676,7 @@ def convert(model: Decoder, calib_ids: Tensor | list[int], experts: Split | str 
     """Convert the FFNs of a model, or the experts of an MoE, in place, and return the model.
 
     calib_ids   token ids, [B, T], or [T], which are cut into windows of length `window`
-    experts     the split, such as "S2A2E8"; None: the method's default
+    experts     the split, such as "S3A1E8"; None: the method's default
     dense       layers that stay dense: numbers, or text like "0-7,24-29" or "none"; "auto": those
                 whose conversion costs most (joint), none (paper), the layers that are (in an MoE)
     active      the share of all FFN neurons that runs for a token, for "auto" (joint); None:

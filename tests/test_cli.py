@@ -23,7 +23,7 @@ def argv(checkpoint, text):
     return ["--model", str(checkpoint), "--calib", str(text), "--eval", str(text), *tokens]
 
 @pytest.mark.parametrize("method, experts, dense_layers", [
-    ("joint", "S2A2E8", "auto"), ("paper", "S3A3E8", "none"),
+    ("joint", "S3A1E8", "auto"), ("paper", "S3A3E8", "none"),
 ])  # fmt: skip
 def test_the_main_job(method, experts, dense_layers, argv, checkpoint, tmp_path, capsys):
     out, table = tmp_path / "out", tmp_path / "new/table.json"
@@ -42,7 +42,7 @@ def test_the_main_job(method, experts, dense_layers, argv, checkpoint, tmp_path,
     assert result["dense_perplexity"] == pytest.approx(perplexity(dense, ids, 128), rel=1e-6)
     assert result["moe_perplexity"] == pytest.approx(perplexity(loaded, ids, 128), rel=1e-6)
     assert result["moe_perplexity"] != result["dense_perplexity"]
-    ffn, router = 3 * 32 * 64, {"joint": 6 * 32, "paper": 5 * 2 * 32}[method]
+    ffn, router = 3 * 32 * 64, {"joint": 5 * 32, "paper": 5 * 2 * 32}[method]
     active = {"joint": ffn + 2 * (ffn / 2 + router), "paper": 3 * (3 / 4 * ffn + router)}[method]
     assert result["moe_ffn_parameters"] == active and result["dense_ffn_parameters"] == 3 * ffn
     assert result["dense_parameters"] - result["moe_parameters"] == 3 * ffn - active
