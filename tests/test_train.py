@@ -253,17 +253,22 @@ def test_what_cannot_work_is_refused_before_the_long_work(argv, tmp_path, capsys
 
 def test_the_default_job(checkpoint, text, tmp_path, monkeypatch, capsys):
     """Convert, and learn from the dense model. Cut off, it goes on to the same weights."""
-    whole, cut, result = tmp_path / "whole", tmp_path / "cut", tmp_path / "result"
+    whole, cut, untrained = tmp_path / "whole", tmp_path / "cut", tmp_path / "untrained"
     monkeypatch.setattr(train, "load_model", lambda _, *rest: load_model(checkpoint, *rest))
     argv = [f"--text={text}", f"--eval={text}", "--eval-tokens=256", *FLAGS]
-    argv += ["--samples=40", "--rate=2e-4", "--save-every=1"]
-    assert train.main([*argv, f"--out={whole}", f"--json={result}"]) == 0
+    argv += ["--samples=400", "--rate=1e-3", "--dropout=0", "--save-every=20"]
+    assert train.main([*argv, f"--out={whole}"]) == 0
     assert capsys.readouterr().out.count("perplexity") == 3
-    first_loss = json.loads(result.read_text())["log"]["loss"][0]  # the divergence as converted
-    (dense, tokenizer), (tuned, _) = load_model(checkpoint), load_model(whole)
-    ids = read_ids(dense, tokenizer, str(text), "train")[:1024].view(8, 128)
-    p, q = dense(ids).double().log_softmax(-1), tuned(ids).double().log_softmax(-1)
-    assert (p.exp() * (p - q)).sum(-1).mean() < 0.9 * first_loss
+    frozen = ["--rate=0", "--scale-rate=0", "--bias-step=0", "--samples=4"]
+    assert train.main([*argv, *frozen, f"--out={untrained}"]) == 0
+    dense, tokenizer = load_model(checkpoint)
+    ids = read_ids(dense, tokenizer, str(text), "train")[:1024].view(-1, 16)
+    p = dense(ids).double().log_softmax(-1)
+    divergence = {}
+    for out in (whole, untrained):
+        q = load_model(out)[0](ids).double().log_softmax(-1)
+        divergence[out] = (p.exp() * (p - q)).sum(-1).mean()
+    assert divergence[whole] < 0.9 * divergence[untrained]
     fill_disk(monkeypatch)
     assert train.main([*argv, f"--out={cut}"]) == 2
     assert (tmp_path / "cut.state").exists() and not cut.exists()
