@@ -836,6 +836,7 @@ def speed_row(key: dict, times: dict, ffns: list, parameters: list) -> dict:
         "peers_ms": {name: medians[name] for name in PEERS if name in medians},
     }
 
+@torch.inference_mode()
 def ffn_speed(key: dict, turns: int) -> dict:
     """An FFN alone -> a row. For one token, as many copies as a large cache does not hold take
     turns, as the layers of a model do."""
@@ -1234,7 +1235,8 @@ def default(args: argparse.Namespace):
         print(f"{args.json} is there already; --again measures it again")
         return
     ffn2moe.run(ffn2moe.parse_args(["--json", str(args.json), "--device", args.device]))
-    write_json(args.json, read_json(args.json) | {"origin": origin(args.device)})
+    found = read_json(args.json) | {"json": args.json.name, "origin": origin(args.device)}
+    write_json(args.json, found)  # without a path of this machine
 
 def everything(args: argparse.Namespace):
     """All measurements of the README, in order. Rows that are done are not measured again."""

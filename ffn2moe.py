@@ -859,14 +859,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     text = "a file, 'wikitext2' (from the hub) or 'manual' (the Python manual's topics)"
+    splits = "; ".join(f"{name}: {method.experts}" for name, method in METHODS.items())
     dense = "layers that stay dense, as 0-7,24-29, or none; auto: those that cost most (joint)"
     add("--model", metavar="SOURCE", help="checkpoint directory, .gguf file or hub id")
     add("--calib", metavar="TEXT", default="manual", help=f"calibration text: {text}")
     add("--eval", metavar="TEXT", default="manual", help=f"evaluation text: {text}")
     add("--method", choices=METHODS, default="joint", help="joint, or as in the paper")
-    add("--experts", metavar="SnAnEn", help="E slices per FFN, S shared, A routed per token")
+    add("--experts", metavar="SnAnEn", help=f"E slices per FFN, S shared, A routed; {splits}")
     add("--dense", default="auto", metavar="LAYERS", help=dense)
-    add("--active", type=float, metavar="SHARE", help="share of neurons that run, for --dense auto")
+    add("--active", type=float, metavar="SHARE", help=f"neurons that run, for auto; else {ACTIVE}")
     add("--k-act", type=int, default=10, metavar="K", help="neurons that fire per token (paper)")
     add("--calib-tokens", type=int, metavar="N", help="calibration tokens; by method if not given")
     add("--eval-tokens", type=int, default=5 * 2048, metavar="N", help="first N tokens; 0: all")

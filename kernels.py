@@ -188,7 +188,7 @@ def moe_of_modules(y, x, experts: Sequence[Callable], chosen, weights):
 # --------------------------------------------------------------------------------- 3. A few tokens
 #
 # Their time goes to reading the weights of the experts that run, and to starting operations: for
-# one token some thirty, of a few microseconds each, which outweigh a small FFN. Compiled, there are
+# one token 15 to 40, of a few microseconds each, which outweigh a small FFN. Compiled, there are
 # three or four, and weights are read where they lie, once per choice (`model.Decoder.compiled`).
 # Without torch.compile, if the tokens choose nearly all experts between them, one batch of products
 # over all experts is the fastest.

@@ -518,11 +518,11 @@ class MoE(nn.Module):
     s_e(x)   = | silu(router_gate_e . x) * (router_up_e . x) |    router "neurons" (the paper's)
              = router_weight_e . x                                router "linear"
     p(x)     = softmax(s(x))                                      over the R routed experts
-    top A    = the A largest of p_e(x) + router_bias_e            the bias is None unless trained
+    top A    = the A largest of p_e(x) + router_bias_e            the bias is optional (train.py)
     w_e(x)   = 1                                                  weights "one" (the paper's)
              = p_e(x)                                             weights "softmax" (some Qwen MoEs)
              = p_e(x) / sum of p over the top A                   weights "renormalised"
-    weight_e = w_e(x) (1 + p_e(x) router_scale_e)                 the scale is None unless trained
+    weight_e = w_e(x) (1 + p_e(x) router_scale_e)                 the scale is optional (train.py)
 
     If `gated` (Qwen2-MoE), F_shared(x) is scaled by sigmoid(shared_expert_gate . x). The experts'
     weights lie in one tensor; in a mixture of two levels each expert is an MoE of its own.
@@ -545,7 +545,7 @@ class MoE(nn.Module):
             self.router_up = nn.Parameter(torch.empty(R, hidden_size))
         else:
             self.router_weight = nn.Parameter(torch.empty(R, hidden_size))
-        self.router_scale = self.router_bias = None  # [R] each, if they were trained
+        self.router_scale = self.router_bias = None  # [R] each, if train.py made them
 
     def scores(self, x: Tensor) -> Tensor:
         """x [T, D] -> s [T, R]."""
@@ -768,7 +768,7 @@ def perplexity(model: Decoder, ids: Tensor | list[int], window: int,
     return float(np.exp(np.mean(losses)))  # inf rather than an exception, for a broken model
 
 def used_parameters(spec: int | MoESpec, D: int) -> int:
-    """Parameters of an FFN or MoE that one token uses, routers counted."""
+    """Parameters of an FFN or MoE that one token uses, without gate scales and selection biases."""
     if isinstance(spec, int):
         return 3 * spec * D
     per_expert = 2 * D if spec.router == "neurons" else D  # of the router

@@ -38,7 +38,7 @@ SETTINGS = {  # each is a flag of the command line: name -> (default, help)
     "bias_step": (0.0, "step of the balancing bias, in standard deviations of p; 0: no balancing"),
     "dropout": (0.0, "dropout of LoRA; the paper's is 0.1"),
     "rank": (8, "rank of LoRA"),
-    "router": (False, "train the router too, by LoRA; at A = 1 it needs gate scales"),
+    "router": (False, "train the router too, by LoRA (if weights are 1, through gate scales)"),
     "seed": (0, "random seed of the sample order, LoRA and dropout"),
 }
 ALPHA = 32.0  # LoRA multiplies B A by ALPHA / rank

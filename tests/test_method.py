@@ -390,11 +390,13 @@ def test_conversion_losses_are_the_fisher_form(monkeypatch):
 def test_dense_layers_are_those_of_largest_loss_within_the_budget(monkeypatch):
     model, ids = random_model(LLAMA | {"num_hidden_layers": 8}), random_ids(2, 100)
     losses = torch.tensor([5.0, 1, 2, 8, 3, 7, 4, 6])
-    monkeypatch.setattr(ffn2moe, "conversion_losses", lambda model, windows: losses)
+    monkeypatch.setattr(ffn2moe, "conversion_losses", lambda m, windows: losses[: len(m.layers)])
     dense_of = {0.75: {0, 3, 5, 7}, 0.8: {0, 3, 5, 7}, 0.5: set(), 0.1: set(), 1: {0, *range(2, 8)}}
     for active, dense in dense_of.items():
         assert ffn2moe.choose_dense(model, ids, SPLIT, active) == dense
     assert not ffn2moe.choose_dense(model, ids, Split.parse("S2A6E8"), 0.5)  # nothing is saved
+    five = random_model(LLAMA | {"num_hidden_layers": 5})
+    assert ffn2moe.choose_dense(five, ids, SPLIT, 0.7) == {0, 3}  # 0.7 - 0.5 is rounded down
     ffn2moe.convert(model, ids, "S2A2E8", active=0.75)
     assert {i for i, ffn in enumerate(model.config.ffns) if ffn == 64} == {0, 3, 5, 7}
     # Of 864 neurons 648 may run: 432 do anyway, 160 more in these layers, 256 more would in layer 0

@@ -145,7 +145,7 @@ def test_compiled_decoding_equals_plain(ffns, batch, prompt, dtype, tolerance):
     """Dense layers and MoE layers, at positions that change; the prompt is not compiled."""
     model = random_model(LLAMA | native(*ffns) | {"attention_bias": True}, dtype=dtype)
     ids = torch.arange(20 * batch).view(batch, -1) * 7 % 300
-    with torch.no_grad():
+    with torch.inference_mode():  # as in `generate`
         expected, cache = model(ids), model.new_cache(batch, 21)  # a full one is compiled anew
         model.compiled = True
         found = [model(ids[:, :prompt], cache)]
