@@ -829,7 +829,7 @@ def perplexity_and_times(model: Decoder, versions: dict[str, list[nn.Module]],
                 model.logits(x[-1:]).sum().item()  # waits until it is there
                 times[name].append(1e3 * (time.perf_counter() - start))
                 losses[name].append(window_loss(model, x, window))
-    decode = time_model(model, versions, windows[:1], 16, turns=3)
+    decode = time_model(model, versions, windows[:1], 16, turns=5)
     found = {}
     for name in versions:
         found[name] = {

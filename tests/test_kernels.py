@@ -129,18 +129,20 @@ def test_autocast():
     assert (found - expected).norm() < 0.02 * expected.norm()
 
 def test_which_path_is_taken(monkeypatch):
-    def path(tokens=100, cuda=False, dtype=torch.float32, grad=False, triton=True):
+    def path(tokens=100, active=2, cuda=False, dtype=torch.float32, grad=False, triton=True):
         monkeypatch.setattr(kernels, "triton", object() if triton else None)
         kernels.has_triton.cache_clear()
         t = MagicMock(requires_grad=grad, is_cuda=cuda, is_cpu=not cuda, dtype=dtype)
         t.__len__.return_value = 6
-        return kernels.moe(t, t, t, t, MagicMock(shape=(tokens, 2)), t)
+        return kernels.moe(t, t, t, t, MagicMock(shape=(tokens, active)), t)
 
     for name in ("moe_grouped", "moe_one_token", "moe_all_experts", "moe_triton"):
         monkeypatch.setattr(kernels, name, lambda *_, name=name: name)
     assert path() == path(dtype=torch.bfloat16) == "moe_grouped"
-    assert path(tokens=5) == path(tokens=33) == path(tokens=6, grad=True) == "moe_grouped"
-    assert path(tokens=6) == path(tokens=32) == "moe_all_experts"  # 12 choices of 6 experts
+    assert path(tokens=2) == path(tokens=33) == path(tokens=3, grad=True) == "moe_grouped"
+    assert path(tokens=3) == path(tokens=32) == "moe_all_experts"  # 6 choices of 6 experts
+    assert path(tokens=11, active=1) == "moe_grouped"
+    assert path(tokens=12, active=1) == "moe_all_experts"
     assert path(tokens=1) == "moe_one_token"
     assert path(cuda=True) == path(cuda=True, tokens=1) == "moe_triton"
     for cuda, tokens in ((False, 100), (True, 100), (False, 1)):

@@ -542,7 +542,7 @@ def test_versions_are_timed_in_turns_and_the_model_is_left_as_it_was(monkeypatch
     decoded = [name for name, tokens in ran if tokens == 1]
     # The last prefill fills the cache to decode; the first two calls of each are a warm-up.
     assert "".join(prefills) == "ab" * 3 + "a"
-    assert "".join(decoded[::16]) == "aabb" + "ab" * 3 and len(decoded) == 16 * 10
+    assert "".join(decoded[::16]) == "aabb" + "ab" * 5 and len(decoded) == 16 * 14
     assert model.ffns == now and found["b"] == pytest.approx(found["a"])
     times = {"prefill_ms": 30, "decode_ms": 30 / 16}
     expected = times | {"perplexity": perplexity(model, windows.flatten(), 100)}
