@@ -1148,7 +1148,7 @@ def balanced_load(moe: MoE, x: Tensor) -> tuple[Tensor, Tensor]:
     """The share of the tokens x [T, D] of each routed expert, before and after the paper's adaptive
     bias (`train.balance`): [R], [R]."""
     loads, num_experts = [], moe.spec.num_experts
-    moe.router_bias = nn.Parameter(torch.zeros(num_experts, device=x.device), requires_grad=False)
+    moe.make_trained("router_bias")
     for count in (0, 400):
         for _ in range(count):
             moe.last = x, moe.route(x)[0]

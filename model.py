@@ -511,6 +511,8 @@ class FFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return kernels.ffn(x, self.gate_up_proj, self.down_proj)
 
+TRAINED = ("router_scale", "router_bias")  # parameters of an MoE that only train.py makes
+
 class MoE(nn.Module):
     """A shared expert, which always runs, and R routed experts, of which A run per token.
 
@@ -545,7 +547,13 @@ class MoE(nn.Module):
             self.router_up = nn.Parameter(torch.empty(R, hidden_size))
         else:
             self.router_weight = nn.Parameter(torch.empty(R, hidden_size))
-        self.router_scale = self.router_bias = None  # [R] each, if train.py made them
+        self.router_scale = self.router_bias = None  # [R] each, if they were made
+
+    def make_trained(self, name: str):
+        """Make one of TRAINED, 0 at first."""
+        device = next(self.parameters()).device
+        zeros = torch.zeros(self.spec.num_experts, dtype=torch.float32, device=device)
+        setattr(self, name, nn.Parameter(zeros, requires_grad=False))
 
     def scores(self, x: Tensor) -> Tensor:
         """x [T, D] -> s [T, R]."""
@@ -815,7 +823,10 @@ def load_model(source: str | Path | None = None, dtype: torch.dtype | str = torc
     check_tensors(config, tensors)
     with torch.device("meta"):  # shapes only
         model = Decoder(config)
-        add_trained(model, tensors)
+    for stem, moe in model.named_modules():
+        for name in TRAINED:
+            if isinstance(moe, MoE) and f"{stem}.{name}" in tensors:
+                moe.make_trained(name)
     state = {}
     for name, parameter in model.state_dict().items():
         state[name] = read_parameter(name, parameter, tensors, dtype, device)
@@ -843,13 +854,6 @@ def check_tensors(config: Config, tensors: dict[str, Callable]):
         else:  # as in transformers
             config.tie_word_embeddings = False
             config.raw = {**config.raw, "tie_word_embeddings": False}
-
-def add_trained(model: Decoder, tensors: dict[str, Callable]):
-    """Make the gate scales and selection biases that a checkpoint has."""
-    for stem, moe in model.named_modules():
-        for name in ("router_scale", "router_bias"):
-            if isinstance(moe, MoE) and f"{stem}.{name}" in tensors:
-                setattr(moe, name, nn.Parameter(torch.empty(moe.spec.num_experts)))
 
 def read_parameter(name: str, parameter: Tensor, tensors: dict, dtype, device) -> Tensor:
     """Read a parameter of the shape of `parameter`, and take its tensors out of `tensors`."""
@@ -962,7 +966,8 @@ def export(model: Decoder) -> tuple[dict, dict[str, Tensor]]:
     transformers and vLLM, run without norm_topk_prob). Else they are in our own form, and a line on
     stderr says why."""
     c, state = replace(model.config, ffns=list(map(spec_of, model.ffns))), model.state_dict()
-    trained = any(name.endswith(("router_scale", "router_bias")) for name in state)
+    state = {name: w for name, w in state.items() if not name.endswith(TRAINED) or w.any()}
+    trained = any(name.endswith(TRAINED) for name in state)
     if not trained and parse_config(c.raw).ffns == c.ffns:
         return c.raw, state
     moes = [ffn for ffn in c.ffns if isinstance(ffn, MoESpec)]

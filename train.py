@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 # isort: off
 from ffn2moe import METHODS, convert, sample_rows
-from model import Decoder, InputError, Linear, MoE, check_output, check_writable, cut_windows
-from model import finite_or_none, load_model, perplexity, read_ids, refusing, replace_file, require
-from model import run_command, save_model, warn_if_same, write_json
+from model import TRAINED, Decoder, InputError, Linear, MoE, check_output, check_writable
+from model import cut_windows, finite_or_none, load_model, perplexity, read_ids, refusing
+from model import replace_file, require, run_command, save_model, warn_if_same, write_json
 
 SETTINGS = {  # each is a flag of the command line: name -> (default, help)
     "samples": (2048, "training sequences, in whole batches; a short text is used several times"),
@@ -73,11 +73,10 @@ class LoRA(nn.Module):
 def add_scales_and_biases(model: Decoder, settings: SimpleNamespace):
     """Make the gate scales and selection biases of MoE layers, if they are to be trained."""
     for moe in [module for module in model.modules() if isinstance(module, MoE)]:
-        zeros = torch.zeros(moe.spec.num_experts, device=model.norm.weight.device)
         if settings.scale_rate and moe.router_scale is None:
-            moe.router_scale = nn.Parameter(zeros)
+            moe.make_trained("router_scale")
         if settings.bias_step and moe.router_bias is None:
-            moe.router_bias = nn.Parameter(zeros.clone())
+            moe.make_trained("router_bias")
 
 def prepare(model: Decoder, settings: SimpleNamespace) -> tuple[list, list]:
     """Freeze the model and add what is trained -> the parameters of LoRA, and gate scales.
@@ -99,7 +98,7 @@ def prepare(model: Decoder, settings: SimpleNamespace) -> tuple[list, list]:
                 lora = LoRA(weight, settings.rank, settings.dropout, size)
                 parametrize.register_parametrization(module, name, lora)
                 loras += lora.parameters()
-            elif name in ("router_scale", "router_bias"):
+            elif name in TRAINED:
                 weight.data = weight.data.float()  # bfloat16 would lose small steps
                 if name == "router_scale" and settings.scale_rate:
                     scales.append(weight.requires_grad_())

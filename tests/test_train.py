@@ -12,7 +12,7 @@ from conftest import CONFIGS, LLAMA, kind_of, random_ids, random_model, refused
 import ffn2moe
 import kernels
 import train
-from model import Decoder, load_model, perplexity, read_ids, save_model
+from model import Decoder, export, load_model, perplexity, read_ids, save_model
 
 SMALL = {"samples": 24, "length": 16, "batch": 4, "rate": 2e-3, "rank": 4, "dropout": 0.1}
 SMALL |= {"scale_rate": 1e-3, "bias_step": 0.02}
@@ -120,7 +120,7 @@ def test_two_levels_are_trained():
 
 def test_balance_by_hand():
     moe, x = moe_model().layers[1].mlp, torch.randn(50, 32)
-    moe.router_bias = torch.nn.Parameter(torch.zeros(7), requires_grad=False)
+    moe.make_trained("router_bias")
     tokens = torch.tensor([(moe.route(x)[0] == e).sum().item() for e in range(7)])
     p = (x @ moe.router_weight.T).softmax(-1)
     expected = -0.5 * p.std(correction=0) * (tokens - 100 / 7).sign()
@@ -186,7 +186,8 @@ def test_what_a_run_that_is_cut_off_leaves(tmp_path, monkeypatch):
     refused(full, train.finetune, model, IDS, small(), state, save_every=1)
     assert list(tmp_path.iterdir()) == [state]
     assert torch.load(state, weights_only=True)["step"] == 2
-    assert not any("parametrizations" in name for name in weights(model))
+    left = {name for name in weights(model) if not name.endswith(("router_scale", "router_bias"))}
+    assert left == weights(moe_model()).keys()
     other = "other settings, another model or another text"
     for seed, ids, settings in ((0, IDS, small(seed=1)), (0, IDS + 1, small()), (1, IDS, small())):
         refused(other, train.finetune, moe_model(seed=seed), ids, settings, state, resume=True)
@@ -209,6 +210,15 @@ def test_a_loss_that_is_not_finite_leaves_a_state_to_go_on_from(tmp_path, monkey
 def test_a_last_step_that_breaks_the_weights_is_refused():
     settings = small(samples=4, rate=1e30)
     refused("the last step", train.finetune, moe_model(torch.float16), IDS, settings)
+
+def test_scales_and_biases_of_zero_are_not_saved():
+    model = moe_model()
+    train.add_scales_and_biases(model, small())
+    raw, state = export(model)
+    assert raw["model_type"] == "qwen2_moe" and not any("router_bias" in name for name in state)
+    model.layers[1].mlp.router_bias[0] = 1.0
+    raw, state = export(model)
+    assert raw["model_type"] == "ffn2moe" and "layers.1.mlp.router_bias" in state
 
 @pytest.fixture
 def argv(tokenizer, text, tmp_path):
