@@ -890,7 +890,7 @@ def model_speed(key: dict, turns: int) -> dict:
     steps = 32 if key["what"] == "decode" else 0
     compiled = 0 < steps and batch <= kernels.FEW_TOKENS and kernels.can_compile(device)
     times = faster(ffn2moe.time_model(model, versions, ids, steps, turns, compiled))
-    return speed_row(key, times, model.config.ffns, parameters)
+    return speed_row(key, times, model.specs, parameters)
 
 def speed_keys(args: argparse.Namespace) -> list[dict]:
     """All workloads: what (ffn, prefill or decode), shape, tokens of a sequence, sequences, split,

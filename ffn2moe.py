@@ -45,7 +45,7 @@ from kernels import swiglu, temporarily
 from model import DEFAULT_MODEL, FFN, Decoder, InputError, MoE, MoESpec, Split, active_parameters
 from model import as_ids, check_output, check_writable, cut_windows, encode, finite_or_none
 from model import generate, has_bfloat16_units, load_model, read_ids, require, run_command
-from model import save_model, spec_of, split_spec, warn_if_same, window_loss, write_json
+from model import save_model, split_spec, warn_if_same, window_loss, write_json
 
 # Settings of the joint method, chosen by perplexity on training text held back from calibration
 SAMPLE_TOKENS = 8192  # for partition and router; the refit uses all calibration tokens
@@ -243,7 +243,7 @@ def build_moe(ffn: FFN, bin_of: Tensor, router: dict[str, Tensor], split: Split)
     gate, up, down = ffn.gate_proj, ffn.up_proj, ffn.down_proj  # [q, D], [q, D], [D, q]
     shared, routed = members(bin_of, split.routed)
     kind = "linear" if "router_weight" in router else "neurons"
-    spec = MoESpec.of(down.shape[1], split, kind)
+    spec = split_spec(down.shape[1], split, kind)
     weights = {
         "gate_up_proj": torch.cat([gate[routed], up[routed]], dim=1),  # [R, 2m, D]
         "down_proj": down[:, routed].transpose(0, 1) * spec.down_scale,  # [R, D, m]
@@ -553,7 +553,7 @@ def choose_dense(model: Decoder, calib_ids: Tensor, split: Split, active: float)
 
         sum over dense layers of (1 - s) q_i <= (active - s) sum over all layers of q_i.
     """
-    ffns, saved = model.config.ffns, 1 - split.share
+    ffns, saved = model.specs, 1 - split.share
     if saved == 0:
         return frozenset()
     length = min(512, calib_ids.shape[1])
@@ -622,7 +622,7 @@ def check_conversion(model: Decoder, experts: Split | str | None, method: str, d
     """The split, the layers that stay dense, and whether `choose_dense` is to choose them. Raises
     InputError if `convert` cannot do it."""
     require(method in METHODS, f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    split, ffns = Split.parse(experts or METHODS[method].experts), model.config.ffns
+    split, ffns = Split.parse(experts or METHODS[method].experts), model.specs
     is_moe = any(isinstance(ffn, MoESpec) for ffn in ffns)
     choose = dense == "auto" and method == "joint" and not is_moe
     if dense == "auto":  # in an MoE, the layers that are dense stay so
@@ -702,7 +702,6 @@ def convert(model: Decoder, calib_ids: Tensor | list[int], experts: Split | str 
     except BaseException:
         model.ffns = before
         raise
-    model.config.ffns = [spec_of(ffn) for ffn in model.ffns]
     return model
 
 # ------------------------------------------------- 8. Explain: the words that each expert runs for
@@ -899,7 +898,7 @@ def calibration_windows(model: Decoder, tokenizer: Tokenizer, args: argparse.Nam
     """Random windows of the calibration text, as many as the method and the model need."""
     windows = cut_windows(model, read_ids(model, tokenizer, args.calib, "train"), args.window)
     window, needed = windows.shape[1], 0
-    for ffn in model.config.ffns if args.method == "joint" else ():
+    for ffn in model.specs if args.method == "joint" else ():
         neurons = ffn
         if isinstance(ffn, MoESpec):  # whose experts see a share A / R of the tokens
             neurons = max(ffn.shared_size, ffn.expert_size * ffn.num_experts // ffn.active)
@@ -919,12 +918,11 @@ def calibration_windows(model: Decoder, tokenizer: Tokenizer, args: argparse.Nam
 
 def describe_model(model: Decoder, tokenizer: Tokenizer, prompt: Tensor) -> dict:
     """What the final table says of a model besides perplexity and times. prompt [T]."""
-    specs = [spec_of(ffn) for ffn in model.ffns]
     ffn_parameters, parameters = active_parameters(model)
     return {
-        "name": describe(specs),
+        "name": describe(model.specs),
         "text": tokenizer.decode(prompt.tolist() + generate(model, prompt, 24)),
-        "dense_layers": sum(isinstance(spec, int) for spec in specs),
+        "dense_layers": sum(isinstance(spec, int) for spec in model.specs),
         "ffn_parameters": ffn_parameters,
         "parameters": parameters,
     }
@@ -940,7 +938,7 @@ def run(args: argparse.Namespace):
         raise InputError(f"the prompt is empty or too long: {len(prompt)} tokens")
     result = vars(args) | {"model": args.model or DEFAULT_MODEL, "torch": torch.__version__}
     versions = {}  # the FFNs before and after, measured in turns
-    if args.experts is not None or describe(model.config.ffns) == "dense":
+    if args.experts is not None or describe(model.specs) == "dense":
         versions["dense"] = model.ffns
         calib = calibration_windows(model, tokenizer, args)
         start = time.perf_counter()
@@ -949,14 +947,14 @@ def run(args: argparse.Namespace):
         result["conversion_seconds"] = time.perf_counter() - start
         result["experts"] = args.experts or METHODS[args.method].experts
         result["calib_tokens"] = calib.numel()
-        dense = [i for i, ffn in enumerate(model.config.ffns) if isinstance(ffn, int)]
+        dense = [i for i, spec in enumerate(model.specs) if isinstance(spec, int)]
         result["dense"] = format_layers(dense)
     else:
         print("the model is an MoE already; --experts would split its experts", file=sys.stderr)
     if args.out is not None:
         save_model(model, tokenizer, args.out, args.force)
     if args.explain is not None:
-        moes = [i for i, ffn in enumerate(model.config.ffns) if isinstance(ffn, MoESpec)]
+        moes = [i for i, spec in enumerate(model.specs) if isinstance(spec, MoESpec)]
         wanted = len(model.layers) // 2 if args.layer is None else args.layer
         layer = min(moes, key=lambda i: abs(i - wanted))  # or the nearest MoE
         print(explain(model, tokenizer, prompt, windows, layer))

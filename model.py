@@ -74,15 +74,15 @@ def run_command(name: str, job: Callable[[], None]) -> int:
             stream.reconfigure(errors="replace")  # what a terminal cannot show must not end a job
     try:
         job()
-    except (InputError, OSError, MemoryError, RuntimeError) as error:
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
         no_memory = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
-        known = no_memory or isinstance(error, (InputError, OSError, torch.OutOfMemoryError))
-        if not known or os.environ.get("FFN2MOE_DEBUG"):
+        for_users = no_memory or isinstance(error, (InputError, OSError, torch.OutOfMemoryError))
+        if not for_users or os.environ.get("FFN2MOE_DEBUG"):
             raise
         print(f"{name}: {'not enough memory' if no_memory else error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 def read_json(file: Path):
@@ -93,7 +93,7 @@ def read_json(file: Path):
 def replace_file(file: Path, write: Callable):
     """Let write(f) fill a scratch file, then rename it: a crash leaves the old file or the new."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f"{file.name}.tmp")
+    scratch = file.with_name(f"{file.name}.{os.getpid()}.tmp")  # two processes may write one file
     try:
         with open(scratch, "wb") as f:
             write(f)
@@ -147,7 +147,7 @@ class Split(NamedTuple):
         require(rest == 0, f"intermediate_size {neurons} is not divisible by E = {self.total}")
         return size
 
-ROUTERS = {"neurons": "one", "linear": "renormalised"}  # what we make: router -> weights
+WEIGHTS = {"neurons": "one", "linear": "renormalised"}  # those of an MoE that we make, by router
 
 @dataclass(frozen=True)
 class MoESpec:
@@ -168,12 +168,6 @@ class MoESpec:
             self.inner.slice_size(self.shared_size)  # raises InputError if E does not divide it
             self.inner.slice_size(self.expert_size)
 
-    @classmethod
-    def of(cls, q: int, split: Split, router: str) -> "MoESpec":
-        """What an FFN of q neurons becomes. Raises InputError if E does not divide q."""
-        m = split.slice_size(q)
-        return cls(split.shared * m, split.routed, m, split.active, router, ROUTERS[router])
-
     @property
     def split(self) -> Split | None:
         """The layer as a Split, if the shared expert is a multiple of a routed one."""
@@ -188,12 +182,14 @@ class MoESpec:
 
     def expert_spec(self, size: int) -> "int | MoESpec":
         """What an expert of `size` neurons is: dense, or an MoE of the second level."""
-        return MoESpec.of(size, self.inner, self.inner_router) if self.inner and size else size
+        return split_spec(size, self.inner, self.inner_router) if self.inner and size else size
 
-def split_spec(ffn: int | MoESpec, split: Split, router: str) -> MoESpec:
-    """The spec after conversion, of a dense FFN or of an MoE whose experts are split."""
+def split_spec(ffn: int | MoESpec, split: Split, router: str = "linear") -> MoESpec:
+    """The spec after conversion, of a dense FFN or of an MoE whose experts are split. Raises
+    InputError if E does not divide the neurons."""
     if isinstance(ffn, int):
-        return MoESpec.of(ffn, split, router)
+        m, weights = split.slice_size(ffn), WEIGHTS[router]
+        return MoESpec(split.shared * m, split.routed, m, split.active, router, weights)
     require(ffn.inner is None, "this model is a mixture in two levels, and cannot be split again")
     return replace(ffn, inner=split, inner_router=router)
 
@@ -214,7 +210,8 @@ def spec_from_json(entry: int | dict) -> int | MoESpec:
     inner = None if entry["inner"] is None else Split.parse(entry["inner"])
     spec = MoESpec(**{**entry, "inner": inner})
     require(0 < spec.active <= spec.num_experts <= MOST_EXPERTS and spec.expert_size, wrong)
-    require(spec.router in list(ROUTERS) and spec.inner_router in list(ROUTERS), wrong)
+    routers = list(WEIGHTS)  # a list, because JSON values may have no hash
+    require(spec.router in routers and spec.inner_router in routers, wrong)
     require(spec.weights in ("one", "softmax", "renormalised"), wrong)
     require(type(spec.gated) is bool and (spec.shared_size or not spec.gated), wrong)
     return spec
@@ -236,7 +233,7 @@ class Config:
     o_bias: bool
     qk_norm: bool
     eos_ids: list[int]  # of config.json and of generation_config.json
-    ffns: list[int | MoESpec]  # of each layer
+    ffns: list[int | MoESpec]  # of each layer, as loaded; those of now are `Decoder.specs`
     raw: dict  # the config.json of the model that it was at first
     files: dict[str, bytes] = field(default_factory=dict)  # the SMALL_FILES beside it; load_model
     first_ids: list[int] = field(default_factory=list)  # what comes before a text; load_model
@@ -441,6 +438,22 @@ def has_bfloat16_units() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32."""
     return bool(CPU.get("avx512_bf16") or CPU.get("amx_bf16"))
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention, by what is fastest: q [B, H, T, d] are the queries of the last T of the
+    keys and values k, v [B, K, positions, d] -> [B, H, T, d]."""
+    (B, _, T, d), (_, K, positions, _) = q.shape, k.shape
+    sdpa = F.scaled_dot_product_attention
+    if T == 1:  # one query sees all keys: the heads that share a key are rows of one product
+        return sdpa(q.reshape(B, K, -1, d), k, v).view(q.shape)
+    if T < positions:
+        mask = torch.ones(T, positions, dtype=torch.bool, device=q.device).tril(positions - T)
+        return sdpa(q, k, v, attn_mask=mask, enable_gqa=True)
+    short_training = q.requires_grad and T <= 512
+    slow_sdpa = q.dtype == torch.bfloat16 and CPU.get("avx512_bf16") and not CPU.get("amx_bf16")
+    if q.is_cpu and (short_training or slow_sdpa):
+        return blockwise_attention(q, k, v)
+    return sdpa(q, k, v, is_causal=True, enable_gqa=True)
+
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.bias)
@@ -469,19 +482,7 @@ class Attention(nn.Module):
             keys[:, :, start : start + T] = k
             values[:, :, start : start + T] = v
             k, v = keys[:, :, : start + T], values[:, :, : start + T]
-        if T == 1:  # one query sees all keys: the heads that share a key are rows of one product
-            y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim), k, v)
-            return self.o_proj(y.reshape(B, T, -1))
-        short_training = q.requires_grad and T <= 512
-        slow_sdpa = x.dtype == torch.bfloat16 and CPU.get("avx512_bf16") and not CPU.get("amx_bf16")
-        if start:
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        elif x.is_cpu and (short_training or slow_sdpa):
-            y = blockwise_attention(q, k, v)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(attend(q, k, v).transpose(1, 2).reshape(B, T, -1))
 
 class FFN(nn.Module):
     """The dense feed-forward block: F(x) = W_down h(x), with h(x) = silu(W_gate x) * (W_up x)."""
@@ -651,6 +652,11 @@ class Decoder(nn.Module):
         for layer, ffn in zip(self.layers, ffns, strict=True):
             layer.mlp = ffn
 
+    @property
+    def specs(self) -> list[int | MoESpec]:
+        """The FFN of each layer in numbers."""
+        return [spec_of(ffn) for ffn in self.ffns]
+
     def new_cache(self, batch: int, positions: int) -> list[Pair]:
         """Empty keys and values for each layer, each [B, K, positions, d]."""
         c, weight = self.config, self.embed_tokens.weight
@@ -724,7 +730,7 @@ def cut_windows(model: Decoder, ids: Tensor | list[int], window: int) -> Tensor:
         ids = ids[len(first) :]
     window = min(window, model.config.max_position_embeddings)
     size = window - len(first)  # tokens of text in each
-    require(window >= 2, f"a window of {window} tokens is too short")
+    require(window >= 2 and size >= 1, f"a window of {window} tokens is too short")
     require(len(ids) >= size, f"{len(ids)} tokens of text are less than one window of {window}")
     windows = ids[: len(ids) // size * size].view(-1, size)
     return torch.cat((first.expand(len(windows), -1), windows), dim=1)
@@ -786,7 +792,7 @@ def used_parameters(spec: int | MoESpec, D: int) -> int:
 
 def active_parameters(model: Decoder) -> tuple[int, int]:
     """Parameters that one token uses: (in all FFNs, in the whole model, a tied embedding once)."""
-    used = sum(used_parameters(spec_of(ffn), model.config.hidden_size) for ffn in model.ffns)
+    used = sum(used_parameters(spec, model.config.hidden_size) for spec in model.specs)
     held = sum(p.numel() for ffn in model.ffns for p in ffn.parameters())
     return used, sum(p.numel() for p in model.parameters()) - held + used
 
@@ -834,7 +840,19 @@ def load_model(source: str | Path | None = None, dtype: torch.dtype | str = torc
     strangers = [name for name in tensors if not name.endswith("rotary_emb.inv_freq")]
     require(not strangers, f"the checkpoint has {strangers[:1]}, which this model does not use")
     model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False), tokenizer
+    model.eval().requires_grad_(False)
+    for moe in model.ffns:
+        fold_constant_gate(moe)
+    return model, tokenizer
+
+def fold_constant_gate(moe: FFN | MoE):
+    """A gate of weight 0, as `as_qwen2_moe` writes it, is sigmoid(0) = 1/2 for all tokens. Without
+    it, W_down of the shared expert is half as large, bit for bit."""
+    gated = isinstance(moe, MoE) and moe.spec.gated
+    if gated and isinstance(moe.shared_expert, FFN) and not moe.shared_expert_gate.any():
+        moe.shared_expert.down_proj.mul_(0.5)
+        del moe.shared_expert_gate
+        moe.spec = replace(moe.spec, gated=False)
 
 def check_tensors(config: Config, tensors: dict[str, Callable]):
     """Refuse checkpoints by what they lack, before allocating what config.json claims, and find
@@ -859,9 +877,11 @@ def read_parameter(name: str, parameter: Tensor, tensors: dict, dtype, device) -
     """Read a parameter of the shape of `parameter`, and take its tensors out of `tensors`."""
     stem, _, last = name.rpartition(".")
     stacked = parameter.dim() == 3 and f"{stem}.experts.{last}" in tensors
-    result, views = None, {}
-    for part, view in checkpoint_parts(name, parameter, stacked).items():
+    shapes = checkpoint_parts(name, parameter, stacked)
+    for part in shapes:
         require(part in tensors, f"the checkpoint has no tensor {part!r}")
+    result, views = None, {}
+    for part, view in shapes.items():
         tensor = tensors.pop(part)()
         fits = tensor.shape == view.shape and tensor.is_floating_point()
         found = f"{list(tensor.shape)} {tensor.dtype}"
@@ -965,7 +985,8 @@ def export(model: Decoder) -> tuple[dict, dict[str, Tensor]]:
     as the first model, if nothing was converted, or as a Qwen2-MoE (which llama.cpp and MLX, unlike
     transformers and vLLM, run without norm_topk_prob). Else they are in our own form, and a line on
     stderr says why."""
-    c, state = replace(model.config, ffns=list(map(spec_of, model.ffns))), model.state_dict()
+    c, state = replace(model.config, ffns=model.specs), model.state_dict()
+    # Gate scales and selection biases of 0 change nothing
     state = {name: w for name, w in state.items() if not name.endswith(TRAINED) or w.any()}
     trained = any(name.endswith(TRAINED) for name in state)
     if not trained and parse_config(c.raw).ffns == c.ffns:
@@ -1077,22 +1098,19 @@ def save_model(model: Decoder, tokenizer: Tokenizer, out: str | Path, force: boo
 
 def write_files(model: Decoder, tokenizer: Tokenizer, out: Path):
     """The files of a checkpoint, written through to the disk."""
-    (raw, state), shards, room = export(model), [{}], SHARD_BYTES
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    (raw, state), tensors = export(model), {}
     for ours, parameter in state.items():
         for name, tensor in checkpoint_parts(ours, parameter).items():
-            if shards[-1] and tensor.nbytes > room:
-                shards.append({})
-                room = SHARD_BYTES
-            room -= tensor.nbytes
-            shards[-1][standard_name(name, raw["model_type"])] = tensor
-    many, places = len(shards) > 1, {}
-    for i, shard in enumerate(shards, start=1):
-        file = f"model-{i:05}-of-{len(shards):05}.safetensors" if many else "model.safetensors"
-        places |= dict.fromkeys(shard, file)
-        whole = {name: tensor.contiguous() for name, tensor in shard.items()}
-        save_file(whole, out / file, metadata={"format": "pt"})
-    if many:
-        write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+            tensors[standard_name(name, raw["model_type"])] = tensor
+    shards = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)
+    for file, names in shards.filename_to_tensors.items():
+        shard = {name: tensors[name].contiguous() for name in names}
+        save_file(shard, out / file, metadata={"format": "pt"})
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        write_json(out / "model.safetensors.index.json", index)
     (out / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
     for file, content in model.config.files.items():
         (out / file).write_bytes(content)

@@ -15,7 +15,7 @@ from tokenizers import processors
 from conftest import LLAMA, TEXT, kind_of, random_ids, random_model
 import bench
 import ffn2moe
-from model import MoESpec, encode, generate, load_model, perplexity
+from model import MoESpec, encode, generate, load_model, make_ffn, perplexity
 
 @pytest.fixture
 def argv(checkpoint, text):
@@ -179,6 +179,6 @@ def test_each_neuron_is_calibrated_on_enough_tokens(checkpoint, monkeypatch, cap
     ffn2moe.calibration_windows(model, tokenizer, few)
     assert re.search(r"manual has only \d+ of 1000000 calibration", capsys.readouterr().err)
     for ffn, neurons in ((64, 64), (MoESpec(16, 8, 40, 2), 160), (MoESpec(200, 8, 40, 2), 200)):
-        model.config.ffns = [64, ffn, 64]
+        model.ffns = [make_ffn(32, spec) for spec in (64, ffn, 64)]
         windows = ffn2moe.calibration_windows(model, tokenizer, args)
         assert 0 < windows.numel() - 10 * neurons <= 64

@@ -398,9 +398,9 @@ def test_dense_layers_are_those_of_largest_loss_within_the_budget(monkeypatch):
     five = random_model(LLAMA | {"num_hidden_layers": 5})
     assert ffn2moe.choose_dense(five, ids, SPLIT, 0.7) == {0, 3}  # 0.7 - 0.5 is rounded down
     ffn2moe.convert(model, ids, "S2A2E8", active=0.75)
-    assert {i for i, ffn in enumerate(model.config.ffns) if ffn == 64} == {0, 3, 5, 7}
+    assert {i for i, ffn in enumerate(model.specs) if ffn == 64} == {0, 3, 5, 7}
     # Of 864 neurons 648 may run: 432 do anyway, 160 more in these layers, 256 more would in layer 0
-    model.config.ffns = [512, 32, 32, 32, 64, 64, 64, 64]
+    model.ffns = [random_ffn(32, q) for q in (512, 32, 32, 32, 64, 64, 64, 64)]
     assert ffn2moe.choose_dense(model, ids, SPLIT, 0.75) == {3, 5, 7, 6, 4, 2}
 
 def test_layers_are_written_as_ranges():
@@ -481,7 +481,7 @@ def test_an_interrupted_conversion_leaves_the_model_as_it_was():
     with pytest.raises(KeyboardInterrupt):
         ffn2moe.convert(model, ids, "S2A2E8", dense="none", progress=stop_after_layer_0)
     assert converted == [True] and torch.equal(model(ids), before)
-    assert model.config.ffns == [64] * 3
+    assert model.specs == [64] * 3
 
 def test_a_model_that_overflows_is_refused():
     model, ids = random_model(LLAMA), random_ids(1, 100)

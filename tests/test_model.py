@@ -31,9 +31,9 @@ from model import fetch_default_model, generate, load_model, load_text, parse_co
 from model import save_model, spec_to_json, split_spec
 
 IDS, WEIGHTS = torch.arange(100).view(1, 100), "model.safetensors"
-LINEAR = MoESpec.of(64, Split(2, 3, 8), "linear")
-NEURONS = MoESpec.of(64, Split(2, 3, 8), "neurons")
-TWO_LEVELS = split_spec(MoESpec.of(64, Split(1, 2, 4), "linear"), Split(1, 1, 4), "neurons")
+LINEAR = split_spec(64, Split(2, 3, 8), "linear")
+NEURONS = split_spec(64, Split(2, 3, 8), "neurons")
+TWO_LEVELS = split_spec(split_spec(64, Split(1, 2, 4), "linear"), Split(1, 1, 4), "neurons")
 
 def native(*ffns, base="llama") -> dict:
     """The part of a config.json of our own form that others have not."""
@@ -49,11 +49,11 @@ def test_specs_count_neurons_and_split_twice():
     assert (NEURONS.router, NEURONS.weights, NEURONS.down_scale) == ("neurons", "one", 1)
     assert replace(LINEAR, shared_size=15).split is None
     # Two levels: the shared expert and each routed one, of 16 neurons, run 2 of their 4 slices.
-    assert TWO_LEVELS.expert_spec(16) == MoESpec.of(16, Split(1, 1, 4), "neurons")
+    assert TWO_LEVELS.expert_spec(16) == split_spec(16, Split(1, 1, 4), "neurons")
     assert TWO_LEVELS.expert_spec(0) == 0 and LINEAR.expert_spec(8) == 8
     refused("cannot be split again", split_spec, TWO_LEVELS, Split(1, 1, 2), "linear")
     refused("not divisible by E", split_spec, LINEAR, Split(1, 1, 3), "linear")
-    refused("not divisible by E", MoESpec.of, 63, Split(1, 1, 2), "linear")
+    refused("not divisible by E", split_spec, 63, Split(1, 1, 2), "linear")
 
 def test_active_parameters_are_counted_layer_by_layer():
     model = random_model(LLAMA | native(64, LINEAR, TWO_LEVELS))

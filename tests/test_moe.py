@@ -11,7 +11,7 @@ from conftest import write_checkpoint
 from safetensors.torch import load_file
 import ffn2moe
 from ffn2moe import convert
-from model import MoE, MoESpec, Split, export, load_model, save_model, split_spec
+from model import MoE, Split, export, load_model, save_model, split_spec
 
 IDS, FILE = random_ids(8, 128, seed=3), "model.safetensors"
 
@@ -55,14 +55,14 @@ def test_experts_are_converted_on_their_own_tokens_or_if_few_on_all(tokens, even
 def test_our_own_model_is_split_again(method, tmp_path, tokenizer, capsys):
     model = converted_model("S2A4E8", dtype=torch.float64, method=method, k_act=5)
     convert(model, IDS, "S1A1E4", method, k_act=2)  # the first layer, a dense one, stays so
-    assert ffn2moe.describe(model.config.ffns) == "MoE of MoEs"
+    assert ffn2moe.describe(model.specs) == "MoE of MoEs"
     router = {"joint": "linear", "paper": "neurons"}[method]
-    spec = split_spec(MoESpec.of(64, Split(2, 4, 8), router), Split(1, 1, 4), router)
-    assert model.config.ffns == [64, spec, spec]
+    spec = split_spec(split_spec(64, Split(2, 4, 8), router), Split(1, 1, 4), router)
+    assert model.specs == [64, spec, spec]
     save_model(model, tokenizer, tmp_path / "out")
     assert kind_of(tmp_path / "out") == "ffn2moe" and "note: " in capsys.readouterr().err
     loaded, _ = load_model(tmp_path / "out", torch.float64)
-    assert loaded.config.ffns == model.config.ffns and torch.equal(loaded(IDS), model(IDS))
+    assert loaded.specs == model.specs and torch.equal(loaded(IDS), model(IDS))
     refused("cannot be split again", convert, model, IDS, "S1A1E2", method, dense=[0], k_act=1)
 
 # --- Checkpoints
