@@ -137,15 +137,16 @@ def mlp_scores(x: Tensor, norms: Tensor) -> nn.Module:
 def grid_layer(ffn: FFN, x: Tensor, split: Split, group: Callable, router: str, refit: bool) -> MoE:
     """One cell of the grid: a way to group neurons, a router, with or without refit."""
     bin_of, sample = group(ffn, x, split), sample_rows(x, SAMPLE_TOKENS)
-    if router == "representative":
-        moe = build_moe(ffn, bin_of, representative_router(ffn, sample, bin_of, split), split)
-        return refit_moe(ffn, moe, x) if refit else moe
     h, routed = hidden(ffn, sample), bin_of[bin_of > 0]
     if refit:  # which recovers what the shared neurons predict
         energy = unpredicted_energy(h, ffn.down_proj, bin_of)
     else:
         energy = contribution_energy(h, ffn.down_proj)[:, bin_of > 0]
-    moe = build_moe(ffn, bin_of, ridge_router(energy, sample, routed, split.routed), split)
+    if router == "representative":
+        weights = representative_router(ffn, sample, bin_of, split)
+    else:
+        weights = ridge_router(energy, sample, routed, split.routed)
+    moe = build_moe(ffn, bin_of, weights, split)
     if router == "MLP":
         mlp = mlp_scores(sample, expert_norms(energy, routed, split.routed))
         moe.scores = lambda rows: mlp(rows.float())
@@ -222,7 +223,7 @@ class Row:
     experts: str
     dense: str = "none"  # layers that stay so, or "auto": chosen by ffn2moe.choose_dense
     calib_windows: int = 16
-    quoted: bool = False  # by the README: evaluated on all texts; --whole: on all of the first
+    quoted: bool = False  # by the README: evaluated on all texts, and on all of the first
     timed: bool = False  # against the dense model
     seed: int = 0  # added to the seed of the calibration windows
     settings: dict = field(default_factory=dict)  # of train.py, where they differ
@@ -233,9 +234,9 @@ class Row:
 
     def key(self) -> dict:
         """What a result must agree in to stand for this row."""
-        key = vars(self) | {"layer": describe_layer(self.layer)} | self.settings
-        del key["settings"]
-        return key
+        about = dict(vars(self))
+        settings = about.pop("settings")
+        return about | {"layer": describe_layer(self.layer)} | settings
 
 def describe_layer(layer: Callable | None) -> str:
     """The function that makes a layer, and what it is given: "joint_layer, rounds=0"."""
@@ -447,11 +448,6 @@ class Text(NamedTuple):
     windows: Tensor  # [N, T]
     dense: list[Tensor]  # last hidden states of the dense model, for the first windows
 
-def weight_files(model: str | None) -> list[Path]:
-    """The files of a model on disk; the default model is verified at every use."""
-    path = Path(model or DEFAULT_MODEL)
-    return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-
 def settings_of(args: argparse.Namespace, *more: str) -> dict:
     """What must be equal for rows to stand in one file; these names of flags too."""
     common = ("command", "device", "seed", "eval_tokens", "window")
@@ -460,14 +456,17 @@ def settings_of(args: argparse.Namespace, *more: str) -> dict:
     found |= {"calib": Path(args.calib).stem, "eval": [Path(text).stem for text in args.eval]}
     texts = [load_text(text, "test") for text in args.eval if text != HELD_BACK]
     sha = hashlib.sha256("".join([load_text(args.calib, "train"), *texts]).encode())
-    for weights in weight_files(args.model):
-        sha.update(sha256_of(weights).encode())
+    if args.model:  # the default one is verified at every use
+        path = Path(args.model)
+        for weights in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+            sha.update(sha256_of(weights).encode())
     return found | {"inputs_sha256": sha.hexdigest()[:16]}
 
 def load(args: argparse.Namespace) -> tuple[Decoder, Tokenizer, Tensor, dict[str, Tensor]]:
     """The model, its tokenizer, the token ids to calibrate or train on [T], and those of each
     evaluation text, by its name."""
     model, tokenizer = load_model(args.model, args.dtype[0], args.device)
+    require(ffn2moe.describe(model.specs) == "dense", "the methods are compared on a dense model")
     calib, texts = read_ids(model, tokenizer, args.calib, "train"), {}
     for text in args.eval:
         warn_if_same(args.calib, text)
@@ -533,21 +532,16 @@ def active_share(model: Decoder, dense_ffn: int) -> float:
     return (active_parameters(model)[0] + extra) / dense_ffn
 
 def quality(args: argparse.Namespace):
-    file, missing = args.json, []
-    done = read_results(file, settings_of(args))
-    for row in chosen_rows(quality_rows(), args.only):
-        had_whole = perplexity_of(done, row.name, row.percent, key="perplexity_whole") is not None
-        whole = had_whole or (args.whole and row.quoted)
-        if whole > had_whole or not is_done(done, row.label, row.key(), args):
-            missing.append((row, whole))
-    if missing:
-        measure_rows(args, missing, done)
+    file, done = args.json, read_results(args.json, settings_of(args))
+    rows = chosen_rows(quality_rows(), args.only)
+    if not all(is_done(done, row.label, row.key(), args) for row in rows):
+        measure_rows(args, rows, done)
     plot_quality(done, file.with_suffix(".png"))
     plot_waterfall(done, file.with_name(f"{file.stem}-waterfall.png"))
     publish(file, "Quality", done, quality_tables(done))
 
-def measure_rows(args: argparse.Namespace, rows: list[tuple[Row, bool]], done: dict):
-    """Convert, evaluate and write each row; True beside it: on all of the first text."""
+def measure_rows(args: argparse.Namespace, rows: list[Row], done: dict):
+    """Convert, evaluate and write each row that is not done."""
     model, _, calib, found = load(args)
     calib, texts = cut_windows(model, calib, args.window), []
     for name, ids in found.items():
@@ -557,7 +551,9 @@ def measure_rows(args: argparse.Namespace, rows: list[tuple[Row, bool]], done: d
         states = [model.hidden_states(one[None])[0, :-1] for one in bar]
         texts.append(Text(name, windows, states))
     dense_ffns, dense_ffn = model.ffns, active_parameters(model)[0]
-    for n, (row, whole) in enumerate(rows, start=1):
+    for n, row in enumerate(rows, start=1):
+        if is_done(done, row.label, row.key(), args):
+            continue
         title, model.ffns = f"{n}/{len(rows)} {row.label}", dense_ffns
         start = time.perf_counter()
         dense = convert_by_row(model, row, calib, args.seed, title) if row.layer else ()
@@ -573,7 +569,8 @@ def measure_rows(args: argparse.Namespace, rows: list[tuple[Row, bool]], done: d
                 result |= {f"{side}{what}_ms": float(np.median(ms)) for side, ms in times.items()}
         result["texts"] = {}
         for text in texts if row.quoted else texts[:1]:
-            result["texts"][text.name] = evaluate(model, text, whole and text is texts[0], title)
+            whole = row.quoted and text is texts[0]
+            result["texts"][text.name] = evaluate(model, text, whole, title)
         add_row(args, done, row.label, row.key(), result)
         print(f"{title}: {result['texts'][texts[0].name]['perplexity']:.2f}", flush=True)
 
@@ -675,8 +672,9 @@ PERPLEXITIES = [20, 30, 50, 100, 200, 500, 1000]  # on axes
 
 def plot_quality(done: dict, file: Path):
     """Perplexity on the first text: against the share of the FFN that runs, and against time, where
-    all points are of one machine, the first row's."""
-    machine = next((r["origin"]["machine"] for r in done["rows"].values()), "")
+    all points are of one machine, that of the first time."""
+    timed = [r["origin"]["machine"] for r in done["rows"].values() if "prefill_ms" in r]
+    machine = timed[0] if timed else ""
     with picture(file, 9.6, 4.2, 1, 2, sharey=True) as (left, right):
         by_size = sorted(done["rows"].values(), key=lambda r: r["key"]["percent"])
         for name, (colour, style) in PLOTTED.items():
@@ -764,7 +762,8 @@ def moe_by_grouped_mm(moe: MoE, x: Tensor) -> Tensor:
     return moe.shared_expert(x).index_add_(0, tokens, y)
 
 def transformers_layer(moe: MoE) -> nn.Module | None:
-    """transformers' Qwen2-MoE layer, where it is installed. Its gate of 0 halves the shared one."""
+    """transformers' Qwen2-MoE layer, where version 5 is installed. Its gate of 0 halves the shared
+    expert."""
     try:
         from transformers.models.qwen2_moe import configuration_qwen2_moe, modeling_qwen2_moe
     except ImportError:
@@ -777,7 +776,7 @@ def transformers_layer(moe: MoE) -> nn.Module | None:
     )  # fmt: skip
     layer = modeling_qwen2_moe.Qwen2MoeSparseMoeBlock(config)
     layer = layer.to(moe.down_proj).requires_grad_(False).eval()
-    layer.load_state_dict({
+    weights = {
         "gate.weight": moe.router_weight,
         "shared_expert_gate.weight": torch.zeros(1, D),
         "shared_expert.gate_proj.weight": shared.gate_proj,
@@ -785,7 +784,10 @@ def transformers_layer(moe: MoE) -> nn.Module | None:
         "shared_expert.down_proj.weight": shared.down_proj,
         "experts.gate_up_proj": moe.gate_up_proj,
         "experts.down_proj": moe.down_proj,
-    })  # fmt: skip
+    }
+    if layer.state_dict().keys() != weights.keys():  # version 4 has a tensor for each expert
+        return None
+    layer.load_state_dict(weights)
     return layer
 
 def neurons_read(ffn: int | MoESpec, batch: float, chance: float = 1.0) -> float:
@@ -798,6 +800,11 @@ def neurons_read(ffn: int | MoESpec, batch: float, chance: float = 1.0) -> float
     chance *= ffn.active / ffn.num_experts
     expert = neurons_read(ffn.expert_spec(ffn.expert_size), batch, chance)
     return shared + ffn.num_experts * expert
+
+def in_turn(calls: list[Callable]) -> Callable:
+    """A function that calls the next of these each time."""
+    turn = cycle(calls)
+    return lambda: next(turn)()
 
 def workload(key: dict) -> str:
     if key["what"] == "ffn":
@@ -846,24 +853,23 @@ def ffn_speed(key: dict, turns: int) -> dict:
     num_copies = max(1, min(60, 2**28 // (3 * D * q * dtype.itemsize))) if tokens == 1 else 1
     x = torch.randn(tokens, D).to(device, dtype)
     width = round(neurons_read(spec, 1))
-    calls = {}
+    layers, calls = {}, {}
     for name, of in {"dense": q, "MoE": spec, "static": width}.items():
-        calls[name] = [partial(random_ffn(D, of, dtype, device), x) for _ in range(num_copies)]
-    ffns, moes = [call.func for call in calls["dense"]], [call.func for call in calls["MoE"]]
+        layers[name] = [random_ffn(D, of, dtype, device) for _ in range(num_copies)]
+        calls[name] = [partial(layer, x) for layer in layers[name]]
     if tokens == 1 and kernels.can_compile(device) and not spec.inner:
         torch.compiler.reset()
-        compiled = torch.compile(lambda layer: layer())
-        for name in list(calls):
-            calls[f"{name}, compiled"] = [partial(compiled, call) for call in calls[name]]
-    calls["plain"] = [partial(plain_ffn, ffn, x) for ffn in ffns]
+        compiled = torch.compile(lambda layer: layer(x))
+        for name, copies in layers.items():
+            calls[f"{name}, compiled"] = [partial(compiled, layer) for layer in copies]
+    calls["plain"] = [partial(plain_ffn, ffn, x) for ffn in layers["dense"]]
     if not spec.inner:
         if spec.expert_size * dtype.itemsize % 16 == 0:  # what grouped_mm can do
-            calls["grouped_mm"] = [partial(moe_by_grouped_mm, moe, x) for moe in moes]
-        peers = [transformers_layer(moe) for moe in moes]
+            calls["grouped_mm"] = [partial(moe_by_grouped_mm, moe, x) for moe in layers["MoE"]]
+        peers = [transformers_layer(moe) for moe in layers["MoE"]]
         if peers[0]:
             calls["transformers"] = [partial(peer, x[None]) for peer in peers]
-    turn = {name: cycle(copies) for name, copies in calls.items()}
-    functions = {name: lambda name=name: next(turn[name])() for name in calls}
+    functions = {name: in_turn(copies) for name, copies in calls.items()}
     times = faster(ffn2moe.time_in_turns(functions, turns, device))
     return speed_row(key, times, [spec], [3 * D * q, 3 * D * width])
 
@@ -1144,31 +1150,6 @@ def plot_words(model: Decoder, tokenizer, shown: Tensor, words: list[list[str]],
         ax.set_yticks(range(R), [", ".join(favourites[:5]) for favourites in words], fontsize=7)
         ax.set_ylabel("routed expert: the words that it is for", fontsize=9)
 
-def balanced_load(moe: MoE, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The share of the tokens x [T, D] of each routed expert, before and after the paper's adaptive
-    bias (`train.balance`): [R], [R]."""
-    loads, num_experts = [], moe.spec.num_experts
-    moe.make_trained("router_bias")
-    for count in (0, 400):
-        for _ in range(count):
-            moe.last = x, moe.route(x)[0]
-            train.balance([moe], 0.02)
-        chosen, _ = moe.route(x)
-        loads.append(chosen.flatten().bincount(minlength=num_experts).cpu() / len(x))
-    moe.router_bias = None
-    return tuple(loads)
-
-def plot_load(loads: list[tuple[Tensor, Tensor]], even: float, file: Path):
-    """The load of routed experts over an even share, as in the paper's Figure 5."""
-    with picture(file, 8.4, 3.4, 1, 2, sharey=True) as axes:
-        for ax, title, side in zip(axes, ("as converted", "with the adaptive bias"), zip(*loads)):
-            load = torch.stack(side).sort(descending=True).values / even
-            image = ax.imshow(load.T.numpy(), aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
-            ax.set(xlabel="layer", xticks=range(0, len(loads), 4), yticks=[])
-            ax.set_title(f"{title}: {load.max():.2f} at most")
-        axes[0].set_ylabel("routed expert, busiest first")
-        axes[0].figure.colorbar(image, ax=axes, label="load / even share")
-
 def figures(args: argparse.Namespace):
     """The pictures of the README, from one conversion."""
     FIGURES.mkdir(exist_ok=True)
@@ -1176,7 +1157,7 @@ def figures(args: argparse.Namespace):
     calib = cut_windows(model, calib, args.window)
     test = cut_windows(model, next(iter(texts.values())), args.window)[:20]
     split, q = Split.parse(args.experts[0]), model.config.intermediate_size
-    last, rates, loads = len(model.layers) - 1, {}, []
+    last, rates = len(model.layers) - 1, {}
 
     def replacement(i, ffn, x):
         if i in (0, last // 2, last):
@@ -1185,14 +1166,11 @@ def figures(args: argparse.Namespace):
                 rates[i, k] = ffn2moe.activation_rates(neuron_markers(ffn, sample, k))
         if i == last // 2:
             plot_partition(ffn, x, split, FIGURES / "partition.png")
-        moe = joint_layer(ffn, x, split)
-        loads.append(balanced_load(moe, sample_rows(x, 2048)))
-        return moe
+        return joint_layer(ffn, x, split)
 
     windows, bar = sample_rows(calib, 32, args.seed), partial(tqdm, desc="converting", unit="layer")
     ffn2moe.replace_ffns(model, windows, replacement, progress=bar)
     plot_rates(rates, FIGURES / "activation_rates.png")
-    plot_load(loads, split.active / split.routed, FIGURES / "expert_load.png")
     words = ffn2moe.words_of_experts(model, tokenizer, test, last // 2)
     shown = as_ids(model, encode(tokenizer, SHOWN))
     plot_words(model, tokenizer, shown, words, last // 2, FIGURES / "words.png")
@@ -1234,9 +1212,11 @@ def default(args: argparse.Namespace):
     if args.json.exists() and not args.again:
         print(f"{args.json} is there already; --again measures it again")
         return
-    ffn2moe.run(ffn2moe.parse_args(["--json", str(args.json), "--device", args.device]))
-    found = read_json(args.json) | {"json": args.json.name, "origin": origin(args.device)}
+    scratch = args.json.with_suffix(".part")  # a job that is cut off leaves no result
+    ffn2moe.run(ffn2moe.parse_args(["--json", str(scratch), "--device", args.device]))
+    found = read_json(scratch) | {"json": args.json.name, "origin": origin(args.device)}
     write_json(args.json, found)  # without a path of this machine
+    scratch.unlink()
 
 def everything(args: argparse.Namespace):
     """All measurements of the README, in order. Rows that are done are not measured again."""
@@ -1262,7 +1242,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help=f"evaluation texts; {HELD_BACK}: the end of the calibration text")  # fmt: skip
     add("--eval-tokens", type=int, default=20480, metavar="N", help="first N of each; 0: all")
     add("--window", type=int, default=2048, metavar="N", help="tokens per sequence")
-    add("--whole", action="store_true", help="quality: the README's rows on all of the first text")
     add("--only", nargs="+", metavar="ROW", help="only the rows of these names")
     add("--again", action="store_true", help="measure rows of other commits and machines again")
     add("--dtype", nargs="+", choices=["float32", "bfloat16"], default=[dtype], help="of weights")
@@ -1287,6 +1266,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace):
     """Refuse what is known to be impossible before anything is loaded."""
     check_writable(args.json)
+    for split in args.experts:
+        parse_spec(split, 0)  # refuses what is no split
     least = min(args.turns, *args.tokens, *args.batch)
     require(least > 0, "--turns, --tokens and --batch must be at least 1")
     require(max(args.batch) <= 2048, "--batch must be at most 2048")

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 # isort: off
 from kernels import swiglu, temporarily
-from model import DEFAULT_MODEL, FFN, Decoder, InputError, MoE, MoESpec, Split, active_parameters
+from model import DEFAULT_MODEL, FFN, Decoder, MoE, MoESpec, Split, active_parameters
 from model import as_ids, check_output, check_writable, cut_windows, encode, finite_or_none
 from model import generate, has_bfloat16_units, load_model, read_ids, require, run_command
 from model import save_model, split_spec, warn_if_same, window_loss, write_json
@@ -77,6 +77,8 @@ def atopk_markers(scores: Tensor, k: int) -> Tensor:
 
 def neuron_markers(ffn: FFN, x: Tensor, k: int) -> Tensor:
     """The markers of an FFN for its inputs x [T, D]: bool [T, q], on the CPU."""
+    q = ffn.down_proj.shape[1]
+    require(1 <= k <= q, f"k_act = {k} is not between 1 and the {q} neurons of an FFN")
     scores = (normalized_scores(block, ffn.gate_proj, ffn.up_proj) for block in x.split(BLOCK))
     return torch.cat([atopk_markers(of_block, k).cpu() for of_block in scores])
 
@@ -86,10 +88,11 @@ def activation_rates(markers: Tensor) -> Tensor:
 
 # ---------------------------------------------- 2. Shared expert: the neurons that fire most often
 
-def split_shared(rates: Tensor, num_shared_neurons: int) -> tuple[Tensor, Tensor]:
+def split_shared(rates: Tensor, split: Split) -> tuple[Tensor, Tensor]:
     """The neurons of highest rate, which always run, and the others; both in falling order."""
     order = rates.argsort(descending=True, stable=True)
-    return order[:num_shared_neurons], order[num_shared_neurons:]
+    num_shared = split.shared * split.slice_size(len(rates))
+    return order[:num_shared], order[num_shared:]
 
 # ----------------------------------------- 3. Routed experts: balanced k-means on the columns of M
 
@@ -205,8 +208,7 @@ def representative_neurons(markers: Tensor, expert: Tensor, num_routed: int) -> 
 
 def partition_neurons(markers: Tensor, split: Split) -> tuple[Tensor, Tensor]:
     """Steps 2 to 4 for one layer: markers [T, q] -> bin_of [q], and the representatives [R]."""
-    num_shared = split.shared * split.slice_size(markers.shape[1])
-    _, rest = split_shared(activation_rates(markers), num_shared)
+    _, rest = split_shared(activation_rates(markers), split)
     expert = group_routed(markers[:, rest], split.routed)
     bin_of = torch.zeros(markers.shape[1], dtype=torch.long)
     bin_of[rest] = 1 + expert
@@ -257,7 +259,7 @@ def build_moe(ffn: FFN, bin_of: Tensor, router: dict[str, Tensor], split: Split)
     contiguous = {name: weight.contiguous() for name, weight in weights.items()}
     moe.load_state_dict(contiguous, assign=True)
     moe.bin_of = bin_of.to(gate.device)
-    return moe.requires_grad_(False)
+    return moe.eval().requires_grad_(False)
 
 def paper_layer(ffn: FFN, x: Tensor, split: Split, k_act: int = 10) -> MoE:
     """The paper's method on one FFN and its inputs x [T, D]."""
@@ -322,18 +324,19 @@ def ridge_solver(xx: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
     diagonal = xx.diagonal().clone()
     median = diagonal[diagonal > 0].median().nan_to_num()  # of none it is nan
     penalty = (strength * median + 1e-6 * diagonal).clamp_min(1e-30)
+    for _ in range(10):
+        xx.diagonal().copy_(diagonal + penalty)
+        factor, failed = torch.linalg.cholesky_ex(xx)
+        if not failed:
+            break
+        penalty *= 10
+    require(not failed, "a ridge regression has no solution: choose another dtype")
 
     def solve(xy: Tensor) -> Tensor:
         check_finite(xy)
         return torch.cholesky_solve(xy, factor)
 
-    for _ in range(10):
-        xx.diagonal().copy_(diagonal + penalty)
-        factor, failed = torch.linalg.cholesky_ex(xx)
-        if not failed:
-            return solve
-        penalty *= 10
-    raise InputError("a ridge regression has no solution: choose another dtype")
+    return solve
 
 def expert_norms(energy: Tensor, bin_of: Tensor, num_routed: int) -> Tensor:
     """What the router predicts, sqrt(sum_{i in e} c[t, i]^2): [T, n], [n] -> [T, R]."""
@@ -365,8 +368,7 @@ def running_bins(chosen: Tensor, num_routed: int, weights: Tensor | None = None)
 
 def best_bins(gain: Tensor, capacity: Sequence[int]) -> Tensor:
     """The assignment that captures the most energy: gain [n, k] -> bin_of [n]."""
-    cost = -(gain / gain.max().clamp_min(1e-30)).double().cpu().numpy()
-    return torch.from_numpy(balanced_assignment(cost, capacity)).to(gain.device)
+    return torch.from_numpy(balanced_assignment(-gain.cpu().numpy(), capacity)).to(gain.device)
 
 def alternate(energy: Tensor, x: Tensor, bin_of: Tensor, capacity: Sequence[int], active: int,
               rounds: int) -> Tensor:  # fmt: skip
@@ -398,9 +400,8 @@ def alternate(energy: Tensor, x: Tensor, bin_of: Tensor, capacity: Sequence[int]
 def first_bins(energy: Tensor, split: Split) -> Tensor:
     """To start with, the neurons of most energy are shared, and the others go to the experts in
     turn: energy [T, q] -> bin_of [q]."""
-    order = energy.sum(dim=0).argsort(descending=True)  # [q]
-    routed = order[split.shared * split.slice_size(len(order)) :]
-    bin_of = torch.zeros_like(order)
+    _, routed = split_shared(energy.sum(dim=0), split)
+    bin_of = torch.zeros(energy.shape[1], dtype=torch.long, device=energy.device)
     bin_of[routed] = torch.arange(len(routed), device=energy.device) % split.routed + 1
     return bin_of
 
@@ -459,7 +460,8 @@ def refit_down(ffn: FFN, x: Tensor, running: Callable, ridge: float = HIDDEN_RID
     for block in x.split(BLOCK):
         h = hidden(ffn, block)  # [t, q]
         h_running = h * running(block)
-        missing = h.sub_(h_running) @ down.T  # [t, D]
+        h -= h_running
+        missing = h @ down.T  # [t, D]
         for start in range(0, q, width):  # only blocks up to the diagonal: the solver needs no more
             stop = start + width
             gram[start:stop, :stop].addmm_(h_running[:, start:stop].T, h_running[:, :stop])
@@ -548,21 +550,22 @@ def label_gradient(model: Decoder, x: Tensor, generator: torch.Generator) -> Ten
 def choose_dense(model: Decoder, calib_ids: Tensor, split: Split, active: float) -> frozenset[int]:
     """The layers that stay dense: those whose conversion costs most, while at most the share
     `active` of all FFN neurons runs for a token. At least one is converted. calib_ids [B, T].
+    Raises InputError if E does not divide the neurons of all layers.
 
     Of the q_i neurons of layer i, a split runs the share s. So a dense layer adds (1 - s) q_i, and
 
         sum over dense layers of (1 - s) q_i <= (active - s) sum over all layers of q_i.
     """
     ffns, saved = model.specs, 1 - split.share
-    if saved == 0:
-        return frozenset()
+    for q in ffns:
+        split.slice_size(q)
     length = min(512, calib_ids.shape[1])
     losses = conversion_losses(model, calib_ids[: FISHER_TOKENS // length, :length])
     check_finite(losses, "predicted losses are not finite")
     dense = set()
     room = (active - split.share + 1e-6) * sum(ffns)  # 1e-6: 0.7 - 0.5 is rounded down
     for i in losses.argsort(descending=True).tolist()[:-1]:
-        if saved * ffns[i] <= room:
+        if 0 < saved * ffns[i] <= room:
             dense.add(i)
             room -= saved * ffns[i]
     return frozenset(dense)
@@ -615,34 +618,28 @@ def convert_ffn(ffn: FFN | MoE, x: Tensor, convert_layer: Callable) -> MoE:
     for name, weight in ffn.named_parameters(recurse=False):  # of the router, and the shared gate
         if not name.endswith("_proj"):
             setattr(moe, name, weight)
-    return moe
+    return moe.eval()
 
-def check_conversion(model: Decoder, experts: Split | str | None, method: str, dense, active,
-                     k_act: int) -> tuple[Split, frozenset[int], bool]:  # fmt: skip
-    """The split, the layers that stay dense, and whether `choose_dense` is to choose them. Raises
-    InputError if `convert` cannot do it."""
-    require(method in METHODS, f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    split, ffns = Split.parse(experts or METHODS[method].experts), model.specs
-    is_moe = any(isinstance(ffn, MoESpec) for ffn in ffns)
-    choose = dense == "auto" and method == "joint" and not is_moe
+def dense_layers(model: Decoder, calib_ids: Tensor, split: Split, method: str,
+                 dense: Iterable[int] | str, active: float | None) -> frozenset[int]:  # fmt: skip
+    """The layers that `convert`, with these arguments, leaves dense."""
+    specs = model.specs
+    layers = frozenset(range(len(specs)))
+    dense_already = frozenset(i for i in layers if isinstance(specs[i], int))
+    choose = dense == "auto" and method == "joint" and dense_already == layers
+    fits = choose or active is None
+    require(fits, "--active is for --method joint with --dense auto, on a dense model")
+    if choose:
+        active = max(ACTIVE, split.share) if active is None else active
+        more = f"--active {active} is not between the {split.share:.1%} that {split} runs, and 1"
+        require(split.share <= active <= 1, more)
+        return choose_dense(model, calib_ids, split, active)
     if dense == "auto":  # in an MoE, the layers that are dense stay so
-        dense = [i for i, ffn in enumerate(ffns) if is_moe and isinstance(ffn, int)]
-    kept = parse_layers(dense) if isinstance(dense, str) else frozenset(dense)
-    if active is not None:
-        require(0 < active <= 1, f"active = {active} is not more than 0 and at most 1")
-        require(choose, "--active is for --method joint with --dense auto, on a dense model")
-        more = f"{split} runs {split.share:.1%} of each FFN, more than --active {active}"
-        require(active >= split.share, more)
-    layers = frozenset(range(len(ffns)))
-    wrong = f"dense layers {format_layers(kept)}: the model has {len(ffns)}, some must be converted"
-    require(kept < layers, wrong)  # fewer than all
-    for i in layers - kept:
-        width, spec = ffns[i], split_spec(ffns[i], split, "linear")  # refuses what does not divide
-        if spec.inner:
-            width = min(spec.expert_size, spec.shared_size or spec.expert_size)
-        if method == "paper" and not 1 <= k_act <= width:
-            raise InputError(f"k_act = {k_act} is not between 1 and the {width} neurons of an FFN")
-    return split, kept, choose
+        return frozenset() if dense_already == layers else dense_already
+    dense = parse_layers(dense) if isinstance(dense, str) else frozenset(dense)
+    wrong = f"dense layers {format_layers(dense)}: of {len(layers)} layers, some must be converted"
+    require(dense < layers, wrong)
+    return dense
 
 @torch.no_grad()
 def replace_ffns(model: Decoder, calib_ids: Tensor, replacement: Callable,
@@ -652,10 +649,11 @@ def replace_ffns(model: Decoder, calib_ids: Tensor, replacement: Callable,
     replacement(i, ffn, x [B * T, D]) returns what replaces the FFN of layer i, given its inputs for
     calib_ids [B, T]. The layers above see its output (the paper's sequential conversion).
     """
+    dense = frozenset(dense)
     x = model.embed_tokens(calib_ids)  # [B, T, D], what flows into the next layer
     dtype = calibration_dtype(x)
     rope = [t.to(dtype) for t in model.rope(0, calib_ids.shape[1])]
-    last = max(set(range(len(model.layers))) - set(dense))
+    last = max(frozenset(range(len(model.layers))) - dense)
     for i, layer in enumerate(progress(model.layers[: last + 1])):
         ffn_input = torch.empty_like(x)
         attention = in_dtype(layer.self_attn, dtype)
@@ -686,13 +684,16 @@ def convert(model: Decoder, calib_ids: Tensor | list[int], experts: Split | str 
 
     Raises InputError. Whatever interrupts it, the model is then as it was.
     """
-    split, kept, choose = check_conversion(model, experts, method, dense, active, k_act)
+    require(method in METHODS, f"unknown method {method!r}; there are {', '.join(METHODS)}")
+    split = Split.parse(experts or METHODS[method].experts)
     calib_ids = as_ids(model, calib_ids)
     if calib_ids.dim() == 1:
         calib_ids = cut_windows(model, calib_ids, window)
     require(calib_ids.numel(), "there are no calibration tokens")
-    if choose:
-        kept = choose_dense(model, calib_ids, split, active or ACTIVE)
+    kept = dense_layers(model, calib_ids, split, method, dense, active)
+    for i, spec in enumerate(model.specs):
+        if i not in kept:
+            split_spec(spec, split)  # raises InputError for what it cannot split
     settings = {"split": split, "k_act": k_act} if method == "paper" else {"split": split}
     convert_layer = partial(METHODS[method].convert_layer, **settings)
     before = model.ffns
@@ -934,8 +935,8 @@ def run(args: argparse.Namespace):
     eval_ids = read_ids(model, tokenizer, args.eval, "test")[: args.eval_tokens or None]
     windows = cut_windows(model, eval_ids, args.window)
     prompt = as_ids(model, encode(tokenizer, args.prompt if args.explain is None else args.explain))
-    if not 0 < len(prompt) <= model.config.max_position_embeddings - 24:
-        raise InputError(f"the prompt is empty or too long: {len(prompt)} tokens")
+    fits = 0 < len(prompt) <= model.config.max_position_embeddings
+    require(fits, f"the prompt is empty or too long: {len(prompt)} tokens")
     result = vars(args) | {"model": args.model or DEFAULT_MODEL, "torch": torch.__version__}
     versions = {}  # the FFNs before and after, measured in turns
     if args.experts is not None or describe(model.specs) == "dense":

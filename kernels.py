@@ -8,7 +8,7 @@ each token t and each of the A experts e that the token chose,
 
 The functions below all compute that, and `moe` at the end picks one of them:
 
-1. `moe_reference`   The definition: every expert runs on every token. The others are tested by it.
+1. `moe_reference`   The definition, to read: every expert runs on every token.
 2. `moe_grouped`     Many tokens: each expert runs once, on the rows of the tokens that chose it.
 3. `moe_few_tokens`  A few tokens under torch.compile: the weights of each choice are read once.
    `moe_all_experts` A few tokens on a CPU, without it: all experts run, in one batch.
@@ -16,7 +16,7 @@ The functions below all compute that, and `moe` at the end picks one of them:
 4. `moe_triton`      The products of all experts as two Triton kernels, for CUDA.
 
 Shapes in comments: T tokens, D hidden_size, R routed experts of m neurons, A of them active per
-token. All take
+token. All but `moe_of_modules` take
 
     y [T, D], x [T, D], gate_up [R, 2m, D], down [R, D, m], chosen [T, A], weights [T, A]
 
@@ -53,8 +53,8 @@ def widened(x: Tensor) -> Tensor:
 
 @contextmanager
 def temporarily(owner, name: str, value):
-    """Change an attribute for a while, such as a setting of the whole process. Threads that do so
-    take turns."""
+    """Change an attribute for a while, such as a setting of the whole process. Threads that change
+    one take turns; others see the change."""
     with SETTINGS_LOCK:
         before = getattr(owner, name)
         setattr(owner, name, value)
@@ -88,7 +88,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias
 
 def swiglu(both: Tensor) -> Tensor:
-    """silu(gate) * up: both [T, 2m] has gate and up side by side; overwritten -> [T, m]."""
+    """silu(gate) * up: both [..., 2m] has gate and up side by side; overwritten -> [..., m]."""
     gate, up = both.chunk(2, dim=-1)
     if both.requires_grad or torch.compiler.is_compiling():
         return F.silu(gate) * up
@@ -126,7 +126,7 @@ def ffn(x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor | None = None) 
         return torch.cat([ffn(block, gate_up, down, w) for block, w in blocks]).view(x.shape)
     h = swiglu(linear(x, gate_up))  # [..., q]
     if weight is not None:
-        h = h * weight  # usually cheaper than after the product, since q < D
+        h = h * weight  # an expert has fewer neurons than D, so this is cheaper than after W_down
     return linear(h, down)
 
 # ------------------------------------------------------------------------------- 1. The definition

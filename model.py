@@ -580,6 +580,8 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shape, x = x.shape, x.reshape(-1, x.shape[-1])  # [T, D]
         chosen, weights = self.route(x)
+        if self.training:
+            self.last = x.detach(), chosen  # for train.balance
         y = self.shared_expert(x) if self.spec.shared_size else torch.zeros_like(x)
         if self.spec.gated:
             y = y * kernels.linear(x, self.shared_expert_gate).sigmoid()

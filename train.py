@@ -48,6 +48,7 @@ LOGITS_ROWS = 64  # tokens whose logits exist at a time
 
 def make_settings(**changes) -> SimpleNamespace:
     defaults = {name: default for name, (default, _) in SETTINGS.items()}
+    require(changes.keys() <= defaults.keys(), f"settings {[*changes]}: known are {[*defaults]}")
     return SimpleNamespace(**(defaults | changes))
 
 # ----------------------------------------------------------------------------------------- 1. LoRA
@@ -70,14 +71,6 @@ class LoRA(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight + (self.scale * self.b @ self.dropout(self.a)).to(weight.dtype)
 
-def add_scales_and_biases(model: Decoder, settings: SimpleNamespace):
-    """Make the gate scales and selection biases of MoE layers, if they are to be trained."""
-    for moe in [module for module in model.modules() if isinstance(module, MoE)]:
-        if settings.scale_rate and moe.router_scale is None:
-            moe.make_trained("router_scale")
-        if settings.bias_step and moe.router_bias is None:
-            moe.make_trained("router_bias")
-
 def prepare(model: Decoder, settings: SimpleNamespace) -> tuple[list, list]:
     """Freeze the model and add what is trained -> the parameters of LoRA, and gate scales.
 
@@ -86,11 +79,19 @@ def prepare(model: Decoder, settings: SimpleNamespace) -> tuple[list, list]:
     A gate scale u weights expert e by w_e(x) (1 + p_e(x) u_e): section 4.2, and `MoE.route`.
     """
     torch.manual_seed(settings.seed)
-    add_scales_and_biases(model, settings)
+    moes = [module for module in model.modules() if isinstance(module, MoE)]
+    for moe in moes:
+        if settings.scale_rate and moe.router_scale is None:
+            moe.make_trained("router_scale")
+        if settings.bias_step and moe.router_bias is None:
+            moe.make_trained("router_bias")
     model.requires_grad_(False)
     matrices, loras, scales = ["gate_up_proj", "down_proj"], [], []
     if settings.router:
         matrices += ["router_weight", "router_gate", "router_up"]
+        ones = [moe.spec.weights != "softmax" and moe.spec.down_scale == 1 for moe in moes]
+        useless = "--router: experts run with weight 1, whatever it says; train gate scales too"
+        require(settings.scale_rate or not moes or not all(ones), useless)
     for module in list(model.modules()):
         for name, weight in list(module.named_parameters(recurse=False)):
             if name in matrices or (name == "weight" and isinstance(module, Linear)):
@@ -114,25 +115,14 @@ def merge(model: Decoder):
 
 # -------------------------------------------------------------------------------------- 2. Balance
 
-def remember_choices(moe: MoE):
-    """From now on keep what `balance` needs: the tokens x [T, D] that came to an MoE last, and the
-    experts [T, A] that ran for them."""
-    route = moe.route
-
-    def remembering(x: Tensor) -> tuple[Tensor, Tensor]:
-        chosen, weights = route(x)
-        moe.last = x.detach(), chosen
-        return chosen, weights
-
-    moe.route = remembering
-
 @torch.no_grad()
 def balance(moes: list[MoE], step: float) -> float:
     """Balance experts without an auxiliary loss (section 4.3). The bias b [R] of an MoE moves by
 
-        b_e <- b_e - step std(p) sign(n_e - mean(n)),    n_e: tokens of expert e in this batch.
+        b_e <- b_e - step std(p) sign(n_e - mean(n)),    n_e: tokens of expert e in this batch,
 
-    std(p), not in the paper, fits the step to the router. Returns the average max(n) / mean(n).
+    which is in moe.last: its tokens x [T, D], and the experts [T, A] that ran for them. std(p),
+    not in the paper, fits the step to the router. Returns the average max(n) / mean(n).
     """
     imbalance = []
     for moe in moes:
@@ -212,8 +202,6 @@ def finetune(model: Decoder, ids: Tensor, settings: SimpleNamespace, state_file:
     start, log = 0, {"loss": [], "imbalance": []}
     moes = [module for module in model.modules() if isinstance(module, MoE)]
     try:
-        for moe in moes:
-            remember_choices(moe)
         loras, scales = prepare(model, settings)
         trained, rates = loras + scales, (settings.rate, settings.scale_rate)
         adam = torch.optim.Adam([{"params": loras}, {"params": scales}], betas=(0.9, 0.95))
@@ -239,7 +227,6 @@ def finetune(model: Decoder, ids: Tensor, settings: SimpleNamespace, state_file:
             progress.set_postfix_str(f"loss {log['loss'][-1]:.3f}")
     finally:
         for moe in moes:
-            vars(moe).pop("route", None)
             vars(moe).pop("last", None)
         merge(model)
     finite = all(weight.isfinite().all() for weight in model.state_dict().values())
@@ -324,9 +311,12 @@ def run(args: argparse.Namespace):
     state_file = Path(f"{Path(args.out)}.state")
     check_args(args, state_file)
     model, tokenizer = load_model(args.model, args.dtype, args.device)
-    teacher = load_model(args.teacher, args.dtype, args.device)[0] if args.teacher else None
-    if teacher and teacher.config.vocab_size != model.config.vocab_size:
-        raise InputError("--teacher has another vocabulary than the model")
+    teacher = None
+    if args.teacher:
+        teacher, its_tokenizer = load_model(args.teacher, args.dtype, args.device)
+        same = its_tokenizer.get_vocab() == tokenizer.get_vocab()
+        same = same and teacher.config.vocab_size == model.config.vocab_size
+        require(same, "--teacher has another vocabulary than the model")
     ids = read_ids(model, tokenizer, args.text, "train")
     eval_ids = read_ids(model, tokenizer, args.eval, "test")[: args.eval_tokens or None]
     make_batches(model, ids, chosen)  # refuses bad input before the long work

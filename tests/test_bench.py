@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -234,7 +235,7 @@ def test_the_default_job_is_measured_once(tmp_path, monkeypatch):
 
     def job(args):
         calls.append(args)
-        file.write_text("{}")
+        Path(args.json).write_text("{}")
 
     monkeypatch.setattr(ffn2moe, "run", job)
     for again in ([], [], ["--again"]):
@@ -287,7 +288,7 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
     monkeypatch.setattr(bench, "quality_rows", lambda: few)
     names = ["dense", "paper", "static pruning", "joint", "joint, E = 8", "oracle neurons"]
     names += ["joint, seed 1", "joint, seed 2"]
-    sizes = {"eval_tokens": 256, "window": 128, "turns": 1, "only": names, "whole": []}
+    sizes = {"eval_tokens": 256, "window": 128, "turns": 1, "only": names}
     text.write_text(text.read_text()[:4000])
     (tmp_path / "other.txt").write_text(text.read_text()[::-1])
     texts = [text, tmp_path / "other.txt"]
@@ -306,7 +307,6 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
     ids = tokenizer.encode(text.read_text()).ids
     first = rows["dense", 100]["texts"]["text"]
     again = {**sizes, "only": "dense", "eval": texts}
-    del again["whole"]
     again = run("quality", checkpoint, text, file, again=[], **again)["dense", 100]
     assert again["seconds"] != 12345 and again["texts"]["text"] == first
     assert first["perplexity"] == pytest.approx(perplexity(dense, ids[:256], 128), rel=1e-6)
@@ -356,10 +356,6 @@ def test_settings_can_be_chosen_on_the_end_of_the_calibration_text(checkpoint, t
     sizes = {"eval": "held-back", "eval_tokens": 0, "window": 64, "only": "dense"}
     row = run("quality", checkpoint, text, tmp_path / "q.json", **sizes)["dense", 100]
     assert row["texts"]["held-back"]["perplexity"] == expected
-    assert "perplexity_whole" not in row["texts"]["held-back"]
-    sizes["whole"] = []  # which the row lacks
-    row = run("quality", checkpoint, text, tmp_path / "q.json", **sizes)["dense", 100]
-    assert row["texts"]["held-back"]["perplexity_whole"] == expected
     sizes |= {"samples": 8, "length": 16}
     row = run("finetune", checkpoint, text, tmp_path / "f.json", **sizes)["dense", 100]
     assert row["before"] == expected
@@ -478,20 +474,12 @@ def test_finetune_rows(checkpoint, text, tmp_path, monkeypatch):
     again = run("finetune", checkpoint, text, file, **recipe, only=names[2])[names[2], 50]
     assert again["after"] == balanced["after"]
 
-def test_the_bias_evens_the_load(case):
-    ffn, x = case
-    moe, x = ffn2moe.joint_layer(ffn, x, SPLIT), x + 1  # so that some are chosen more often
-    before, after = bench.balanced_load(moe, x)
-    counts = moe.route(x)[0].flatten().bincount(minlength=6)
-    assert torch.equal(before, counts / 400) and after.sum().item() == pytest.approx(2)
-    assert after.max() < 1.1 * 2 / 6 < 1.3 * 2 / 6 < before.max()
-
 def test_figures(checkpoint, text, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "FIGURES", tmp_path / "f")
     monkeypatch.setattr(bench, "SHOWN", "The old river")
     settings = {"experts": "S1A2E8", "window": 128}
     assert bench.main(arguments("figures", checkpoint, text, tmp_path / "x", **settings)) == 0
-    for name in ("activation_rates", "partition", "expert_load", "words"):
+    for name in ("activation_rates", "partition", "words"):
         assert (tmp_path / "f" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 def test_the_fine_tuned_dense_model_of_as_many_tokens_is_the_measure():

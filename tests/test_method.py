@@ -107,7 +107,7 @@ def test_official_fixtures(name):
     markers = ffn2moe.neuron_markers(ffn, x, int(official["K"]))
     rates = ffn2moe.activation_rates(markers)
     assert torch.equal(rates, official["rates"])
-    shared, rest = ffn2moe.split_shared(rates, split.shared * len(gate) // split.total)
+    shared, rest = ffn2moe.split_shared(rates, split)
     assert set(shared.tolist()) == set(official["shared"].tolist())
     assert torch.equal(rest[: split.routed], official["seeds"])
     expert = ffn2moe.group_routed(markers[:, rest], split.routed)
@@ -459,7 +459,7 @@ def test_convert_refuses_and_leaves_the_model_alone():
     before = model(ids)
     for message, change in {
         "magic": {"method": "magic"},
-        "active = 75 is not": {"active": 75, "dense": "auto"},
+        "--active 75 is not": {"active": 75, "dense": "auto"},
         "no calibration tokens": {"calib_ids": ids[:0]},
         "vocabulary of 300": {"calib_ids": torch.full((1, 20), 300)},
         "20 tokens": {"calib_ids": ids[0, :20]},

@@ -124,8 +124,7 @@ def test_balance_by_hand():
     tokens = torch.tensor([(moe.route(x)[0] == e).sum().item() for e in range(7)])
     p = (x @ moe.router_weight.T).softmax(-1)
     expected = -0.5 * p.std(correction=0) * (tokens - 100 / 7).sign()
-    train.remember_choices(moe)
-    moe(x.view(5, 10, 32))
+    moe.train()(x.view(5, 10, 32))
     assert train.balance([moe], 0.5) == pytest.approx(tokens.max().item() / (100 / 7))
     assert torch.allclose(moe.router_bias, expected) and moe.router_bias.any()
 
@@ -213,7 +212,8 @@ def test_a_last_step_that_breaks_the_weights_is_refused():
 
 def test_scales_and_biases_of_zero_are_not_saved():
     model = moe_model()
-    train.add_scales_and_biases(model, small())
+    train.prepare(model, small())
+    train.merge(model)
     raw, state = export(model)
     assert raw["model_type"] == "qwen2_moe" and not any("router_bias" in name for name in state)
     model.layers[1].mlp.router_bias[0] = 1.0
