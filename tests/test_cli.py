@@ -46,9 +46,12 @@ def test_the_main_job(method, experts, dense_layers, argv, checkpoint, tmp_path,
     active = {"joint": ffn + 2 * (ffn / 2 + router), "paper": 3 * (3 / 4 * ffn + router)}[method]
     assert result["moe_ffn_parameters"] == active and result["dense_ffn_parameters"] == 3 * ffn
     assert result["dense_parameters"] - result["moe_parameters"] == 3 * ffn - active
-    for what in ("prefill", "decode"):
-        speedup = result[f"dense_{what}_ms"] / result[f"moe_{what}_ms"]
-        assert result[f"{what}_speedup"] == speedup
+    lines = {line.split()[0]: line.split()[-1] for line in result["table"].splitlines() if line}
+    ratio = result["moe_perplexity"] / result["dense_perplexity"]
+    assert lines["perplexity"] == f"{ratio:.2f}x"
+    for what in ("prefill,", "decode,"):
+        times = (result[f"{side}_{what[:-1]}_ms"] for side in ("dense", "moe"))
+        assert lines[what] == f"{next(times) / next(times):.2f}x"
     assert result["dense"] in ({"0", "1", "2"} if dense_layers == "auto" else {"none"})
     settings = {"experts": experts, "method": method, "window": 128}
     settings |= {"seed": 0, "calib_tokens": 512, "eval_tokens": 640, "dtype": "float32"}

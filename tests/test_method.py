@@ -163,6 +163,13 @@ def test_bias_moves_the_choice_and_scale_the_weight():
     assert torch.allclose(weights, 1 + (p * moe.router_scale).gather(1, chosen), atol=1e-6)
     moe.router_bias = torch.nn.Parameter(torch.tensor([0.0, 2.0, 0.0]))  # p <= 1: expert 1 must win
     assert (moe.route(x)[0] == 1).all()
+    # Weights that sum to 1 come from p without the bias
+    moe = ffn2moe.joint_layer(random_ffn(), x, Split.parse("S2A2E8"))
+    p = moe.router_weight.mul_(50).matmul(x.T).T.softmax(-1)
+    moe.router_bias = torch.nn.Parameter(2 * torch.eye(6)[:2].sum(dim=0))
+    chosen, weights = moe.route(x)
+    assert (chosen < 2).all()
+    assert torch.allclose(weights, (p / p[:, :2].sum(dim=1)[:, None]).gather(1, chosen))
 
 # --- The joint method
 

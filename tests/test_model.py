@@ -471,6 +471,8 @@ def make_gguf(path: Path, tokenizer, kind="F32", raw=LLAMA, meta=(), tensors=())
         "llama.attention.head_count_kv": raw["num_key_value_heads"],
         "llama.attention.layer_norm_rms_epsilon": raw["rms_norm_eps"],
         "llama.context_length": raw["max_position_embeddings"],
+        "llama.rope.freq_base": raw.get("rope_theta", 1e4),
+        "llama.attention.key_length": raw.get("head_dim", 8),
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": vocab,
@@ -491,7 +493,8 @@ def gguf(tmp_path) -> Path:
 @pytest.mark.parametrize("tied", [False, True])
 def test_gguf(kind, tied, gguf, tmp_path, tokenizer):
     meta = {"tokenizer.ggml.padding_token_id": 7, "tokenizer.chat_template": "{{ messages }}"}
-    expected = make_gguf(gguf, tokenizer, kind, LLAMA | {"tie_word_embeddings": tied}, meta)
+    raw = LLAMA | {"tie_word_embeddings": tied, "rope_theta": 5e4, "head_dim": 16}
+    expected = make_gguf(gguf, tokenizer, kind, raw, meta)
     model, loaded_tokenizer = load_model(gguf)
     assert torch.allclose(model(IDS), expected(IDS), atol=1e-4)
     assert model.config.eos_ids == [299]
