@@ -969,7 +969,7 @@ def speed_tables(done: dict) -> str:
 # ---------------------------------------------------------------------------------- 6. Fine-tuning
 
 RECIPE = ("samples", "length", "rate", "distill", "dropout", "scale_rate", "bias_step")
-FACTORS = (2, 4, 8)  # how far more training tokens get; beyond 4, the README's text is repeated
+FACTORS = (2, 4, 8)  # how far more training tokens get; from 4 on, the README's text is repeated
 
 def recipe_of(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in (*RECIPE, "seed")}

@@ -93,7 +93,7 @@ def read_json(file: Path):
 def replace_file(file: Path, write: Callable):
     """Let write(f) fill a scratch file, then rename it: a crash leaves the old file or the new."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f"{file.name}.{os.getpid()}.tmp")  # two processes may write one file
+    scratch = file.with_name(f"{file.name}.tmp")
     try:
         with open(scratch, "wb") as f:
             write(f)

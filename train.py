@@ -4,8 +4,14 @@
     python train.py --model DIR [--teacher DENSE]    fine-tune the checkpoint in DIR
 
 Fine-tuning mostly adapts to the text, and helps a dense model too. So it is best to fine-tune the
-dense model, convert it, and let it teach the result (README). By default the paper's gate scales
-and balance are off: they did not help on held-back text, and no Qwen2-MoE checkpoint holds them.
+dense model, convert it, and let it teach the result, as in the README's table:
+
+    python train.py --model DENSE --text TEXT --samples 1024 --out my-dense
+    python ffn2moe.py --model my-dense --calib TEXT --out my-moe
+    python train.py --model my-moe --teacher my-dense --text TEXT --samples 1024 --out my-tuned
+
+By default the paper's gate scales and balance are off: they did not help on held-back text, and no
+Qwen2-MoE checkpoint holds them.
 """
 
 import argparse

@@ -472,7 +472,7 @@ def make_gguf(path: Path, tokenizer, kind="F32", raw=LLAMA, meta=(), tensors=())
         "llama.attention.layer_norm_rms_epsilon": raw["rms_norm_eps"],
         "llama.context_length": raw["max_position_embeddings"],
         "llama.rope.freq_base": raw.get("rope_theta", 1e4),
-        "llama.attention.key_length": raw.get("head_dim", 8),
+        "llama.attention.key_length": raw.get("head_dim", raw["hidden_size"] // 4),
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": vocab,
