@@ -215,7 +215,8 @@ def wina_layer(ffn: FFN, x: Tensor, split: Split, keep: float) -> Masked:
 
 @dataclass(frozen=True)
 class Row:
-    """One way to convert: layer(ffn, x [T, D], split) in all layers but those that stay dense."""
+    """One way to convert: layer(ffn, x [T, D], split) in all layers but those that stay dense.
+    A result whose row was defined otherwise, in any of these fields, is measured again."""
 
     name: str
     percent: float  # of the FFN that is meant to be active

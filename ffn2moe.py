@@ -385,7 +385,7 @@ def alternate(energy: Tensor, x: Tensor, bin_of: Tensor, capacity: Sequence[int]
     x, num_routed = x.float(), len(capacity) - 1
     solve = ridge_solver(x.T @ x, ROUTER_RIDGE)
     best, most = bin_of, 0.0
-    for _ in range(rounds + 1):
+    for _ in range(rounds + 1):  # each judges the assignment of the one before
         scores = x @ solve(x.T @ expert_norms(energy, bin_of, num_routed))  # [T, R]
         runs = running_bins(scores.topk(active, dim=-1).indices, num_routed)
         # What each neuron contributes in each bin; energy.T @ runs would take 8 times as long
@@ -799,14 +799,14 @@ def time_model(model: Decoder, versions: dict[str, list[nn.Module]], ids: Tensor
     if steps:
         model.hidden_states(ids, cache)
 
-    def run(ffns: list[nn.Module], compiled: bool):
-        with temporarily(model, "ffns", ffns), temporarily(model, "compiled", compiled):
-            if not steps:
+    def run(ffns: list[nn.Module], by_compiler: bool = False):
+        with temporarily(model, "ffns", ffns), temporarily(model, "compiled", by_compiler):
+            if steps == 0:
                 model.logits(model.hidden_states(ids)[:, -1])
             for t in range(length - steps, length):
                 model(ids[:, t : t + 1], cache, t)
 
-    functions = {name: partial(run, ffns, False) for name, ffns in versions.items()}
+    functions = {name: partial(run, ffns) for name, ffns in versions.items()}
     if compiled:
         functions |= {f"{name}, compiled": partial(run, versions[name], True) for name in versions}
     times = time_in_turns(functions, turns, str(ids.device))
@@ -818,7 +818,7 @@ def perplexity_and_times(model: Decoder, versions: dict[str, list[nn.Module]],
     """For each version of all FFNs: the perplexity of windows [N, T], and the median milliseconds
     of a prefill of one of them (to the logits of its last token), and of decoding one token (of
     the last 16). The versions take turns at each window, as in `time_in_turns`."""
-    passes = windows if len(windows) > 1 else windows.repeat(2, 1)  # the first time is not counted
+    passes = windows if len(windows) > 1 else windows.repeat(2, 1)  # the first is not timed
     losses = {name: [] for name in versions}  # of each window
     times = {name: [] for name in versions}
     for window in tqdm(passes, desc=f"perplexity, {' and '.join(versions)}", unit="window"):

@@ -276,7 +276,16 @@ def test_export(tmp_path, tokenizer, capsys):
         assert found["model_type"] == "qwen2_moe" and None not in found.values()
         if name == "llama-3":  # transformers wants a whole number
             assert type(found["rope_scaling"]["original_max_position_embeddings"]) is int
-        assert torch.allclose(load_model(tmp_path / name)[0](IDS), model(IDS), atol=1e-5)
+        loaded, _ = load_model(tmp_path / name)
+        assert torch.allclose(loaded(IDS), model(IDS), atol=1e-5)
+        # The gate of 1/2 is gone, W_down is what it was, and both come back in the next file
+        assert loaded.specs == model.specs
+        ours, theirs = (m.ffns[1].shared_expert.down_proj for m in (model, loaded))
+        assert torch.equal(ours, theirs)
+        save_model(loaded, tokenizer, tmp_path / name / "again")
+        for file in ("config.json", WEIGHTS):
+            both = [(tmp_path / name / place / file).read_bytes() for place in ("", "again")]
+            assert both[0] == both[1]
     assert capsys.readouterr().err == ""
     for raw, why in (
         (LLAMA | native(64, NEURONS, NEURONS), "the paper's router"),
