@@ -129,7 +129,7 @@ def test_autocast():
     assert (found - expected).norm() < 0.02 * expected.norm()
 
 def test_which_path_is_taken(monkeypatch):
-    def path(tokens=100, active=2, cuda=False, dtype=torch.float32, grad=False, triton=True):
+    def path(tokens, active=2, cuda=False, dtype=torch.float32, grad=False, triton=True):
         monkeypatch.setattr(kernels, "triton", object() if triton else None)
         kernels.has_triton.cache_clear()
         t = MagicMock(requires_grad=grad, is_cuda=cuda, is_cpu=not cuda, dtype=dtype)
@@ -138,20 +138,17 @@ def test_which_path_is_taken(monkeypatch):
 
     for name in ("moe_grouped", "moe_one_token", "moe_all_experts", "moe_triton"):
         monkeypatch.setattr(kernels, name, lambda *_, name=name: name)
-    assert path() == path(dtype=torch.bfloat16) == "moe_grouped"
-    assert path(tokens=2) == path(tokens=33) == path(tokens=3, grad=True) == "moe_grouped"
-    assert path(tokens=3) == path(tokens=32) == "moe_all_experts"  # 6 choices of 6 experts
-    assert path(tokens=11, active=1) == "moe_grouped"
-    assert path(tokens=12, active=1) == "moe_all_experts"
-    assert path(tokens=1) == "moe_one_token"
-    assert path(cuda=True) == path(cuda=True, tokens=1) == "moe_triton"
-    for cuda, tokens in ((False, 100), (True, 100), (False, 1)):
-        assert path(grad=True, cuda=cuda, tokens=tokens) == "moe_grouped"
+    assert path(1) == "moe_one_token"
+    assert path(3) == path(32) == path(12, active=1) == "moe_all_experts"  # of 6 experts
+    assert path(2) == path(33) == path(11, active=1) == "moe_grouped"
+    assert path(1, cuda=True) == path(100, cuda=True) == "moe_triton"
+    assert path(100, cuda=True, dtype=torch.float64) == "moe_grouped"
+    for tokens, cuda in ((1, False), (3, False), (100, True)):
+        assert path(tokens, cuda=cuda, grad=True) == "moe_grouped"
     with torch.no_grad():
-        assert path(grad=True, cuda=True) == "moe_triton"
-    assert path(cuda=True, dtype=torch.float64) == "moe_grouped"
+        assert path(100, cuda=True, grad=True) == "moe_triton"
     with pytest.warns(UserWarning, match="triton is not installed"):
-        assert path(cuda=True, triton=False) == "moe_grouped"
+        assert path(100, cuda=True, triton=False) == "moe_grouped"
     with warnings.catch_warnings():  # said once
         warnings.simplefilter("error")
         kernels.has_triton()

@@ -404,24 +404,22 @@ def test_a_forced_save_that_fails_midway_keeps_the_new_checkpoint(checkpoint):
 # --- GGUF: a writer of our own, and the block formats spelled out one weight at a time
 
 def quantise(weights: np.ndarray, kind: str) -> tuple[bytes, np.ndarray]:
-    """Bytes of a tensor in a GGUF type, and the weights that those bytes mean."""
+    """Bytes of a tensor of this shape in a GGUF type, and the weights that those bytes mean. Of
+    types in blocks, the bytes are random, with scales of the size of the weights."""
     if kind in ("F32", "F16"):
         stored = weights.astype("<f4" if kind == "F32" else "<f2")
         return stored.tobytes(), stored.astype(np.float32)
-    out, meaning = b"", []
-    for block in weights.reshape(-1, 32):
-        low, high, most = block.min(), block.max(), np.abs(block).max()
-        steps = {"Q8_0": most / 127, "Q4_0": most / 7, "Q4_1": (high - low) / 15}
-        d, m = np.array([steps[kind], low if kind == "Q4_1" else 0], np.float16).tolist()
-        zero = 8 if kind == "Q4_0" else 0
-        codes = [round((x - m) / d) + zero for x in block]
+    random, out, meaning = np.random.default_rng(weights.size), b"", []
+    zero, limits = {"Q8_0": (0, (-127, 128)), "Q4_0": (8, (0, 16)), "Q4_1": (0, (0, 16))}[kind]
+    for _ in range(weights.size // 32):
+        d, m = np.float16(np.abs(weights).max() / limits[1] * random.random(2)).tolist()
+        codes = random.integers(*limits, 32).tolist()
         out += struct.pack("<2e", d, m) if kind == "Q4_1" else struct.pack("<e", d)
         if kind == "Q8_0":
             out += struct.pack("32b", *codes)
         else:
-            codes = [min(15, max(0, code)) for code in codes]
             out += bytes(codes[i] | codes[i + 16] << 4 for i in range(16))
-        meaning += [d * (c - zero) + m for c in codes]
+        meaning += [d * (c - zero) + m * (kind == "Q4_1") for c in codes]
     return out, np.array(meaning, np.float32).reshape(weights.shape)
 
 def gguf_string(text: str) -> bytes:
