@@ -1157,7 +1157,7 @@ def figures(args: argparse.Namespace):
     model, tokenizer, calib, texts = load(args)
     calib = cut_windows(model, calib, args.window)
     test = cut_windows(model, next(iter(texts.values())), args.window)[:20]
-    split, q = Split.parse(args.experts[0]), model.config.intermediate_size
+    split, q = Split.parse(JOINT[50]), model.config.intermediate_size
     last, rates = len(model.layers) - 1, {}
 
     def replacement(i, ffn, x):
@@ -1254,8 +1254,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--shape", nargs="+", default=shapes, help="speed: FFNs of DxQ, or the whole model")
     add("--tokens", nargs="+", type=int, default=tokens, help="speed: of FFNs")
     add("--batch", nargs="+", type=int, default=[1, 8], help="speed: sequences, for the model")
-    add("--experts", nargs="+", metavar="SnAnEn", default=splits,
-        help="splits for speed; the first is that of the figures")  # fmt: skip
+    add("--experts", nargs="+", metavar="SnAnEn", default=splits, help="speed: splits")
     train.add_settings(add, RECIPE)
     parser.set_defaults(samples=1024)  # 65,536 tokens: the rows with more of them take hours
     args = parser.parse_args(argv)

@@ -363,7 +363,7 @@ def parse_rope(raw: dict, rope: dict) -> tuple[float, dict]:
     if kind == "default":
         return theta, {}
     numbers = {key: config_value(rope, key, float) for key in ROPE_NUMBERS[kind]}
-    if kind == "llama3":  # beside the object, in it, or else that of max_position_embeddings
+    if kind == "llama3":  # the last place that has it counts: beside the object, else in it
         places = {CONTEXT: raw["max_position_embeddings"]} | rope | raw
         numbers[CONTEXT] = int(config_value(places, CONTEXT, float))  # as transformers wants it
     return theta, {"rope_type": kind, **numbers}

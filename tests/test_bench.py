@@ -448,8 +448,7 @@ def test_finetune_rows(checkpoint, text, tmp_path, monkeypatch):
 def test_figures(checkpoint, text, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "FIGURES", tmp_path / "f")
     monkeypatch.setattr(bench, "SHOWN", "The old river")
-    settings = {"experts": "S1A2E8", "window": 128}
-    assert bench.main(arguments("figures", checkpoint, text, tmp_path / "x", **settings)) == 0
+    assert bench.main(arguments("figures", checkpoint, text, tmp_path / "x", window=128)) == 0
     for name in ("activation_rates", "partition", "words"):
         assert (tmp_path / "f" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 

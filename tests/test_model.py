@@ -274,6 +274,10 @@ def test_export(tmp_path, tokenizer, capsys):
         save_model(model, tokenizer, tmp_path / name)
         found = json.loads((tmp_path / name / "config.json").read_text())
         assert found["model_type"] == "qwen2_moe" and None not in found.values()
+        assert found["architectures"] == ["Qwen2MoeForCausalLM"]
+        assert found["torch_dtype"] == "float32" and "dtype" not in found
+        with safe_open(tmp_path / name / WEIGHTS, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
         if name == "llama-3":  # transformers wants a whole number
             assert type(found["rope_scaling"]["original_max_position_embeddings"]) is int
         loaded, _ = load_model(tmp_path / name)

@@ -6,9 +6,10 @@ import os
 
 import pytest
 import torch
-from conftest import CONFIGS, LLAMA, kind_of, random_ids, random_model, refused
+from tokenizers import Tokenizer
 
 # isort: off
+from conftest import CONFIGS, LLAMA, kind_of, random_ids, random_model, refused, write_checkpoint
 import ffn2moe
 import kernels
 import train
@@ -210,6 +211,13 @@ def test_a_last_step_that_breaks_the_weights_is_refused():
     settings = small(samples=4, rate=1e30)
     refused("the last step", train.finetune, moe_model(torch.float16), IDS, settings)
 
+def test_a_router_that_cannot_learn_is_refused():
+    """Of one expert per token, or of the paper's, the weight is 1 whatever the router says."""
+    for split, method in (("S1A1E4", "joint"), ("S1A2E8", "paper")):
+        model = ffn2moe.convert(random_model(LLAMA), random_ids(512), split, method, [0], window=128)
+        refused("train gate scales", train.finetune, model, IDS, small(router=True, scale_rate=0.0))
+    refused("dropuot", train.make_settings, dropuot=0.1)
+
 def test_scales_and_biases_of_zero_are_not_saved():
     model = moe_model()
     train.prepare(model, small())
@@ -240,7 +248,7 @@ def test_command_line(extras, kind, argv, text, tmp_path):
     ids = read_ids(tuned, tokenizer, str(text), "test")[:256]
     assert perplexity(tuned, ids, 128) == pytest.approx(found["perplexity"]["after"], rel=1e-5)
 
-def test_what_cannot_work_is_refused_before_the_long_work(argv, tmp_path, capsys):
+def test_what_cannot_work_is_refused_before_the_long_work(argv, tokenizer, tmp_path, capsys):
     refusals = {
         "--resume": "to resume from",
         "--dropout=1": "--dropout below 1",
@@ -257,6 +265,11 @@ def test_what_cannot_work_is_refused_before_the_long_work(argv, tmp_path, capsys
         assert train.main([*argv, flag]) == 2
         error = capsys.readouterr().err
         assert message in error and "fine-tuning" not in error, error
+    stranger = Tokenizer.from_str(tokenizer.to_str())
+    stranger.add_special_tokens(["<other>"])
+    teacher = write_checkpoint(tmp_path / "teacher", random_model(LLAMA), stranger, LLAMA)
+    assert train.main([*argv, f"--teacher={teacher}"]) == 2
+    assert "another vocabulary" in capsys.readouterr().err
     (tmp_path / "tuned.state").write_text("not a state")
     assert train.main(argv) == 2 and "--resume continues" in capsys.readouterr().err
     assert train.main([*argv, "--resume"]) == 2 and "cannot be res" in capsys.readouterr().err
