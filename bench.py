@@ -676,7 +676,7 @@ def plot_quality(done: dict, file: Path):
     all points are of one machine, that of the first time."""
     timed = [r["origin"]["machine"] for r in done["rows"].values() if "prefill_ms" in r]
     machine = timed[0] if timed else ""
-    with picture(file, 9.6, 4.2, 1, 2, sharey=True) as (left, right):
+    with picture(file, 6.4, 7.6, 2, 1) as (above, below):
         by_size = sorted(done["rows"].values(), key=lambda r: r["key"]["percent"])
         for name, (colour, style) in PLOTTED.items():
             shares, times = [], []  # the points of each panel
@@ -686,21 +686,21 @@ def plot_quality(done: dict, file: Path):
                     shares.append((r["active_ffn"], value))
                     if "prefill_ms" in r and r["origin"]["machine"] == machine:
                         times.append((r["prefill_ms"] / r["dense_prefill_ms"], value))
-            for ax, points in ((left, shares), (right, times)):
+            for ax, points in ((above, shares), (below, times)):
                 if points:
                     ax.plot(*zip(*points), style, color=colour, label=name)
         dense = perplexity_of(done, "dense", 100)
-        for ax in (left, right):
+        for ax in (above, below):
             if dense:
                 ax.axhline(dense, color="black", linewidth=0.8, label="dense")
             ax.set(yscale="log", yticks=PERPLEXITIES, yticklabels=PERPLEXITIES)
             ax.minorticks_off()
             ax.grid(alpha=0.3)
-        right.axvline(1, color="black", linewidth=0.8)
-        left.set_xlabel("active FFN parameters / dense")
-        right.set_xlabel("time of a prefill / dense")
-        left.set_ylabel(f"perplexity, {done['settings']['eval'][0]}")
-        left.legend(fontsize=8)
+            ax.set_ylabel(f"perplexity, {done['settings']['eval'][0]}")
+        below.axvline(1, color="black", linewidth=0.8)
+        above.set_xlabel("active FFN parameters / dense")
+        below.set_xlabel("time of a prefill / dense")
+        above.legend(fontsize=9)
 
 def plot_waterfall(done: dict, file: Path):
     """From the paper's method to ours at 50 %, one change at a time."""

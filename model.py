@@ -864,8 +864,6 @@ def check_tensors(config: Config, tensors: dict[str, Callable]):
         require(found, f"the checkpoint has no tensors for layer {i} of {len(config.ffns)}")
     inner = [ffn.num_experts for ffn in config.ffns if isinstance(ffn, MoESpec) and ffn.inner]
     require(sum(inner) < len(tensors), "the checkpoint has fewer tensors than experts")
-    scales = [name for name in tensors if name.endswith(("weight_scale_inv", "weight_scale"))]
-    require(not scales, f"fp8 weights with scales ({scales[:1]}) are not implemented")
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         head = tensors["lm_head.weight"]
         embedding = tensors.setdefault("embed_tokens.weight", head)

@@ -368,7 +368,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
     (damage_tensors(lambda t: t.pop(UP)), "no tensor 'layers.1.mlp.up_proj.weight'"),
     (damage_tensors(lambda t: t.update({UP: t[UP][:-1].clone()})), r"up_proj.weight' is \[63"),
     (damage_tensors(lambda t: t.update({UP: t[UP].to(torch.int8)})), "up_proj.weight' is .*int8"),
-    (damage_tensors(lambda t: t.update({UP + "_scale_inv": torch.ones(1)})), "fp8"),
+    (damage_tensors(lambda t: t.update({UP + "_scale_inv": torch.ones(1)})), "does not use"),
     (damage_tensors(lambda t: t[UP].mul_(1e6)), "up_proj.weight' is too large for float16"),
     (damage_tensors(lambda t: t.update({UP[:-6] + "bias": torch.ones(64)})), "does not use"),
 ])  # fmt: skip
