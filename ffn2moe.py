@@ -508,7 +508,6 @@ def joint_layer(ffn: FFN, x: Tensor, split: Split, rounds: int = 8, refit: bool 
 def conversion_losses(model: Decoder, windows: Tensor) -> Tensor:
     """Predicted cost of leaving out the half of each FFN with the least energy, in nats per token:
     windows [B, T] -> float64 [layers]."""
-    require(not torch.is_inference_mode_enabled(), "this needs gradients: not inference_mode")
     losses = torch.zeros(len(model.layers), dtype=torch.float64)
     generator = torch.Generator(windows.device).manual_seed(0)
     dtype = calibration_dtype(model.embed_tokens.weight)
@@ -684,6 +683,8 @@ def convert(model: Decoder, calib_ids: Tensor | list[int], experts: Split | str 
 
     Raises InputError. Whatever interrupts it, the model is then as it was.
     """
+    # Its tensors could never be trained, and "auto" needs gradients
+    require(not torch.is_inference_mode_enabled(), "convert outside of torch.inference_mode")
     require(method in METHODS, f"unknown method {method!r}; there are {', '.join(METHODS)}")
     split = Split.parse(experts or METHODS[method].experts)
     calib_ids = as_ids(model, calib_ids)

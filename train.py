@@ -225,7 +225,7 @@ def finetune(model: Decoder, ids: Tensor, settings: SimpleNamespace, state_file:
             finite = loss.isfinite() and norm.isfinite()
             require(finite, f"step {step}: loss {loss}, gradient {norm}; try a smaller --rate")
             if state_file and (step % save_every == 0 or step == len(batches) - 1):
-                save_state(state_file, run, step, log, tensors, adam)  # from before this step
+                save_state(state_file, run, step, log, tensors, adam)  # before its update
             log["loss"].append(loss.item())
             log["imbalance"].append(balance(moes, settings.bias_step))
             adam.step()
@@ -313,7 +313,7 @@ def check_args(args: argparse.Namespace, state_file: Path):
         raise InputError(f"{state_file} exists: --resume continues that run, --force starts over")
 
 def run(args: argparse.Namespace):
-    chosen = make_settings(**{name: getattr(args, name) for name in SETTINGS})
+    settings = make_settings(**{name: getattr(args, name) for name in SETTINGS})
     state_file = Path(f"{Path(args.out)}.state")
     check_args(args, state_file)
     model, tokenizer = load_model(args.model, args.dtype, args.device)
@@ -325,7 +325,7 @@ def run(args: argparse.Namespace):
         require(same, "--teacher has another vocabulary than the model")
     ids = read_ids(model, tokenizer, args.text, "train")
     eval_ids = read_ids(model, tokenizer, args.eval, "test")[: args.eval_tokens or None]
-    make_batches(model, ids, chosen)  # refuses bad input before the long work
+    make_batches(model, ids, settings)  # refuses bad input before the long work
     measure = partial(perplexity, ids=eval_ids, window=2048, progress=tqdm)
     result = {}
     if args.model is None:
@@ -333,10 +333,10 @@ def run(args: argparse.Namespace):
         teacher = teacher or copy.deepcopy(model)
         windows = cut_windows(model, ids, 2048)
         num_windows = METHODS["joint"].calib_tokens // windows.shape[1]
-        calib = sample_rows(windows, num_windows, chosen.seed)
+        calib = sample_rows(windows, num_windows, settings.seed)
         convert(model, calib, progress=partial(tqdm, desc="converting", unit="layer"))
     result["before"] = measure(model)
-    log = finetune(model, ids, chosen, state_file, args.save_every, args.resume, teacher)
+    log = finetune(model, ids, settings, state_file, args.save_every, args.resume, teacher)
     save_model(model, tokenizer, args.out, args.force)
     state_file.unlink(missing_ok=True)
     result["after"] = measure(model)

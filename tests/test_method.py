@@ -474,7 +474,7 @@ def test_convert_refuses_and_leaves_the_model_alone():
         refused(message, ffn2moe.convert, model, **({"calib_ids": ids, "dense": "none"} | change))
         assert torch.equal(model(ids), before)
     with torch.inference_mode():
-        refused("not inference_mode", ffn2moe.convert, model, ids)
+        refused("outside of torch.inference_mode", ffn2moe.convert, model, ids, dense="none")
 
 def test_an_interrupted_conversion_leaves_the_model_as_it_was():
     model, ids = random_model(LLAMA), random_ids(1, 100)
