@@ -214,7 +214,8 @@ def test_a_last_step_that_breaks_the_weights_is_refused():
 def test_a_router_that_cannot_learn_is_refused():
     """Of one expert per token, or of the paper's, the weight is 1 whatever the router says."""
     for split, method in (("S1A1E4", "joint"), ("S1A2E8", "paper")):
-        model = ffn2moe.convert(random_model(LLAMA), random_ids(512), split, method, [0], window=128)
+        model, ids = random_model(LLAMA), random_ids(512)
+        ffn2moe.convert(model, ids, split, method, [0], window=128)
         refused("train gate scales", train.finetune, model, IDS, small(router=True, scale_rate=0.0))
     refused("dropuot", train.make_settings, dropuot=0.1)
 
