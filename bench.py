@@ -137,16 +137,15 @@ def mlp_scores(x: Tensor, norms: Tensor) -> nn.Module:
 def grid_layer(ffn: FFN, x: Tensor, split: Split, group: Callable, router: str, refit: bool) -> MoE:
     """One cell of the grid: a way to group neurons, a router, with or without refit."""
     bin_of, sample = group(ffn, x, split), sample_rows(x, SAMPLE_TOKENS)
+    if router == "representative":
+        moe = build_moe(ffn, bin_of, representative_router(ffn, sample, bin_of, split), split)
+        return refit_moe(ffn, moe, x) if refit else moe
     h, routed = hidden(ffn, sample), bin_of[bin_of > 0]
     if refit:  # which recovers what the shared neurons predict
         energy = unpredicted_energy(h, ffn.down_proj, bin_of)
     else:
         energy = contribution_energy(h, ffn.down_proj)[:, bin_of > 0]
-    if router == "representative":
-        weights = representative_router(ffn, sample, bin_of, split)
-    else:
-        weights = ridge_router(energy, sample, routed, split.routed)
-    moe = build_moe(ffn, bin_of, weights, split)
+    moe = build_moe(ffn, bin_of, ridge_router(energy, sample, routed, split.routed), split)
     if router == "MLP":
         mlp = mlp_scores(sample, expert_norms(energy, routed, split.routed))
         moe.scores = lambda rows: mlp(rows.float())
@@ -216,7 +215,7 @@ def wina_layer(ffn: FFN, x: Tensor, split: Split, keep: float) -> Masked:
 @dataclass(frozen=True)
 class Row:
     """One way to convert: layer(ffn, x [T, D], split) in all layers but those that stay dense.
-    A result whose row was defined otherwise, in any of these fields, is measured again."""
+    All fields are the key of a result: where one changes, the row is measured again."""
 
     name: str
     percent: float  # of the FFN that is meant to be active
@@ -532,10 +531,16 @@ def active_share(model: Decoder, dense_ffn: int) -> float:
     extra = sum(getattr(ffn, "extra_parameters", 0) for ffn in model.ffns)
     return (active_parameters(model)[0] + extra) / dense_ffn
 
+def is_evaluated(done: dict, row: Row, args: argparse.Namespace) -> bool:
+    """Whether the results hold this row, and on the whole text if the README quotes it."""
+    whole = perplexity_of(done, row.name, row.percent, key="perplexity_whole")
+    complete = whole is not None or not row.quoted
+    return complete and is_done(done, row.label, row.key(), args)
+
 def quality(args: argparse.Namespace):
     file, done = args.json, read_results(args.json, settings_of(args))
     rows = chosen_rows(quality_rows(), args.only)
-    if not all(is_done(done, row.label, row.key(), args) for row in rows):
+    if not all(is_evaluated(done, row, args) for row in rows):
         measure_rows(args, rows, done)
     plot_quality(done, file.with_suffix(".png"))
     plot_waterfall(done, file.with_name(f"{file.stem}-waterfall.png"))
@@ -553,7 +558,7 @@ def measure_rows(args: argparse.Namespace, rows: list[Row], done: dict):
         texts.append(Text(name, windows, states))
     dense_ffns, dense_ffn = model.ffns, active_parameters(model)[0]
     for n, row in enumerate(rows, start=1):
-        if is_done(done, row.label, row.key(), args):
+        if is_evaluated(done, row, args):
             continue
         title, model.ffns = f"{n}/{len(rows)} {row.label}", dense_ffns
         start = time.perf_counter()
@@ -740,7 +745,7 @@ def parse_spec(text: str, q: int) -> MoESpec:
     return split_spec(spec, Split.parse(inner), "linear") if inner else spec
 
 def random_ffn(hidden_size: int, spec: int | MoESpec, dtype: torch.dtype, device: str) -> nn.Module:
-    ffn = make_ffn(hidden_size, spec).to(device, dtype).requires_grad_(False)
+    ffn = make_ffn(hidden_size, spec).to(device, dtype).eval().requires_grad_(False)
     for weight in ffn.parameters():
         weight.normal_().div_(weight.shape[-1] ** 0.5)
     return ffn
@@ -1213,7 +1218,8 @@ def default(args: argparse.Namespace):
     if args.json.exists() and not args.again:
         print(f"{args.json} is there already; --again measures it again")
         return
-    scratch = args.json.with_suffix(".part")  # a job that is cut off leaves no result
+    # A job that is cut off leaves no result
+    scratch = args.json.with_name(f"{args.json.name}.part")
     ffn2moe.run(ffn2moe.parse_args(["--json", str(scratch), "--device", args.device]))
     found = read_json(scratch) | {"json": args.json.name, "origin": origin(args.device)}
     write_json(args.json, found)  # without a path of this machine

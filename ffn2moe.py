@@ -549,7 +549,7 @@ def label_gradient(model: Decoder, x: Tensor, generator: torch.Generator) -> Ten
 def choose_dense(model: Decoder, calib_ids: Tensor, split: Split, active: float) -> frozenset[int]:
     """The layers that stay dense: those whose conversion costs most, while at most the share
     `active` of all FFN neurons runs for a token. At least one is converted. calib_ids [B, T].
-    Raises InputError if E does not divide the neurons of all layers.
+    Raises InputError if E does not divide the neurons of every layer.
 
     Of the q_i neurons of layer i, a split runs the share s. So a dense layer adds (1 - s) q_i, and
 
@@ -558,13 +558,15 @@ def choose_dense(model: Decoder, calib_ids: Tensor, split: Split, active: float)
     ffns, saved = model.specs, 1 - split.share
     for q in ffns:
         split.slice_size(q)
+    if saved == 0:
+        return frozenset()
     length = min(512, calib_ids.shape[1])
     losses = conversion_losses(model, calib_ids[: FISHER_TOKENS // length, :length])
     check_finite(losses, "predicted losses are not finite")
     dense = set()
     room = (active - split.share + 1e-6) * sum(ffns)  # 1e-6: 0.7 - 0.5 is rounded down
     for i in losses.argsort(descending=True).tolist()[:-1]:
-        if 0 < saved * ffns[i] <= room:
+        if saved * ffns[i] <= room:
             dense.add(i)
             room -= saved * ffns[i]
     return frozenset(dense)
@@ -621,7 +623,7 @@ def convert_ffn(ffn: FFN | MoE, x: Tensor, convert_layer: Callable) -> MoE:
 
 def dense_layers(model: Decoder, calib_ids: Tensor, split: Split, method: str,
                  dense: Iterable[int] | str, active: float | None) -> frozenset[int]:  # fmt: skip
-    """The layers that `convert`, with these arguments, leaves dense."""
+    """The layers that `convert`, with these arguments, leaves as they are."""
     specs = model.specs
     layers = frozenset(range(len(specs)))
     dense_already = frozenset(i for i in layers if isinstance(specs[i], int))
@@ -683,7 +685,7 @@ def convert(model: Decoder, calib_ids: Tensor | list[int], experts: Split | str 
 
     Raises InputError. Whatever interrupts it, the model is then as it was.
     """
-    # Its tensors could never be trained, and "auto" needs gradients
+    # Tensors that are made under inference_mode can never be trained, and "auto" needs gradients
     require(not torch.is_inference_mode_enabled(), "convert outside of torch.inference_mode")
     require(method in METHODS, f"unknown method {method!r}; there are {', '.join(METHODS)}")
     split = Split.parse(experts or METHODS[method].experts)

@@ -8,7 +8,7 @@ each token t and each of the A experts e that the token chose,
 
 The functions below all compute that, and `moe` at the end picks one of them:
 
-1. `moe_reference`   The definition, to read: every expert runs on every token.
+1. `moe_reference`   The definition: every expert runs on every token.
 2. `moe_grouped`     Many tokens: each expert runs once, on the rows of the tokens that chose it.
 3. `moe_few_tokens`  A few tokens under torch.compile: the weights of each choice are read once.
    `moe_all_experts` A few tokens on a CPU, without it: all experts run, in one batch.
@@ -126,7 +126,7 @@ def ffn(x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor | None = None) 
         return torch.cat([ffn(block, gate_up, down, w) for block, w in blocks]).view(x.shape)
     h = swiglu(linear(x, gate_up))  # [..., q]
     if weight is not None:
-        h = h * weight  # an expert has fewer neurons than D, so this is cheaper than after W_down
+        h = h * weight  # most experts have fewer neurons than D: cheaper than after W_down
     return linear(h, down)
 
 # ------------------------------------------------------------------------------- 1. The definition

@@ -233,7 +233,7 @@ class Config:
     o_bias: bool
     qk_norm: bool
     eos_ids: list[int]  # of config.json and of generation_config.json
-    ffns: list[int | MoESpec]  # of each layer, as loaded; those of now are `Decoder.specs`
+    ffns: list[int | MoESpec]  # of each layer in the config.json; those of now: `Decoder.specs`
     raw: dict  # the config.json of the model that it was at first
     files: dict[str, bytes] = field(default_factory=dict)  # the SMALL_FILES beside it; load_model
     first_ids: list[int] = field(default_factory=list)  # what comes before a text; load_model
@@ -363,7 +363,7 @@ def parse_rope(raw: dict, rope: dict) -> tuple[float, dict]:
     if kind == "default":
         return theta, {}
     numbers = {key: config_value(rope, key, float) for key in ROPE_NUMBERS[kind]}
-    if kind == "llama3":  # the last place that has it counts: beside the object, else in it
+    if kind == "llama3":  # beside the object, else in it, else max_position_embeddings
         places = {CONTEXT: raw["max_position_embeddings"]} | rope | raw
         numbers[CONTEXT] = int(config_value(places, CONTEXT, float))  # as transformers wants it
     return theta, {"rope_type": kind, **numbers}
@@ -444,7 +444,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     (B, _, T, d), (_, K, positions, _) = q.shape, k.shape
     sdpa = F.scaled_dot_product_attention
     if T == 1:  # one query sees all keys: the heads that share a key are rows of one product
-        return sdpa(q.reshape(B, K, -1, d), k, v).view(q.shape)
+        return sdpa(q.reshape(B, K, -1, d), k, v).reshape(q.shape)  # no view: CUDA's are strided
     if T < positions:
         mask = torch.ones(T, positions, dtype=torch.bool, device=q.device).tril(positions - T)
         return sdpa(q, k, v, attn_mask=mask, enable_gqa=True)
@@ -843,15 +843,18 @@ def load_model(source: str | Path | None = None, dtype: torch.dtype | str = torc
     require(not strangers, f"the checkpoint has {strangers[:1]}, which this model does not use")
     model.load_state_dict(state, assign=True)
     model.eval().requires_grad_(False)
-    for moe in model.ffns:
-        fold_constant_gate(moe)
+    fold_constant_gates(model)
     return model, tokenizer
 
-def fold_constant_gate(moe: FFN | MoE):
-    """A gate of weight 0, as `as_qwen2_moe` writes it, is sigmoid(0) = 1/2 for all tokens. Without
-    it, W_down of the shared expert is half as large, bit for bit."""
-    gated = isinstance(moe, MoE) and moe.spec.gated
-    if gated and isinstance(moe.shared_expert, FFN) and not moe.shared_expert_gate.any():
+def fold_constant_gates(model: Decoder):
+    """Undo what `as_qwen2_moe` did: gates of weight 0 are sigmoid(0) = 1/2 for all tokens. Drop
+    them, and halve W_down of the shared experts; the outputs stay the same."""
+    moes = [ffn for ffn in model.ffns if isinstance(ffn, MoE)]
+    for moe in moes:
+        ours = moe.spec.gated and moe.spec.weights == "renormalised" and not moe.spec.inner
+        if not ours or moe.shared_expert_gate.any():
+            return
+    for moe in moes:
         moe.shared_expert.down_proj.mul_(0.5)
         del moe.shared_expert_gate
         moe.spec = replace(moe.spec, gated=False)
@@ -1063,8 +1066,9 @@ def check_output(out: str | Path, force: bool):
     check_writable(out / "config.json")
 
 def save_model(model: Decoder, tokenizer: Tokenizer, out: str | Path, force: bool = False):
-    """Write the model in safetensors of up to 5 GB (with an index, if there is more than one),
-    config.json, tokenizer.json and the SMALL_FILES to the directory `out`, or nothing.
+    """Write the model in safetensors of up to 5 GB (all experts of a layer in one; with an index,
+    if there are several), config.json, tokenizer.json and the SMALL_FILES to the directory `out`,
+    or nothing.
 
     The files are written to a scratch directory first. A new `out` appears by one rename. In one
     that exists, config.json is deleted first and written last, so that a half-replaced checkpoint

@@ -4,10 +4,10 @@
     python train.py --model DIR [--teacher DENSE]    fine-tune the checkpoint in DIR
 
 Fine-tuning mostly adapts to the text, and helps a dense model too. So it is best to fine-tune the
-dense model, convert it, and let it teach the result, as in the README's table:
+dense model, convert it, and let it teach the result. As in the README's table, at 50 %:
 
     python train.py --model DENSE --text TEXT --samples 1024 --out my-dense
-    python ffn2moe.py --model my-dense --calib TEXT --out my-moe
+    python ffn2moe.py --model my-dense --calib TEXT --experts S7A7E32 --active 0.5 --out my-moe
     python train.py --model my-moe --teacher my-dense --text TEXT --samples 1024 --out my-tuned
 
 By default the paper's gate scales and balance are off: they did not help on held-back text, and no
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 # isort: off
 from ffn2moe import METHODS, convert, sample_rows
-from model import TRAINED, Decoder, InputError, Linear, MoE, check_output, check_writable
+from model import TRAINED, Decoder, InputError, Linear, MoE, Split, check_output, check_writable
 from model import cut_windows, finite_or_none, load_model, perplexity, read_ids, refusing
 from model import replace_file, require, run_command, save_model, warn_if_same, write_json
 
@@ -51,10 +51,12 @@ ALPHA = 32.0  # LoRA multiplies B A by ALPHA / rank
 WARMUP = 0.05  # share of the steps in which learning rates rise
 CLIP = 1.0  # a gradient with a larger norm is scaled down to it
 LOGITS_ROWS = 64  # tokens whose logits exist at a time
+NO_GRADIENT = "--router: all experts run with weight 1; train gate scales too, by --scale-rate"
 
 def make_settings(**changes) -> SimpleNamespace:
     defaults = {name: default for name, (default, _) in SETTINGS.items()}
-    require(changes.keys() <= defaults.keys(), f"settings {[*changes]}: known are {[*defaults]}")
+    unknown = sorted(changes.keys() - defaults.keys())
+    require(not unknown, f"no such settings: {unknown}; there are {[*defaults]}")
     return SimpleNamespace(**(defaults | changes))
 
 # ----------------------------------------------------------------------------------------- 1. LoRA
@@ -83,6 +85,7 @@ def prepare(model: Decoder, settings: SimpleNamespace) -> tuple[list, list]:
     LoRA goes on the matrices of attention, FFNs and experts, and on request on those of routers.
     The scores of a router can have any size, so its scale is relative to the norm of W's rows.
     A gate scale u weights expert e by w_e(x) (1 + p_e(x) u_e): section 4.2, and `MoE.route`.
+    Raises InputError if routers are to be trained that change nothing.
     """
     torch.manual_seed(settings.seed)
     moes = [module for module in model.modules() if isinstance(module, MoE)]
@@ -95,9 +98,9 @@ def prepare(model: Decoder, settings: SimpleNamespace) -> tuple[list, list]:
     matrices, loras, scales = ["gate_up_proj", "down_proj"], [], []
     if settings.router:
         matrices += ["router_weight", "router_gate", "router_up"]
-        ones = [moe.spec.weights != "softmax" and moe.spec.down_scale == 1 for moe in moes]
-        useless = "--router: experts run with weight 1, whatever it says; train gate scales too"
-        require(settings.scale_rate or not moes or not all(ones), useless)
+        for moe in moes:
+            is_one = moe.spec.weights != "softmax" and moe.spec.down_scale == 1
+            require(not is_one or moe.router_scale is not None, NO_GRADIENT)
     for module in list(model.modules()):
         for name, weight in list(module.named_parameters(recurse=False)):
             if name in matrices or (name == "weight" and isinstance(module, Linear)):
@@ -307,6 +310,8 @@ def check_args(args: argparse.Namespace, state_file: Path):
     if args.json is not None:
         check_writable(args.json)
     check_output(args.out, args.force)
+    is_one = Split.parse(METHODS["joint"].experts).active == 1  # where the model is converted here
+    require(args.model or args.scale_rate or not (args.router and is_one), NO_GRADIENT)
     warn_if_same(args.text, args.eval)
     require(state_file.exists() or not args.resume, f"there is no {state_file} to resume from")
     if state_file.exists() and not args.resume and not args.force:
@@ -322,7 +327,7 @@ def run(args: argparse.Namespace):
         teacher, its_tokenizer = load_model(args.teacher, args.dtype, args.device)
         same = its_tokenizer.get_vocab() == tokenizer.get_vocab()
         same = same and teacher.config.vocab_size == model.config.vocab_size
-        require(same, "--teacher has another vocabulary than the model")
+        require(same, "--teacher has another tokenizer or vocabulary than the model")
     ids = read_ids(model, tokenizer, args.text, "train")
     eval_ids = read_ids(model, tokenizer, args.eval, "test")[: args.eval_tokens or None]
     make_batches(model, ids, settings)  # refuses bad input before the long work

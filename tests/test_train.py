@@ -217,7 +217,7 @@ def test_a_router_that_cannot_learn_is_refused():
         model, ids = random_model(LLAMA), random_ids(512)
         ffn2moe.convert(model, ids, split, method, [0], window=128)
         refused("train gate scales", train.finetune, model, IDS, small(router=True, scale_rate=0.0))
-    refused("dropuot", train.make_settings, dropuot=0.1)
+    refused("'dropuot'", train.make_settings, dropuot=0.1)
 
 def test_scales_and_biases_of_zero_are_not_saved():
     model = moe_model()
@@ -266,11 +266,13 @@ def test_what_cannot_work_is_refused_before_the_long_work(argv, tokenizer, tmp_p
         assert train.main([*argv, flag]) == 2
         error = capsys.readouterr().err
         assert message in error and "fine-tuning" not in error, error
+    assert train.main(["--router", f"--out={tmp_path / 'new'}"]) == 2  # what is converted has A = 1
+    assert "train gate scales" in capsys.readouterr().err
     stranger = Tokenizer.from_str(tokenizer.to_str())
     stranger.add_special_tokens(["<other>"])
     teacher = write_checkpoint(tmp_path / "teacher", random_model(LLAMA), stranger, LLAMA)
     assert train.main([*argv, f"--teacher={teacher}"]) == 2
-    assert "another vocabulary" in capsys.readouterr().err
+    assert "another tokenizer" in capsys.readouterr().err
     (tmp_path / "tuned.state").write_text("not a state")
     assert train.main(argv) == 2 and "--resume continues" in capsys.readouterr().err
     assert train.main([*argv, "--resume"]) == 2 and "cannot be res" in capsys.readouterr().err
