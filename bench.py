@@ -679,8 +679,8 @@ PERPLEXITIES = [20, 30, 50, 100, 200, 500, 1000]  # on axes
 def plot_quality(done: dict, file: Path):
     """Perplexity on the first text: against the share of the FFN that runs, and against time, where
     all points are of one machine, that of the first time."""
-    timed = [r["origin"]["machine"] for r in done["rows"].values() if "prefill_ms" in r]
-    machine = timed[0] if timed else ""
+    timed = [row for row in done["rows"].values() if "prefill_ms" in row]
+    machine = timed[0]["origin"]["machine"] if timed else ""
     with picture(file, 6.4, 7.6, 2, 1) as (above, below):
         by_size = sorted(done["rows"].values(), key=lambda r: r["key"]["percent"])
         for name, (colour, style) in PLOTTED.items():
@@ -1218,12 +1218,8 @@ def default(args: argparse.Namespace):
     if args.json.exists() and not args.again:
         print(f"{args.json} is there already; --again measures it again")
         return
-    # A job that is cut off leaves no result
-    scratch = args.json.with_name(f"{args.json.name}.part")
-    ffn2moe.run(ffn2moe.parse_args(["--json", str(scratch), "--device", args.device]))
-    found = read_json(scratch) | {"json": args.json.name, "origin": origin(args.device)}
-    write_json(args.json, found)  # without a path of this machine
-    scratch.unlink()
+    result = ffn2moe.run(ffn2moe.parse_args(["--device", args.device]))
+    write_json(args.json, result | {"json": args.json.name, "origin": origin(args.device)})
 
 def everything(args: argparse.Namespace):
     """All measurements of the README, in order. Rows that are done are not measured again."""

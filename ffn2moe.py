@@ -549,15 +549,12 @@ def label_gradient(model: Decoder, x: Tensor, generator: torch.Generator) -> Ten
 def choose_dense(model: Decoder, calib_ids: Tensor, split: Split, active: float) -> frozenset[int]:
     """The layers that stay dense: those whose conversion costs most, while at most the share
     `active` of all FFN neurons runs for a token. At least one is converted. calib_ids [B, T].
-    Raises InputError if E does not divide the neurons of every layer.
 
     Of the q_i neurons of layer i, a split runs the share s. So a dense layer adds (1 - s) q_i, and
 
         sum over dense layers of (1 - s) q_i <= (active - s) sum over all layers of q_i.
     """
     ffns, saved = model.specs, 1 - split.share
-    for q in ffns:
-        split.slice_size(q)
     if saved == 0:
         return frozenset()
     length = min(512, calib_ids.shape[1])
@@ -621,26 +618,29 @@ def convert_ffn(ffn: FFN | MoE, x: Tensor, convert_layer: Callable) -> MoE:
             setattr(moe, name, weight)
     return moe.eval()
 
-def dense_layers(model: Decoder, calib_ids: Tensor, split: Split, method: str,
-                 dense: Iterable[int] | str, active: float | None) -> frozenset[int]:  # fmt: skip
-    """The layers that `convert`, with these arguments, leaves as they are."""
-    specs = model.specs
-    layers = frozenset(range(len(specs)))
-    dense_already = frozenset(i for i in layers if isinstance(specs[i], int))
-    choose = dense == "auto" and method == "joint" and dense_already == layers
+def kept_layers(model: Decoder, calib_ids: Tensor, split: Split, method: str,
+                dense: Iterable[int] | str, active: float | None) -> frozenset[int]:  # fmt: skip
+    """The layers that `convert`, with these arguments, leaves as they are. Raises InputError if the
+    split does not fit the others."""
+    layers = frozenset(range(len(model.layers)))
+    is_dense = model.dense_layers == layers
+    choose = dense == "auto" and method == "joint" and is_dense
+    if dense == "auto":  # in an MoE, the layers that are dense stay so
+        kept = frozenset() if is_dense else model.dense_layers
+    else:
+        kept = parse_layers(dense) if isinstance(dense, str) else frozenset(dense)
+    wrong = f"dense layers {format_layers(kept)}: of {len(layers)} layers, some must be converted"
+    require(kept < layers, wrong)
+    for i in layers - kept:
+        split_spec(model.specs[i], split)  # raises InputError for what it cannot split
     fits = choose or active is None
     require(fits, "--active is for --method joint with --dense auto, on a dense model")
-    if choose:
-        active = max(ACTIVE, split.share) if active is None else active
-        more = f"--active {active} is not between the {split.share:.1%} that {split} runs, and 1"
-        require(split.share <= active <= 1, more)
-        return choose_dense(model, calib_ids, split, active)
-    if dense == "auto":  # in an MoE, the layers that are dense stay so
-        return frozenset() if dense_already == layers else dense_already
-    dense = parse_layers(dense) if isinstance(dense, str) else frozenset(dense)
-    wrong = f"dense layers {format_layers(dense)}: of {len(layers)} layers, some must be converted"
-    require(dense < layers, wrong)
-    return dense
+    if not choose:
+        return kept
+    active = max(ACTIVE, split.share) if active is None else active
+    wrong = f"--active {active} is not between the {split.share:.1%} that {split} runs, and 1"
+    require(split.share <= active <= 1, wrong)
+    return choose_dense(model, calib_ids, split, active)
 
 @torch.no_grad()
 def replace_ffns(model: Decoder, calib_ids: Tensor, replacement: Callable,
@@ -693,10 +693,7 @@ def convert(model: Decoder, calib_ids: Tensor | list[int], experts: Split | str 
     if calib_ids.dim() == 1:
         calib_ids = cut_windows(model, calib_ids, window)
     require(calib_ids.numel(), "there are no calibration tokens")
-    kept = dense_layers(model, calib_ids, split, method, dense, active)
-    for i, spec in enumerate(model.specs):
-        if i not in kept:
-            split_spec(spec, split)  # raises InputError for what it cannot split
+    kept = kept_layers(model, calib_ids, split, method, dense, active)
     settings = {"split": split, "k_act": k_act} if method == "paper" else {"split": split}
     convert_layer = partial(METHODS[method].convert_layer, **settings)
     before = model.ffns
@@ -926,12 +923,13 @@ def describe_model(model: Decoder, tokenizer: Tokenizer, prompt: Tensor) -> dict
     return {
         "name": describe(model.specs),
         "text": tokenizer.decode(prompt.tolist() + generate(model, prompt, 24)),
-        "dense_layers": sum(isinstance(spec, int) for spec in model.specs),
+        "dense_layers": len(model.dense_layers),
         "ffn_parameters": ffn_parameters,
         "parameters": parameters,
     }
 
-def run(args: argparse.Namespace):
+def run(args: argparse.Namespace) -> dict:
+    """The job of the command line -> what --json writes."""
     check_args(args)
     # Everything is read and checked before the long work starts.
     model, tokenizer = load_model(args.model, args.dtype, args.device)
@@ -951,18 +949,17 @@ def run(args: argparse.Namespace):
         result["conversion_seconds"] = time.perf_counter() - start
         result["experts"] = args.experts or METHODS[args.method].experts
         result["calib_tokens"] = calib.numel()
-        dense = [i for i, spec in enumerate(model.specs) if isinstance(spec, int)]
-        result["dense"] = format_layers(dense)
+        result["dense"] = format_layers(model.dense_layers)
     else:
         print("the model is an MoE already; --experts would split its experts", file=sys.stderr)
     if args.out is not None:
         save_model(model, tokenizer, args.out, args.force)
     if args.explain is not None:
-        moes = [i for i, spec in enumerate(model.specs) if isinstance(spec, MoESpec)]
+        moes = set(range(len(model.layers))) - model.dense_layers
         wanted = len(model.layers) // 2 if args.layer is None else args.layer
         layer = min(moes, key=lambda i: abs(i - wanted))  # or the nearest MoE
         print(explain(model, tokenizer, prompt, windows, layer))
-        return
+        return result
     versions["moe"] = model.ffns
     sides = perplexity_and_times(model, versions, windows)
     for side, ffns in versions.items():
@@ -977,6 +974,7 @@ def run(args: argparse.Namespace):
     print("\n" + result["table"] + (f"\n\nwrote {args.out}" if args.out is not None else ""))
     if args.json is not None:
         write_json(Path(args.json), result)
+    return result
 
 def final_table(sides: dict[str, dict], length: int, seconds: float | None) -> str:
     """Perplexity, times and parameters of the sides, with ratios (of times: the speedup); then how

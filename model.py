@@ -180,6 +180,11 @@ class MoESpec:
         to 1 over A experts are 1 / A each."""
         return self.active if self.weights == "renormalised" else 1
 
+    @property
+    def weights_are_one(self) -> bool:
+        """Whether experts run with weight 1, whatever the router says."""
+        return self.weights == "one" or (self.weights == "renormalised" and self.active == 1)
+
     def expert_spec(self, size: int) -> "int | MoESpec":
         """What an expert of `size` neurons is: dense, or an MoE of the second level."""
         return split_spec(size, self.inner, self.inner_router) if self.inner and size else size
@@ -659,6 +664,11 @@ class Decoder(nn.Module):
         """The FFN of each layer in numbers."""
         return [spec_of(ffn) for ffn in self.ffns]
 
+    @property
+    def dense_layers(self) -> frozenset[int]:
+        """The layers whose FFN is dense."""
+        return frozenset(i for i, spec in enumerate(self.specs) if isinstance(spec, int))
+
     def new_cache(self, batch: int, positions: int) -> list[Pair]:
         """Empty keys and values for each layer, each [B, K, positions, d]."""
         c, weight = self.config, self.embed_tokens.weight
@@ -867,6 +877,8 @@ def check_tensors(config: Config, tensors: dict[str, Callable]):
         require(found, f"the checkpoint has no tensors for layer {i} of {len(config.ffns)}")
     inner = [ffn.num_experts for ffn in config.ffns if isinstance(ffn, MoESpec) and ffn.inner]
     require(sum(inner) < len(tensors), "the checkpoint has fewer tensors than experts")
+    scales = [name for name in tensors if name.endswith(("weight_scale_inv", "weight_scale"))]
+    require(not scales, f"fp8 weights with scales ({scales[:1]}) are not implemented")
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         head = tensors["lm_head.weight"]
         embedding = tensors.setdefault("embed_tokens.weight", head)

@@ -32,7 +32,8 @@ from tqdm import tqdm
 from ffn2moe import METHODS, convert, sample_rows
 from model import TRAINED, Decoder, InputError, Linear, MoE, Split, check_output, check_writable
 from model import cut_windows, finite_or_none, load_model, perplexity, read_ids, refusing
-from model import replace_file, require, run_command, save_model, warn_if_same, write_json
+from model import replace_file, require, run_command, save_model, split_spec, warn_if_same
+from model import write_json
 
 SETTINGS = {  # each is a flag of the command line: name -> (default, help)
     "samples": (2048, "training sequences, in whole batches; a short text is used several times"),
@@ -79,6 +80,10 @@ class LoRA(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight + (self.scale * self.b @ self.dropout(self.a)).to(weight.dtype)
 
+def moe_layers(model: Decoder) -> list[MoE]:
+    """All of them, in two levels also those inside experts."""
+    return [module for module in model.modules() if isinstance(module, MoE)]
+
 def prepare(model: Decoder, settings: SimpleNamespace) -> tuple[list, list]:
     """Freeze the model and add what is trained -> the parameters of LoRA, and gate scales.
 
@@ -88,19 +93,17 @@ def prepare(model: Decoder, settings: SimpleNamespace) -> tuple[list, list]:
     Raises InputError if routers are to be trained that change nothing.
     """
     torch.manual_seed(settings.seed)
-    moes = [module for module in model.modules() if isinstance(module, MoE)]
-    for moe in moes:
+    for moe in moe_layers(model):
         if settings.scale_rate and moe.router_scale is None:
             moe.make_trained("router_scale")
         if settings.bias_step and moe.router_bias is None:
             moe.make_trained("router_bias")
+        useless = settings.router and moe.spec.weights_are_one and moe.router_scale is None
+        require(not useless, NO_GRADIENT)
     model.requires_grad_(False)
     matrices, loras, scales = ["gate_up_proj", "down_proj"], [], []
     if settings.router:
         matrices += ["router_weight", "router_gate", "router_up"]
-        for moe in moes:
-            is_one = moe.spec.weights != "softmax" and moe.spec.down_scale == 1
-            require(not is_one or moe.router_scale is not None, NO_GRADIENT)
     for module in list(model.modules()):
         for name, weight in list(module.named_parameters(recurse=False)):
             if name in matrices or (name == "weight" and isinstance(module, Linear)):
@@ -209,7 +212,7 @@ def finetune(model: Decoder, ids: Tensor, settings: SimpleNamespace, state_file:
     batches = make_batches(model, ids, settings)
     run = identify(settings, ids, [model, teacher])
     start, log = 0, {"loss": [], "imbalance": []}
-    moes = [module for module in model.modules() if isinstance(module, MoE)]
+    moes = moe_layers(model)
     try:
         loras, scales = prepare(model, settings)
         trained, rates = loras + scales, (settings.rate, settings.scale_rate)
@@ -310,8 +313,9 @@ def check_args(args: argparse.Namespace, state_file: Path):
     if args.json is not None:
         check_writable(args.json)
     check_output(args.out, args.force)
-    is_one = Split.parse(METHODS["joint"].experts).active == 1  # where the model is converted here
-    require(args.model or args.scale_rate or not (args.router and is_one), NO_GRADIENT)
+    split = Split.parse(METHODS["joint"].experts)  # where the model is converted here
+    useless = args.router and not args.scale_rate and split_spec(split.total, split).weights_are_one
+    require(args.model or not useless, NO_GRADIENT)
     warn_if_same(args.text, args.eval)
     require(state_file.exists() or not args.resume, f"there is no {state_file} to resume from")
     if state_file.exists() and not args.resume and not args.force:

@@ -4,7 +4,6 @@ import itertools
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -83,6 +82,13 @@ def test_an_mlp_learns_which_expert_has_most_energy():
     slope = (found * target).sum() / found.square().sum()
     assert (slope * found - target).square().sum() < 0.2 * target.square().sum()
 
+@pytest.mark.parametrize("group", bench.GROUPINGS.values())
+def test_cells_of_the_grid_with_all_experts_active_are_dense(group, case, even_weights):
+    ffn, x = case
+    for router, refit in itertools.product(bench.ROUTERS, (False, True)):
+        moe = bench.grid_layer(ffn, x, EVERYTHING, group, router, refit)
+        assert torch.allclose(moe(x), ffn(x), atol=1e-4)
+
 def test_cells_of_the_grid_are_what_they_combine(case):
     ffn, x = case
     paper = bench.grid_layer(ffn, x, SPLIT, bench.paper_bins, "representative", False)
@@ -92,6 +98,13 @@ def test_cells_of_the_grid_are_what_they_combine(case):
     mlp = bench.grid_layer(ffn, x, SPLIT, bench.joint_bins, "MLP", True)
     assert mlp.route(x)[0].equal(mlp.scores(x).topk(2).indices)
     assert not mlp.route(x)[0].equal(joint.route(x)[0])
+
+def test_a_layer_in_two_levels(case, even_weights):
+    ffn, x = case
+    whole = bench.two_level_layer(ffn, x, EVERYTHING, "S1A2E3")
+    assert whole.spec.inner == (1, 2, 3) and torch.allclose(whole(x), ffn(x), atol=1e-4)
+    half = bench.two_level_layer(ffn, x, SPLIT, "S1A1E3")
+    assert bench.neurons_read(half.spec, 1) == pytest.approx(48 / 2 * 2 / 3)
 
 @pytest.mark.parametrize("keep", [1, 2 / 3, 1 / 4])
 def test_wina_runs_the_largest_of_the_neurons_that_run(case, keep):
@@ -221,12 +234,12 @@ def test_the_default_job_is_measured_once(tmp_path, monkeypatch):
 
     def job(args):
         calls.append(args)
-        Path(args.json).write_text("{}")
+        return {"table": "made"}
 
     monkeypatch.setattr(ffn2moe, "run", job)
     for again in ([], [], ["--again"]):
         assert bench.main(["default", "--json", str(file), *again]) == 0
-    assert len(calls) == 2 and "origin" in json.loads(file.read_text())
+    assert len(calls) == 2 and {"origin", "table"} <= json.loads(file.read_text()).keys()
 
 def test_bad_flags_end_in_one_sentence(capsys):
     with pytest.raises(SystemExit):
@@ -289,13 +302,23 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
     assert bench.main(argv) == 0
     rows = rows_of(file)
     assert len(rows) == 15 and rows["dense", 100]["seconds"] == 12345
+    dense, tokenizer = load_model(checkpoint)
+    ids = tokenizer.encode(text.read_text()).ids
+    first = rows["dense", 100]["texts"]["text"]
+    again = {**sizes, "only": "dense", "eval": texts}
+    again = run("quality", checkpoint, text, file, again=[], **again)["dense", 100]
+    assert again["seconds"] != 12345 and again["texts"]["text"] == first
+    assert first["perplexity"] == pytest.approx(perplexity(dense, ids[:256], 128), rel=1e-6)
+    assert first["perplexity_whole"] == pytest.approx(perplexity(dense, ids, 128), rel=1e-6)
+    assert first["kl"] == 0 and first["same_top"] == 1 and rows["dense", 100]["active_ffn"] == 1
     quoted = rows["paper", 50]["texts"]  # on all texts, and on all of the first
     assert quoted["other"]["kl"] != quoted["text"]["kl"] and "perplexity_whole" in quoted["text"]
     assert rows["joint, E = 8", 50]["texts"].keys() == {"text"}
     assert "perplexity_whole" not in rows["joint, E = 8", 50]["texts"]["text"]
     routers = 6 * (32 + 32) / (3 * 32 * 64)
     assert rows["paper", 50]["active_ffn"] == pytest.approx(0.5 + routers)
-    assert rows["oracle neurons", 75]["active_ffn"] == 0.75
+    for name in ("static pruning", "oracle neurons"):
+        assert rows[name, 75]["active_ffn"] == 0.75
     timed = {key for key, row in rows.items() if "prefill_ms" in row}
     assert timed >= {("paper", 75), ("joint", 50), ("joint, E = 8", 50)}
     assert not timed & {("dense", 100), ("oracle neurons", 50)}
@@ -333,6 +356,11 @@ def test_settings_can_be_chosen_on_the_end_of_the_calibration_text(checkpoint, t
     sizes = {"eval": "held-back", "eval_tokens": 0, "window": 64, "only": "dense"}
     row = run("quality", checkpoint, text, tmp_path / "q.json", **sizes)["dense", 100]
     assert row["texts"]["held-back"]["perplexity"] == expected
+    done = json.loads((tmp_path / "q.json").read_text())  # a row of the README without the whole
+    del done["rows"]["dense, 100 %"]["texts"]["held-back"]["perplexity_whole"]
+    (tmp_path / "q.json").write_text(json.dumps(done))
+    row = run("quality", checkpoint, text, tmp_path / "q.json", **sizes)["dense", 100]
+    assert row["texts"]["held-back"]["perplexity_whole"] == expected
     sizes |= {"samples": 8, "length": 16}
     row = run("finetune", checkpoint, text, tmp_path / "f.json", **sizes)["dense", 100]
     assert row["before"] == expected
@@ -379,10 +407,13 @@ def test_speed_rows(tmp_path, monkeypatch):
                  "experts": experts, "dtype": "float32"}  # fmt: skip
         assert about.items() <= row["key"].items() and row["tokens_at_once"] == tokens
         assert row["ideal"] == pytest.approx(splits[experts])
+        assert row["bound"] == pytest.approx(row["ideal"]) and row["spread"] >= 0
+        assert row["speedup"] == pytest.approx(row["dense_ms"] / row["moe_ms"])
         assert tokens > 1 or row["read_bound"] == pytest.approx(row["ideal"])
         assert row["parameters"] == [3 * 16 * 64, round(3 * 16 * 64 / row["ideal"])]
         assert {"static", "plain"} <= row["peers_ms"].keys() and row["origin"]["machine"]
-        assert f"{row['dense_ms'] / row['moe_ms']:.2f}x" in file.with_suffix(".md").read_text()
+        table = bench.speed_tables({"rows": {experts: row}})
+        assert f"| {row['speedup']:.2f}x | {row['spread']:.1%} |" in table
         overview = bench.readme_tables()["speed"]
         shown = f"{row['speedup']:.2f}x of {row['ideal']:.2f}x" in overview
         assert "1 token" not in overview and (shown or tokens == 1)
@@ -438,12 +469,15 @@ def test_finetune_rows(checkpoint, text, tmp_path, monkeypatch):
     table = file.with_suffix(".md").read_text()
     assert f"({joint['after'] / rows['dense', 100]['after']:.2f})" in table
     assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    content = file.read_text()  # nothing is done again, and only the first text counts
+    run("finetune", checkpoint, text, file, **recipe, only=names, eval=[text, "none"])
+    assert file.read_text() == content
     # A row that is missing is measured again, with a teacher that is made again.
-    done = json.loads(file.read_text())
-    del done["rows"][f"{names[2]}, 50 %"]
+    done = json.loads(content)
+    done["rows"] = {name: done["rows"][name] for name in ("dense, 100 %", "joint, 50 %")}
     file.write_text(json.dumps(done))
-    again = run("finetune", checkpoint, text, file, **recipe, only=names)
-    assert again[names[2], 50]["after"] == balanced["after"] and again["joint", 50] == joint
+    again = run("finetune", checkpoint, text, file, **recipe, only=names[2])[names[2], 50]
+    assert again["after"] == balanced["after"]
 
 def test_figures(checkpoint, text, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "FIGURES", tmp_path / "f")

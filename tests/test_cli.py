@@ -51,7 +51,8 @@ def test_the_main_job(method, experts, dense_layers, argv, checkpoint, tmp_path,
     assert lines["perplexity"] == f"{ratio:.2f}x"
     for what in ("prefill,", "decode,"):
         times = (result[f"{side}_{what[:-1]}_ms"] for side in ("dense", "moe"))
-        assert lines[what] == f"{next(times) / next(times):.2f}x"
+        speedup = next(times) / next(times)
+        assert result[f"{what[:-1]}_speedup"] == speedup and lines[what] == f"{speedup:.2f}x"
     assert result["dense"] in ({"0", "1", "2"} if dense_layers == "auto" else {"none"})
     settings = {"experts": experts, "method": method, "window": 128}
     settings |= {"seed": 0, "calib_tokens": 512, "eval_tokens": 640, "dtype": "float32"}
@@ -122,6 +123,7 @@ ARGUMENTS = [
     ("--k-act 0 --method paper", "k_act = 0"),
     ("--dense 0-2", "some must be converted"),
     ("--dense 3", "of 3 layers"),
+    ("--active 0 --dense auto", "--active 0.0 is not between"),
     ("--active 1.1 --dense auto", "--active 1.1 is not between"),
     ("--active 0.6 --dense 0", "--dense auto"),
     ("--active 0.4 --dense auto", "the 50.0% that S3A1E8 runs"),
@@ -132,9 +134,13 @@ ARGUMENTS = [
     ("--prompt=", "the prompt is empty"),
     (f"--prompt {'cat.' * 99}", "the prompt is empty or too long"),
     ("--prompt \udcff", "cannot encode"),
+    ("--explain=", "the prompt is empty"),
+    ("--explain \udcff", "cannot encode"),
     ("--calib-tokens 100", "--calib-tokens must be at least --window, here 128"),
     ("--out=", "not empty; --force"),
+    ("--json=", "of another kind"),
     (f"--seed {2**64}", "--seed"),
+    ("--window 1", "--window must be at least 2"),
     ("--json {checkpoint}", "of another kind"),
     ("--json {short}/table.json", "cannot write"),
     ("--out {checkpoint}", "not empty; --force"),
@@ -162,7 +168,6 @@ def test_as_a_process():
     command = [sys.executable, ffn2moe.__file__, "--window", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "--window must be at least 2" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("ffn2moe: --window")
 
 @pytest.mark.parametrize("command", [ffn2moe, bench, bench.train])

@@ -368,7 +368,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
     (damage_tensors(lambda t: t.pop(UP)), "no tensor 'layers.1.mlp.up_proj.weight'"),
     (damage_tensors(lambda t: t.update({UP: t[UP][:-1].clone()})), r"up_proj.weight' is \[63"),
     (damage_tensors(lambda t: t.update({UP: t[UP].to(torch.int8)})), "up_proj.weight' is .*int8"),
-    (damage_tensors(lambda t: t.update({UP + "_scale_inv": torch.ones(1)})), "does not use"),
+    (damage_tensors(lambda t: t.update({UP + "_scale_inv": torch.ones(1)})), "fp8"),
     (damage_tensors(lambda t: t[UP].mul_(1e6)), "up_proj.weight' is too large for float16"),
     (damage_tensors(lambda t: t.update({UP[:-6] + "bias": torch.ones(64)})), "does not use"),
 ])  # fmt: skip
@@ -413,7 +413,7 @@ def quantise(weights: np.ndarray, kind: str) -> tuple[bytes, np.ndarray]:
     if kind in ("F32", "F16"):
         stored = weights.astype("<f4" if kind == "F32" else "<f2")
         return stored.tobytes(), stored.astype(np.float32)
-    random, out, meaning = np.random.default_rng(weights.size), b"", []
+    random, out, meaning = np.random.default_rng([*weights.tobytes()[:8]]), b"", []
     zero, limits = {"Q8_0": (0, (-127, 128)), "Q4_0": (8, (0, 16)), "Q4_1": (0, (0, 16))}[kind]
     for _ in range(weights.size // 32):
         d, m = np.float16(np.abs(weights).max() / limits[1] * random.random(2)).tolist()
