@@ -955,7 +955,7 @@ def run(args: argparse.Namespace) -> dict:
     if args.out is not None:
         save_model(model, tokenizer, args.out, args.force)
     if args.explain is not None:
-        moes = set(range(len(model.layers))) - model.dense_layers
+        moes = sorted(set(range(len(model.layers))) - model.dense_layers)
         wanted = len(model.layers) // 2 if args.layer is None else args.layer
         layer = min(moes, key=lambda i: abs(i - wanted))  # or the nearest MoE
         print(explain(model, tokenizer, prompt, windows, layer))
