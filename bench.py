@@ -223,7 +223,7 @@ class Row:
     experts: str
     dense: str = "none"  # layers that stay so, or "auto": chosen by ffn2moe.choose_dense
     calib_windows: int = 16
-    quoted: bool = False  # by the README: evaluated on all texts, and on all of the first
+    quoted: bool = False  # evaluated on all texts, and on all of the first
     timed: bool = False  # against the dense model
     seed: int = 0  # added to the seed of the calibration windows
     settings: dict = field(default_factory=dict)  # of train.py, where they differ
@@ -741,8 +741,8 @@ def faster(times: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def parse_spec(text: str, q: int) -> MoESpec:
     """What an FFN of q neurons becomes: "S3A3E8", or in two levels "S2A4E8+S3A3E8"."""
     outer, _, inner = text.partition("+")
-    spec = split_spec(q, Split.parse(outer), "linear")
-    return split_spec(spec, Split.parse(inner), "linear") if inner else spec
+    spec = split_spec(q, Split.parse(outer))
+    return split_spec(spec, Split.parse(inner)) if inner else spec
 
 def random_ffn(hidden_size: int, spec: int | MoESpec, dtype: torch.dtype, device: str) -> nn.Module:
     ffn = make_ffn(hidden_size, spec).to(device, dtype).eval().requires_grad_(False)
@@ -796,16 +796,16 @@ def transformers_layer(moe: MoE) -> nn.Module | None:
     layer.load_state_dict(weights)
     return layer
 
-def neurons_read(ffn: int | MoESpec, batch: float, chance: float = 1.0) -> float:
+def neurons_read(spec: int | MoESpec, batch: float, chance: float = 1.0) -> float:
     """The neurons whose weights a batch of B single tokens reads, on average: those of the shared
     expert, and of R (1 - (1 - A / R)^B) routed ones. So B = 1 counts the neurons that run for a
     token, B = inf all. chance: that a token comes to this FFN."""
-    if isinstance(ffn, int):
-        return ffn * (1 - (1 - chance) ** batch)
-    shared = neurons_read(ffn.expert_spec(ffn.shared_size), batch, chance)
-    chance *= ffn.active / ffn.num_experts
-    expert = neurons_read(ffn.expert_spec(ffn.expert_size), batch, chance)
-    return shared + ffn.num_experts * expert
+    if isinstance(spec, int):
+        return spec * (1 - (1 - chance) ** batch)
+    shared = neurons_read(spec.expert_spec(spec.shared_size), batch, chance)
+    chance *= spec.active / spec.num_experts
+    expert = neurons_read(spec.expert_spec(spec.expert_size), batch, chance)
+    return shared + spec.num_experts * expert
 
 def in_turn(calls: list[Callable]) -> Callable:
     """A function that calls the next of these each time."""
@@ -818,10 +818,10 @@ def workload(key: dict) -> str:
         return f"FFN {key['shape']}, {tokens}, {key['dtype']}"
     return f"SmolLM2 {key['what']}, batch {key['batch']}, {key['dtype']}"
 
-def speed_row(key: dict, times: dict, ffns: list, parameters: list) -> dict:
+def speed_row(key: dict, times: dict, specs: list, parameters: list) -> dict:
     """Medians in milliseconds, and what to compare the speedup with.
 
-    times: milliseconds of each turn ("bare": of the model without FFNs); ffns: int or spec of each
+    times: milliseconds of each turn ("bare": of the model without FFNs); specs: the FFN of each
     layer; parameters: those that one token uses in the dense model and in the MoE.
 
     spread      of the speedup over turns: interquartile range / median
@@ -833,9 +833,9 @@ def speed_row(key: dict, times: dict, ffns: list, parameters: list) -> dict:
     dense, moe, bare = medians["dense"], medians["MoE"], medians.get("bare", 0.0)
     low, middle, high = np.quantile(times["dense"] / times["MoE"], [0.25, 0.5, 0.75])
     tokens = key["batch"] * (1 if key["what"] == "decode" else key["tokens"])
-    neurons = sum(neurons_read(ffn, np.inf) for ffn in ffns)
-    ideal = neurons / sum(neurons_read(ffn, 1) for ffn in ffns)
-    by_reading = neurons / sum(neurons_read(ffn, tokens) for ffn in ffns)
+    neurons = sum(neurons_read(spec, np.inf) for spec in specs)
+    ideal = neurons / sum(neurons_read(spec, 1) for spec in specs)
+    by_reading = neurons / sum(neurons_read(spec, tokens) for spec in specs)
     return {
         "tokens_at_once": tokens,
         "dense_ms": dense,
@@ -1219,7 +1219,7 @@ def default(args: argparse.Namespace):
         print(f"{args.json} is there already; --again measures it again")
         return
     result = ffn2moe.run(ffn2moe.parse_args(["--device", args.device]))
-    write_json(args.json, result | {"json": args.json.name, "origin": origin(args.device)})
+    write_json(args.json, result | {"origin": origin(args.device)})
 
 def everything(args: argparse.Namespace):
     """All measurements of the README, in order. Rows that are done are not measured again."""

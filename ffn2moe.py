@@ -1,7 +1,7 @@
 """Turn the FFNs of a pretrained Llama-style model into mixtures of experts, without training.
 
-Sections 1 to 4 are "Analytical FFN-to-MoE Restructuring via Activation Pattern Analysis" (Pei et
-al., ACL 2026, arXiv 2502.04416). The others go past it:
+Sections 1 to 4, and the conversion layer by layer in 7, are "Analytical FFN-to-MoE Restructuring
+via Activation Pattern Analysis" (Pei et al., ACL 2026, arXiv 2502.04416). 5 and 6 go past it.
 
 1. Activation pattern   which neurons fire for which token
 2. Shared expert        the neurons that fire most often
@@ -11,7 +11,7 @@ al., ACL 2026, arXiv 2502.04416). The others go past it:
 6. Which layers         those whose conversion costs least, by a closed form
 7. The whole model      layer by layer; in a model that is an MoE already, expert by expert
 8. Explain              the words that each expert runs for
-9. Command line         `python ffn2moe.py --help`
+9. Command line         perplexity and times before and after, `python ffn2moe.py --help`
 
 `model.MoE` is the layer itself, with the router's equations. bench.py measures each step's worth.
 
@@ -306,9 +306,9 @@ def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     right = all(weight.dtype == dtype for weight in module.parameters())
     return module if right else copy.deepcopy(module).to(dtype)
 
-def check_finite(values: Tensor, fault: str = "hidden activations overflow or are NaN"):
+def check_finite(values: Tensor, what: str):
     extremes = torch.stack(values.aminmax())  # one pass, without a mask of the size of values
-    require(extremes.isfinite().all(), f"{fault}: choose another dtype")
+    require(extremes.isfinite().all(), f"{what} are not finite: choose another dtype")
 
 def ridge_solver(xx: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
     """Ridge regression by its normal equations: X'X [n, n] -> a function of X'Y [n, k] that returns
@@ -320,7 +320,7 @@ def ridge_solver(xx: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
     float32 can tell. If factorisation still fails, all penalties become ten times as large. Only
     the lower triangle of xx is used; xx is changed. Raises InputError for infinite sums.
     """
-    check_finite(xx)
+    check_finite(xx, "sums of a ridge regression")
     diagonal = xx.diagonal().clone()
     median = diagonal[diagonal > 0].median().nan_to_num()  # of none it is nan
     penalty = (strength * median + 1e-6 * diagonal).clamp_min(1e-30)
@@ -333,7 +333,7 @@ def ridge_solver(xx: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
     require(not failed, "a ridge regression has no solution: choose another dtype")
 
     def solve(xy: Tensor) -> Tensor:
-        check_finite(xy)
+        check_finite(xy, "sums of a ridge regression")
         return torch.cholesky_solve(xy, factor)
 
     return solve
@@ -429,7 +429,7 @@ def partition_and_router(ffn: FFN, x: Tensor, split: Split,
     m = split.slice_size(ffn.down_proj.shape[1])
     x = sample_rows(x, SAMPLE_TOKENS)
     h = hidden(ffn, x)
-    check_finite(h)
+    check_finite(h, "hidden activations")
     energy = contribution_energy(h, ffn.down_proj)
     capacity = [split.shared * m] + [m] * split.routed
     bin_of = alternate(energy, x, first_bins(energy, split), capacity, split.active, rounds)
@@ -480,9 +480,9 @@ def refit_moe(ffn: FFN, moe: MoE, x: Tensor) -> MoE:
     down = refit_down(ffn, x, partial(neuron_weights, moe))
     shared, routed = members(moe.bin_of, moe.spec.num_experts)
     moe.down_proj.copy_(moe.spec.down_scale * down[:, routed].transpose(0, 1))
-    check_finite(moe.down_proj)  # the cast may have overflowed
+    check_finite(moe.down_proj, "refitted weights")  # the cast may have overflowed
     moe.shared_expert.down_proj.copy_(down[:, shared])
-    check_finite(moe.shared_expert.down_proj)
+    check_finite(moe.shared_expert.down_proj, "refitted weights")
     return moe
 
 def joint_layer(ffn: FFN, x: Tensor, split: Split, rounds: int = 8, refit: bool = True) -> MoE:
@@ -505,7 +505,7 @@ def joint_layer(ffn: FFN, x: Tensor, split: Split, rounds: int = 8, refit: bool 
 
 @torch.no_grad()
 @fast_products()
-def conversion_losses(model: Decoder, windows: Tensor) -> Tensor:
+def predicted_losses(model: Decoder, windows: Tensor) -> Tensor:
     """Predicted cost of leaving out the half of each FFN with the least energy, in nats per token:
     windows [B, T] -> float64 [layers]."""
     losses = torch.zeros(len(model.layers), dtype=torch.float64)
@@ -525,7 +525,7 @@ def conversion_losses(model: Decoder, windows: Tensor) -> Tensor:
                 outputs.append(F.linear(hiddens[-1].to(dtype), ffn.down_proj))
                 x = x + outputs[-1]
             last = model.norm(x)[0]
-        check_finite(last)
+        check_finite(last, "the last hidden states")
         gradients = torch.autograd.grad(last, outputs, label_gradient(model, last, generator))
         for i, (h, g) in enumerate(zip(hiddens, gradients)):
             down = model.layers[i].mlp.down_proj
@@ -541,7 +541,7 @@ def label_gradient(model: Decoder, x: Tensor, generator: torch.Generator) -> Ten
     gradients = []
     for block in x.detach().split(128):  # logits are large
         p = model.logits(block).float().softmax(dim=-1)
-        check_finite(p, "logits are not finite")
+        check_finite(p, "logits")
         label = torch.multinomial(p, 1, generator=generator)[:, 0]
         gradients.append(model.head[label] - p.to(x) @ model.head)
     return torch.cat(gradients)
@@ -554,18 +554,18 @@ def choose_dense(model: Decoder, calib_ids: Tensor, split: Split, active: float)
 
         sum over dense layers of (1 - s) q_i <= (active - s) sum over all layers of q_i.
     """
-    ffns, saved = model.specs, 1 - split.share
+    neurons, saved = model.specs, 1 - split.share  # all FFNs are dense
     if saved == 0:
         return frozenset()
     length = min(512, calib_ids.shape[1])
-    losses = conversion_losses(model, calib_ids[: FISHER_TOKENS // length, :length])
-    check_finite(losses, "predicted losses are not finite")
+    losses = predicted_losses(model, calib_ids[: FISHER_TOKENS // length, :length])
+    check_finite(losses, "predicted losses")
     dense = set()
-    room = (active - split.share + 1e-6) * sum(ffns)  # 1e-6: 0.7 - 0.5 is rounded down
+    room = (active - split.share + 1e-6) * sum(neurons)  # 1e-6: 0.7 - 0.5 is rounded down
     for i in losses.argsort(descending=True).tolist()[:-1]:
-        if saved * ffns[i] <= room:
+        if saved * neurons[i] <= room:
             dense.add(i)
-            room -= saved * ffns[i]
+            room -= saved * neurons[i]
     return frozenset(dense)
 
 def parse_layers(text: str) -> frozenset[int]:
@@ -662,7 +662,7 @@ def replace_ffns(model: Decoder, calib_ids: Tensor, replacement: Callable,
         for sequence, normed in zip(x.split(1), ffn_input.split(1)):
             sequence += attention(layer.input_layernorm(sequence).to(dtype), rope)
             normed.copy_(layer.post_attention_layernorm(sequence))
-        check_finite(ffn_input, f"inputs of the FFN of layer {i} are not finite")
+        check_finite(ffn_input, f"inputs of the FFN of layer {i}")
         if i not in dense:
             layer.mlp = replacement(i, layer.mlp, ffn_input.flatten(0, 1))
         ffn = in_dtype(layer.mlp, dtype)
@@ -839,9 +839,9 @@ def perplexity_and_times(model: Decoder, versions: dict[str, list[nn.Module]],
         }
     return found
 
-def describe(ffns: list[int | MoESpec]) -> str:
+def describe(specs: list[int | MoESpec]) -> str:
     """In a word or two, what the FFNs of a model are."""
-    moes = [ffn for ffn in ffns if isinstance(ffn, MoESpec)]
+    moes = [spec for spec in specs if isinstance(spec, MoESpec)]
     if not moes:
         return "dense"
     if any(moe.inner for moe in moes):

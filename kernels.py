@@ -6,9 +6,9 @@ each token t and each of the A experts e that the token chose,
 
     y_t += weight[t, e] F_e(x_t).
 
-The functions below all compute that, and `moe` at the end picks one of them:
+The functions below all compute that, and `moe` at the end picks one of 2 to 4:
 
-1. `moe_reference`   The definition: every expert runs on every token.
+1. `moe_reference`   The definition, for tests: every expert runs on every token.
 2. `moe_grouped`     Many tokens: each expert runs once, on the rows of the tokens that chose it.
 3. `moe_few_tokens`  A few tokens under torch.compile: the weights of each choice are read once.
    `moe_all_experts` A few tokens on a CPU, without it: all experts run, in one batch.
@@ -44,7 +44,7 @@ except ImportError:
 
 SOME_TOKENS = 32  # up to so many, all experts in one batch are faster than one by one
 FEW_TOKENS = 8  # up to so many, a product takes as long as reading its weights
-SCRATCH_BYTES = 24 * 2**20  # glibc maps larger buffers anew each time, and page faults cost more
+SCRATCH_BYTES = 24 * 2**20  # above 32 MiB, glibc maps buffers anew each time: page faults
 SETTINGS_LOCK = threading.RLock()  # held while a setting of the whole process is changed
 
 def widened(x: Tensor) -> Tensor:
@@ -103,12 +103,7 @@ def swiglu(both: Tensor) -> Tensor:
 @functools.cache
 def compiled_swiglu() -> Callable:
     """`swiglu` in one pass over memory. Made on first use, because the import is slow."""
-
-    def fused(both):
-        gate, up = both.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    return torch.compile(fused, dynamic=True)
+    return torch.compile(swiglu, dynamic=True)
 
 def can_compile(device: str) -> bool:
     """Whether torch.compile has its compiler: for CUDA triton, for the CPU one for C++."""
@@ -220,7 +215,8 @@ def moe_one_token(y, x, gate_up, down, chosen, weights):
 # has the size that the total can have at most, and the programs beyond it return at once: nothing
 # waits until the counts have reached the CPU.
 
-# On a CPU, for tests. It gets bfloat16 products wrong, so that factors are cast there (CAST).
+# Triton's interpreter runs on a CPU, for tests. It gets bfloat16 products wrong, so factors are
+# cast there (CAST).
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def sort_by_expert(chosen: Tensor, num_routed: int) -> tuple[Tensor, Tensor]:

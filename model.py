@@ -238,7 +238,7 @@ class Config:
     o_bias: bool
     qk_norm: bool
     eos_ids: list[int]  # of config.json and of generation_config.json
-    ffns: list[int | MoESpec]  # of each layer in the config.json; those of now: `Decoder.specs`
+    specs: list[int | MoESpec]  # FFNs as in the config.json; those of now: `Decoder.specs`
     raw: dict  # the config.json of the model that it was at first
     files: dict[str, bytes] = field(default_factory=dict)  # the SMALL_FILES beside it; load_model
     first_ids: list[int] = field(default_factory=list)  # what comes before a text; load_model
@@ -291,9 +291,9 @@ def parse_config(raw: dict) -> Config:
     """Read a Hugging Face config.json, or our own. Raises InputError for what this decoder would
     run wrongly, by name."""
     require(isinstance(raw, dict), "config.json does not hold a JSON object")
-    ffns = None
+    specs = None
     if raw.get("model_type") == "ffn2moe":  # our own form: the first model's, and its FFNs now
-        ffns = config_value(raw, "ffns", list)
+        specs = config_value(raw, "ffns", list)
         raw = {key: value for key, value in raw.items() if key != "ffns"}
         raw["model_type"] = raw.pop("base_model_type", None)
     kind = str(raw.get("model_type"))
@@ -326,10 +326,10 @@ def parse_config(raw: dict) -> Config:
         o_bias=biases,
         qk_norm=kind in ("qwen3", "qwen3_moe"),
         eos_ids=parse_eos(full),
-        ffns=parse_ffns(kind, get) if ffns is None else list(map(spec_from_json, ffns)),
+        specs=parse_ffns(kind, get) if specs is None else list(map(spec_from_json, specs)),
         raw=raw,
     )
-    found = len(config.ffns)
+    found = len(config.specs)
     require(found == num_layers, f"ffns describes {found} layers, and not {num_layers}")
     require(heads % config.num_kv_heads == 0, "num_key_value_heads must divide num_attention_heads")
     require(config.head_dim in range(2, 4097, 2), "head_dim must be even, and at most 4096")
@@ -633,7 +633,7 @@ class Decoder(nn.Module):
         table = torch.empty(config.vocab_size, config.hidden_size)
         # To initialise one would import 800 modules of PyTorch on the meta device, for 2 seconds.
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
-        self.layers = nn.ModuleList(Layer(config, ffn) for ffn in config.ffns)
+        self.layers = nn.ModuleList(Layer(config, spec) for spec in config.specs)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:  # nn.Linear: train.py puts no LoRA on it
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -872,11 +872,12 @@ def fold_constant_gates(model: Decoder):
 def check_tensors(config: Config, tensors: dict[str, Callable]):
     """Refuse checkpoints by what they lack, before allocating what config.json claims, and find
     out whether the embedding really is the output matrix too."""
-    for i in range(len(config.ffns)):
+    for i in range(len(config.specs)):
         found = f"layers.{i}.input_layernorm.weight" in tensors
-        require(found, f"the checkpoint has no tensors for layer {i} of {len(config.ffns)}")
-    inner = [ffn.num_experts for ffn in config.ffns if isinstance(ffn, MoESpec) and ffn.inner]
-    require(sum(inner) < len(tensors), "the checkpoint has fewer tensors than experts")
+        require(found, f"the checkpoint has no tensors for layer {i} of {len(config.specs)}")
+    moes = [spec for spec in config.specs if isinstance(spec, MoESpec)]
+    inner = sum(moe.num_experts for moe in moes if moe.inner)
+    require(inner < len(tensors), "the checkpoint has fewer tensors than experts")
     scales = [name for name in tensors if name.endswith(("weight_scale_inv", "weight_scale"))]
     require(not scales, f"fp8 weights with scales ({scales[:1]}) are not implemented")
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
@@ -1000,16 +1001,16 @@ def export(model: Decoder) -> tuple[dict, dict[str, Tensor]]:
     as the first model, if nothing was converted, or as a Qwen2-MoE (which llama.cpp and MLX, unlike
     transformers and vLLM, run without norm_topk_prob). Else they are in our own form, and a line on
     stderr says why."""
-    c, state = replace(model.config, ffns=model.specs), model.state_dict()
+    c, state = replace(model.config, specs=model.specs), model.state_dict()
     # Gate scales and selection biases of 0 change nothing
     state = {name: w for name, w in state.items() if not name.endswith(TRAINED) or w.any()}
     trained = any(name.endswith(TRAINED) for name in state)
-    if not trained and parse_config(c.raw).ffns == c.ffns:
+    if not trained and parse_config(c.raw).specs == c.specs:
         return c.raw, state
-    moes = [ffn for ffn in c.ffns if isinstance(ffn, MoESpec)]
+    moes = [spec for spec in c.specs if isinstance(spec, MoESpec)]
     first = moes[0] if moes else None
     foreign_attention = c.qk_norm or c.o_bias or c.head_dim * c.num_heads != c.hidden_size
-    widths = {ffn for ffn in c.ffns if isinstance(ffn, int)}
+    widths = {spec for spec in c.specs if isinstance(spec, int)}
     obstacles = {
         "the paper's router is not a linear one (that of --method joint is)":
             any(moe.router == "neurons" for moe in moes),
@@ -1027,31 +1028,31 @@ def export(model: Decoder) -> tuple[dict, dict[str, Tensor]]:
     note = "this model has no Qwen2-MoE form, which other engines run, only our own"
     print(f"note: {note}: {why}", file=sys.stderr)
     about = {"model_type": "ffn2moe", "base_model_type": c.raw["model_type"]}
-    return {**c.raw, **about, "ffns": list(map(spec_to_json, c.ffns))}, state
+    return {**c.raw, **about, "ffns": list(map(spec_to_json, c.specs))}, state
 
 def as_qwen2_moe(c: Config, spec: MoESpec, state: dict[str, Tensor]) -> tuple[dict, dict]:
     """Our routers and experts are Qwen2-MoE's already. It also has biases of q, k and v, 0 here if
     there are none, and a gate on the shared expert. With weights of 0 the gate is sigmoid(0) = 1/2,
     so the shared W_down is doubled (in float16, its output may then overflow)."""
     zeros = state["norm.weight"].new_zeros
-    for i, ffn in enumerate(c.ffns):
+    for i, layer_spec in enumerate(c.specs):
         for part, heads in (("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads)):
             bias = f"layers.{i}.self_attn.{part}_proj.bias"
             state.setdefault(bias, zeros(heads * c.head_dim))
-        if isinstance(ffn, MoESpec):
+        if isinstance(layer_spec, MoESpec):
             shared = f"layers.{i}.mlp.shared_expert"
             state[f"{shared}_gate"] = zeros(1, c.hidden_size)
             state[f"{shared}.down_proj"] = 2 * state[f"{shared}.down_proj"]
     raw = {
         "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "hidden_act": "silu",
-        "vocab_size": c.vocab_size, "hidden_size": c.hidden_size, "num_hidden_layers": len(c.ffns),
+        "vocab_size": c.vocab_size, "hidden_size": c.hidden_size, "num_hidden_layers": len(c.specs),
         "intermediate_size": c.intermediate_size, "num_attention_heads": c.num_heads,
         "num_key_value_heads": c.num_kv_heads, "rms_norm_eps": c.rms_norm_eps,
         "max_position_embeddings": c.max_position_embeddings, "use_sliding_window": False,
         "rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling or None, "qkv_bias": True,
         "tie_word_embeddings": c.tie_word_embeddings, "num_experts": spec.num_experts,
         "num_experts_per_tok": spec.active, "norm_topk_prob": True,
-        "mlp_only_layers": [i for i, ffn in enumerate(c.ffns) if isinstance(ffn, int)],
+        "mlp_only_layers": [i for i, one in enumerate(c.specs) if isinstance(one, int)],
         "moe_intermediate_size": spec.expert_size,
         "shared_expert_intermediate_size": spec.shared_size,
         "eos_token_id": c.eos_ids[0] if len(c.eos_ids) == 1 else c.eos_ids or None,

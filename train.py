@@ -101,7 +101,7 @@ def prepare(model: Decoder, settings: SimpleNamespace) -> tuple[list, list]:
         useless = settings.router and moe.spec.weights_are_one and moe.router_scale is None
         require(not useless, NO_GRADIENT)
     model.requires_grad_(False)
-    matrices, loras, scales = ["gate_up_proj", "down_proj"], [], []
+    matrices, lora_weights, scales = ["gate_up_proj", "down_proj"], [], []
     if settings.router:
         matrices += ["router_weight", "router_gate", "router_up"]
     for module in list(model.modules()):
@@ -110,12 +110,12 @@ def prepare(model: Decoder, settings: SimpleNamespace) -> tuple[list, list]:
                 size = weight.float().norm(dim=1).mean().item() if "router" in name else 1.0
                 lora = LoRA(weight, settings.rank, settings.dropout, size)
                 parametrize.register_parametrization(module, name, lora)
-                loras += lora.parameters()
+                lora_weights += lora.parameters()
             elif name in TRAINED:
                 weight.data = weight.data.float()  # bfloat16 would lose small steps
                 if name == "router_scale" and settings.scale_rate:
                     scales.append(weight.requires_grad_())
-    return loras, scales
+    return lora_weights, scales
 
 def merge(model: Decoder):
     """Merge LoRA into the weights: W += scale B A."""
@@ -214,9 +214,9 @@ def finetune(model: Decoder, ids: Tensor, settings: SimpleNamespace, state_file:
     start, log = 0, {"loss": [], "imbalance": []}
     moes = moe_layers(model)
     try:
-        loras, scales = prepare(model, settings)
-        trained, rates = loras + scales, (settings.rate, settings.scale_rate)
-        adam = torch.optim.Adam([{"params": loras}, {"params": scales}], betas=(0.9, 0.95))
+        lora_weights, scales = prepare(model, settings)
+        trained, rates = lora_weights + scales, (settings.rate, settings.scale_rate)
+        adam = torch.optim.Adam([{"params": lora_weights}, {"params": scales}], betas=(0.9, 0.95))
         tensors = trained + [moe.router_bias for moe in moes if moe.router_bias is not None]
         if resume:
             start, log = load_state(state_file, run, tensors, adam)

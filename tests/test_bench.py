@@ -144,7 +144,7 @@ def test_every_row_runs_within_its_budget(monkeypatch):
     how = {row.name: row.key()["layer"] for row in rows}
     assert how["joint"] == "joint_layer" and how["joint, 0 rounds"] == "joint_layer, rounds=0"
     assert how["MoEfication"] == "grid_layer, group=weight_bins, router=MLP, refit=False"
-    monkeypatch.setattr(ffn2moe, "conversion_losses", lambda model, windows: torch.arange(30.0))
+    monkeypatch.setattr(ffn2moe, "predicted_losses", lambda model, windows: torch.arange(30.0))
     model, windows = SimpleNamespace(specs=[256] * 30), torch.zeros(4, 512)
     monkeypatch.setattr(bench, "mlp_scores", lambda x, norms: torch.nn.Linear(16, norms.shape[1]))
     ffn, x = random_ffn(16, 256, dtype=torch.float32), torch.randn(300, 16)

@@ -202,7 +202,7 @@ def test_a_singular_system_gets_a_larger_penalty_and_a_broken_one_a_sentence():
     x = torch.ones(50, 1) @ torch.rand(1, 30) * 1e3  # of rank one
     w = ffn2moe.ridge_solver(x.T @ x, 1e-12)(x.T @ x[:, :3])
     assert torch.allclose(x @ w, x[:, :3], rtol=1e-2)
-    refused("overflow", ffn2moe.ridge_solver(torch.eye(3), 0.1), torch.full((3, 1), torch.inf))
+    refused("sums of a ridge regression", ffn2moe.ridge_solver(torch.eye(3), 0.1), torch.full((3, 1), torch.inf))
 
 def test_energy_norms_and_bins_equal_a_count_by_hand():
     ffn, x = random_ffn(dtype=torch.float32), torch.randn(30, 16)
@@ -342,7 +342,7 @@ def test_the_refit_adds_up_in_float32_whatever_the_dtype():
     assert found.isfinite().all() and (found - expected).norm() < 0.05 * expected.norm()
     half.down_proj.mul_(8000)  # times A it is beyond float16
     moe = ffn2moe.build_moe(half, bin_of, {"router_weight": torch.zeros(6, 16).half()}, SPLIT)
-    refused("choose another dtype", ffn2moe.refit_moe, half, moe, x.half())
+    refused("refitted weights are not finite", ffn2moe.refit_moe, half, moe, x.half())
 
 def test_a_sample_is_taken_from_all_rows():
     rows = ffn2moe.sample_rows(torch.arange(1000)[:, None], 100)[:, 0]
@@ -368,11 +368,11 @@ def test_joint_beats_the_paper_where_it_can_be_seen(dtype):
 
 # --- Which layers to convert
 
-def test_conversion_losses_are_the_fisher_form(monkeypatch):
+def test_predicted_losses_are_the_fisher_form(monkeypatch):
     """g by autograd of a change of the FFN's output, e neuron by neuron; labels: the likeliest."""
     model, windows = random_model(LLAMA, dtype=torch.float64), torch.arange(60).view(2, 30)
     monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: p.argmax(-1, keepdim=True))
-    found = ffn2moe.conversion_losses(model, windows)
+    found = ffn2moe.predicted_losses(model, windows)
     labels = model(windows).argmax(dim=-1)
     for i, ffn in enumerate(model.ffns):
         inputs, delta = [], torch.zeros(2, 30, 32, dtype=torch.float64, requires_grad=True)
@@ -397,7 +397,7 @@ def test_conversion_losses_are_the_fisher_form(monkeypatch):
 def test_dense_layers_are_those_of_largest_loss_within_the_budget(monkeypatch):
     model, ids = random_model(LLAMA | {"num_hidden_layers": 8}), random_ids(2, 100)
     losses = torch.tensor([5.0, 1, 2, 8, 3, 7, 4, 6])
-    monkeypatch.setattr(ffn2moe, "conversion_losses", lambda m, windows: losses[: len(m.layers)])
+    monkeypatch.setattr(ffn2moe, "predicted_losses", lambda m, windows: losses[: len(m.layers)])
     dense_of = {0.75: {0, 3, 5, 7}, 0.8: {0, 3, 5, 7}, 0.5: set(), 0.1: set(), 1: {0, *range(2, 8)}}
     for active, dense in dense_of.items():
         assert ffn2moe.choose_dense(model, ids, SPLIT, active) == dense
@@ -496,8 +496,8 @@ def test_a_model_that_overflows_is_refused():
     refused("layer 1 are not finite", ffn2moe.convert, model, ids, dense=[])
     model = random_model(LLAMA, dtype=torch.float16)
     model.ffns[1].gate_up_proj.fill_(3e4)
-    for dense in ("none", "auto"):
-        refused("hidden activations overflow", ffn2moe.convert, model, ids, "S2A2E8", dense=dense)
+    for dense, what in ("none", "hidden activations"), ("auto", "the last hidden states"):
+        refused(f"{what} are not finite", ffn2moe.convert, model, ids, "S2A2E8", dense=dense)
     model = random_model(LLAMA)
     model.lm_head.weight[7].fill_(float("nan"))
     refused("logits are not finite", ffn2moe.convert, model, ids, "S2A2E8")
