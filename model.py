@@ -326,7 +326,7 @@ def parse_config(raw: dict) -> Config:
         o_bias=biases,
         qk_norm=kind in ("qwen3", "qwen3_moe"),
         eos_ids=parse_eos(full),
-        specs=parse_ffns(kind, get) if specs is None else list(map(spec_from_json, specs)),
+        specs=parse_specs(kind, get) if specs is None else list(map(spec_from_json, specs)),
         raw=raw,
     )
     found = len(config.specs)
@@ -373,7 +373,7 @@ def parse_rope(raw: dict, rope: dict) -> tuple[float, dict]:
         numbers[CONTEXT] = int(config_value(places, CONTEXT, float))  # as transformers wants it
     return theta, {"rope_type": kind, **numbers}
 
-def parse_ffns(kind: str, get: Callable) -> list[int | MoESpec]:
+def parse_specs(kind: str, get: Callable) -> list[int | MoESpec]:
     """The FFN of each layer of a Hugging Face model."""
     num_layers, dense = get("num_hidden_layers", int), get("intermediate_size", int)
     if kind not in ("mixtral", "qwen2_moe", "qwen3_moe"):
@@ -875,9 +875,8 @@ def check_tensors(config: Config, tensors: dict[str, Callable]):
     for i in range(len(config.specs)):
         found = f"layers.{i}.input_layernorm.weight" in tensors
         require(found, f"the checkpoint has no tensors for layer {i} of {len(config.specs)}")
-    moes = [spec for spec in config.specs if isinstance(spec, MoESpec)]
-    inner = sum(moe.num_experts for moe in moes if moe.inner)
-    require(inner < len(tensors), "the checkpoint has fewer tensors than experts")
+    inner = [spec.num_experts for spec in config.specs if isinstance(spec, MoESpec) and spec.inner]
+    require(sum(inner) < len(tensors), "the checkpoint has fewer tensors than experts")
     scales = [name for name in tensors if name.endswith(("weight_scale_inv", "weight_scale"))]
     require(not scales, f"fp8 weights with scales ({scales[:1]}) are not implemented")
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
@@ -1030,16 +1029,16 @@ def export(model: Decoder) -> tuple[dict, dict[str, Tensor]]:
     about = {"model_type": "ffn2moe", "base_model_type": c.raw["model_type"]}
     return {**c.raw, **about, "ffns": list(map(spec_to_json, c.specs))}, state
 
-def as_qwen2_moe(c: Config, spec: MoESpec, state: dict[str, Tensor]) -> tuple[dict, dict]:
+def as_qwen2_moe(c: Config, moe: MoESpec, state: dict[str, Tensor]) -> tuple[dict, dict]:
     """Our routers and experts are Qwen2-MoE's already. It also has biases of q, k and v, 0 here if
     there are none, and a gate on the shared expert. With weights of 0 the gate is sigmoid(0) = 1/2,
     so the shared W_down is doubled (in float16, its output may then overflow)."""
     zeros = state["norm.weight"].new_zeros
-    for i, layer_spec in enumerate(c.specs):
+    for i, spec in enumerate(c.specs):
         for part, heads in (("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads)):
             bias = f"layers.{i}.self_attn.{part}_proj.bias"
             state.setdefault(bias, zeros(heads * c.head_dim))
-        if isinstance(layer_spec, MoESpec):
+        if isinstance(spec, MoESpec):
             shared = f"layers.{i}.mlp.shared_expert"
             state[f"{shared}_gate"] = zeros(1, c.hidden_size)
             state[f"{shared}.down_proj"] = 2 * state[f"{shared}.down_proj"]
@@ -1050,11 +1049,11 @@ def as_qwen2_moe(c: Config, spec: MoESpec, state: dict[str, Tensor]) -> tuple[di
         "num_key_value_heads": c.num_kv_heads, "rms_norm_eps": c.rms_norm_eps,
         "max_position_embeddings": c.max_position_embeddings, "use_sliding_window": False,
         "rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling or None, "qkv_bias": True,
-        "tie_word_embeddings": c.tie_word_embeddings, "num_experts": spec.num_experts,
-        "num_experts_per_tok": spec.active, "norm_topk_prob": True,
-        "mlp_only_layers": [i for i, one in enumerate(c.specs) if isinstance(one, int)],
-        "moe_intermediate_size": spec.expert_size,
-        "shared_expert_intermediate_size": spec.shared_size,
+        "tie_word_embeddings": c.tie_word_embeddings, "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.active, "norm_topk_prob": True,
+        "mlp_only_layers": [i for i, spec in enumerate(c.specs) if isinstance(spec, int)],
+        "moe_intermediate_size": moe.expert_size,
+        "shared_expert_intermediate_size": moe.shared_size,
         "eos_token_id": c.eos_ids[0] if len(c.eos_ids) == 1 else c.eos_ids or None,
         "bos_token_id": c.raw.get("bos_token_id"), "pad_token_id": c.raw.get("pad_token_id"),
     }  # fmt: skip

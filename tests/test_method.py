@@ -203,7 +203,7 @@ def test_a_singular_system_gets_a_larger_penalty_and_a_broken_one_a_sentence():
     w = ffn2moe.ridge_solver(x.T @ x, 1e-12)(x.T @ x[:, :3])
     assert torch.allclose(x @ w, x[:, :3], rtol=1e-2)
     solve, infinite = ffn2moe.ridge_solver(torch.eye(3), 0.1), torch.full((3, 1), torch.inf)
-    refused("sums of a ridge regression", solve, infinite)
+    refused("sums of a ridge regression are not finite", solve, infinite)
 
 def test_energy_norms_and_bins_equal_a_count_by_hand():
     ffn, x = random_ffn(dtype=torch.float32), torch.randn(30, 16)
@@ -343,7 +343,8 @@ def test_the_refit_adds_up_in_float32_whatever_the_dtype():
     assert found.isfinite().all() and (found - expected).norm() < 0.05 * expected.norm()
     half.down_proj.mul_(8000)  # times A it is beyond float16
     moe = ffn2moe.build_moe(half, bin_of, {"router_weight": torch.zeros(6, 16).half()}, SPLIT)
-    refused("refitted weights are not finite", ffn2moe.refit_moe, half, moe, x.half())
+    fault = "refitted weights are not finite: choose another dtype"
+    refused(fault, ffn2moe.refit_moe, half, moe, x.half())
 
 def test_a_sample_is_taken_from_all_rows():
     rows = ffn2moe.sample_rows(torch.arange(1000)[:, None], 100)[:, 0]
