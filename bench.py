@@ -1123,9 +1123,10 @@ def plot_partition(ffn: FFN, x: Tensor, split: Split, file: Path):
     """Where a token's energy is, by the router's first choice, before and after alternating."""
     R, x = split.routed, sample_rows(x, SAMPLE_TOKENS)
     energy = contribution_energy(hidden(ffn, x), ffn.down_proj)
+    after = joint_bins(ffn, x, split)
+    before = ffn2moe.first_bins(energy, x, after.bincount().tolist(), split.active)
     with picture(file, 7.6, 3.7, 1, 2) as axes:
-        bins = {"before": ffn2moe.first_bins(energy, split), "after": joint_bins(ffn, x, split)}
-        for ax, (when, bin_of) in zip(axes, bins.items()):
+        for ax, when, bin_of in zip(axes, ("before", "after"), (before, after)):
             norms = expert_norms(energy, bin_of, R)
             scores = x @ ridge_router(energy, x, bin_of, R)["router_weight"].T
             chosen = scores.topk(split.active, dim=-1).indices

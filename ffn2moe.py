@@ -48,7 +48,7 @@ from model import generate, has_bfloat16_units, load_model, read_ids, require, r
 from model import save_model, split_spec, warn_if_same, window_loss, write_json
 
 # Settings of the joint method, chosen by perplexity on training text held back from calibration
-SAMPLE_TOKENS = 8192  # for partition and router; the refit uses all calibration tokens
+SAMPLE_TOKENS = 16384  # for partition and router; the refit uses all calibration tokens
 ROUTER_RIDGE = 1e-3  # penalty of the router's regression, over the median of the diagonal
 HIDDEN_RIDGE = 0.3  # the same for regressions on hidden activations
 ROUTER_SCALE = 2.0**-4  # the largest score: so small that experts run nearly as in the dense FFN
@@ -370,6 +370,23 @@ def best_bins(gain: Tensor, capacity: Sequence[int]) -> Tensor:
     """The assignment that captures the most energy: gain [n, k] -> bin_of [n]."""
     return torch.from_numpy(balanced_assignment(-gain.cpu().numpy(), capacity)).to(gain.device)
 
+def token_clusters(x: Tensor, num_clusters: int) -> Tensor:
+    """k-means on the directions of tokens, from the first ones: x [T, D], in random order -> the
+    cosine of each token with each centroid [T, clusters]."""
+    x = F.normalize(x.float(), dim=-1)
+    centroids = x[torch.arange(num_clusters, device=x.device) % len(x)]
+    for _ in range(10):
+        nearest = (x @ centroids.T).argmax(dim=-1)
+        centroids = F.normalize(torch.zeros_like(centroids).index_add_(0, nearest, x), dim=-1)
+    return x @ centroids.T
+
+def first_bins(energy: Tensor, x: Tensor, capacity: Sequence[int], active: int) -> Tensor:
+    """To start with, there is an expert for each of R clusters of tokens, and a token has the
+    `active` nearest ones: energy [T, n], x [T, D], capacity [1 + R] -> bin_of [n]."""
+    num_routed = len(capacity) - 1
+    chosen = token_clusters(x, num_routed).topk(active, dim=-1).indices
+    return best_bins((running_bins(chosen, num_routed).T @ energy).T, capacity)
+
 def alternate(energy: Tensor, x: Tensor, bin_of: Tensor, capacity: Sequence[int], active: int,
               rounds: int) -> Tensor:  # fmt: skip
     """Improve an assignment of neurons to bins by two steps in turn, each solved exactly:
@@ -396,14 +413,6 @@ def alternate(energy: Tensor, x: Tensor, bin_of: Tensor, capacity: Sequence[int]
         best, most = bin_of, captured
         bin_of = best_bins(gain, capacity)
     return best
-
-def first_bins(energy: Tensor, split: Split) -> Tensor:
-    """To start with, the neurons of most energy are shared, and the others go to the experts in
-    turn: energy [T, q] -> bin_of [q]."""
-    _, routed = split_shared(energy.sum(dim=0), split)
-    bin_of = torch.zeros(energy.shape[1], dtype=torch.long, device=energy.device)
-    bin_of[routed] = torch.arange(len(routed), device=energy.device) % split.routed + 1
-    return bin_of
 
 def unpredicted_energy(h: Tensor, down: Tensor, bin_of: Tensor) -> Tensor:
     """The energy of routed neurons that the shared neurons cannot predict.
@@ -432,7 +441,8 @@ def partition_and_router(ffn: FFN, x: Tensor, split: Split,
     check_finite(h, "hidden activations")
     energy = contribution_energy(h, ffn.down_proj)
     capacity = [split.shared * m] + [m] * split.routed
-    bin_of = alternate(energy, x, first_bins(energy, split), capacity, split.active, rounds)
+    bin_of = first_bins(energy, x, capacity, split.active)
+    bin_of = alternate(energy, x, bin_of, capacity, split.active, rounds)
     # Once more among the routed neurons, by the energy that the shared ones cannot predict
     energy = unpredicted_energy(h, ffn.down_proj, bin_of)
     routed = bin_of > 0

@@ -260,6 +260,24 @@ def test_alternation_captures_more_in_each_round_and_ends(monkeypatch):
     monkeypatch.setattr(ffn2moe, "best_bins", lambda gain, c: best_bins(gain.max() - gain, c))
     assert torch.equal(after(1000, end), end)
 
+def test_tokens_are_clustered_by_direction():
+    x = torch.randn(60, 4) + 9 * torch.eye(4)[torch.arange(60) % 3]  # three groups of tokens
+    x = x * torch.rand(60, 1).exp()  # of any length
+    cosines = ffn2moe.token_clusters(x, 3)
+    assert torch.equal(cosines.argmax(dim=1), torch.arange(60) % 3)
+    unit = x.double() / x.double().norm(dim=1, keepdim=True)
+    centroids = torch.stack([unit[e::3].sum(dim=0) for e in range(3)])
+    expected = unit @ (centroids / centroids.norm(dim=1, keepdim=True)).T
+    assert torch.allclose(cosines.double(), expected, atol=1e-6)
+    assert ffn2moe.token_clusters(x[:2], 3).isfinite().all()  # fewer tokens than clusters
+
+def test_first_experts_are_for_clusters_of_tokens():
+    """Each group of tokens has neurons of its own, and all have the shared ones."""
+    x, bin_of = 9 * torch.eye(3).repeat(20, 1) + torch.randn(60, 3), torch.arange(20) % 4
+    runs = F.one_hot(1 + torch.arange(60) % 3, 4)[:, bin_of] + (bin_of == 0)
+    found = ffn2moe.first_bins(torch.rand(60, 20) + 9 * runs, x, [5] * 4, 1)
+    assert torch.equal(found, bin_of)
+
 def test_partition_is_found_in_two_alternations():
     """The first decides which neurons are shared; the second moves the others, for what the shared
     ones cannot predict."""
@@ -267,8 +285,8 @@ def test_partition_is_found_in_two_alternations():
     bin_of, _ = ffn2moe.partition_and_router(ffn, x, SPLIT)
     x = ffn2moe.sample_rows(x, ffn2moe.SAMPLE_TOKENS)
     h, capacity = ffn2moe.hidden(ffn, x), [48] + [24] * 6
-    energy, start = (h * ffn.down_proj.norm(dim=0)) ** 2, torch.empty(192, dtype=torch.long)
-    start[energy.sum(dim=0).argsort()] = torch.tensor([6, 5, 4, 3, 2, 1] * 24 + [0] * 48)
+    energy = (h * ffn.down_proj.norm(dim=0)) ** 2
+    start = ffn2moe.first_bins(energy, x, capacity, 2)
     first = ffn2moe.alternate(energy, x, start, capacity, 2, 8)
     assert torch.equal(first == 0, bin_of == 0) and not torch.equal(first, start)
     unpredicted, routed = ffn2moe.unpredicted_energy(h, ffn.down_proj, first), first > 0
