@@ -282,7 +282,7 @@ def main_rows(percent: float, seed: int = 0) -> list[Row]:
 
 def control_rows(percent: float) -> list[Row]:
     joint, alike = JOINT[percent], ALIKE[percent]
-    own_ridge = partial(static_layer, ridge=0.03)  # its best on held-back text; joint does not care
+    own_ridge = partial(static_layer, ridge=0.03)  # its best on held-back text
     return [
         Row("static pruning", percent, partial(static_layer, refit=False), alike),
         Row("static pruning, own penalty", percent, own_ridge, alike, quoted=True),
@@ -615,6 +615,7 @@ def details_table(done: dict) -> str:
             "same top token": f"{r['texts'][text]['same_top']:.1%}",
             "perplexity": cell(done, row.name, row.percent),
             "whole text": cell(done, row.name, row.percent, key="perplexity_whole"),
+            "commit": r["origin"]["commit"],
         }
         for what in ("prefill", "decode"):
             if f"{what}_ms" in r:
@@ -678,7 +679,7 @@ PERPLEXITIES = [20, 30, 50, 100, 200, 500, 1000]  # on axes
 
 def plot_quality(done: dict, file: Path):
     """Perplexity on the first text: against the share of the FFN that runs, and against time, where
-    all points are of one machine, that of the first time."""
+    all points are of one machine, that of the first timed row."""
     timed = [row for row in done["rows"].values() if "prefill_ms" in row]
     machine = timed[0]["origin"]["machine"] if timed else ""
     with picture(file, 6.4, 7.6, 2, 1) as (above, below):
@@ -938,8 +939,8 @@ def milliseconds(ms: float) -> str:
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
 
 def speed_overview(done: dict) -> str:
-    """The table of the README: a line for each workload, a column for each split. Left out are what
-    the lines of the whole model show too: FFNs with one token, and prefills of short sequences."""
+    """The table of the README: a line for each workload, a column for each split. Left out, to be
+    short: FFNs with one token, and prefills of several sequences."""
     lines = {}
     for row in done["rows"].values():
         key, line = row["key"], workload(row["key"])
@@ -1075,6 +1076,7 @@ def finetune_tables(done: dict) -> str:
             "perplexity": finetune_cell(done, row["key"]["name"], row["key"]["percent"]),
             "load, max / mean": " → ".join(f"{value:.2f}" for value in row["imbalance"] if value),
             "seconds": f"{row['seconds']:.0f}",
+            "commit": row["origin"]["commit"],
         }
     recipe = {name: done["settings"][name] for name in RECIPE}
     table = sizes_table(done, finetune_cell, MAIN)

@@ -47,16 +47,16 @@ from model import as_ids, check_output, check_writable, cut_windows, encode, fin
 from model import generate, has_bfloat16_units, load_model, read_ids, require, run_command
 from model import save_model, split_spec, warn_if_same, window_loss, write_json
 
-# Settings of the joint method, chosen by perplexity on training text held back from calibration
+# Settings of the joint method, chosen on training text held back from calibration
 SAMPLE_TOKENS = 16384  # for partition and router; the refit uses all calibration tokens
 ROUTER_RIDGE = 1e-3  # penalty of the router's regression, over the median of the diagonal
 HIDDEN_RIDGE = 0.3  # the same for regressions on hidden activations
 ROUTER_SCALE = 2.0**-4  # the largest score: so small that experts run nearly as in the dense FFN
 LEAST_GAIN = 1e-3  # a round of alternation that gains less is the last
-ACTIVE = 0.7  # share of all FFN neurons that run for a token, for the choice of dense layers
 FISHER_TOKENS = 2048  # to predict what the conversion of each layer costs
-TOKENS_PER_NEURON = 10  # of calibration, so that the refit fits the model rather than the text
 
+ACTIVE = 0.7  # share of all FFN neurons that run for a token, for the choice of dense layers
+TOKENS_PER_NEURON = 10  # of calibration, so that the refit fits the model rather than the text
 BLOCK = 1024  # tokens at a time, to need little memory
 
 # ------------------ 1. Activation pattern: which neurons fire for which token (paper, section 3.1)
@@ -381,8 +381,9 @@ def token_clusters(x: Tensor, num_clusters: int) -> Tensor:
     return x @ centroids.T
 
 def first_bins(energy: Tensor, x: Tensor, capacity: Sequence[int], active: int) -> Tensor:
-    """To start with, there is an expert for each of R clusters of tokens, and a token has the
-    `active` nearest ones: energy [T, n], x [T, D], capacity [1 + R] -> bin_of [n]."""
+    """The first assignment: each expert is for one of R clusters of tokens. A token's experts are
+    those of the `active` nearest clusters, and neurons go where that captures the most energy.
+    energy [T, n], x [T, D], capacity [1 + R] -> bin_of [n]."""
     num_routed = len(capacity) - 1
     chosen = token_clusters(x, num_routed).topk(active, dim=-1).indices
     return best_bins((running_bins(chosen, num_routed).T @ energy).T, capacity)
@@ -396,7 +397,7 @@ def alternate(energy: Tensor, x: Tensor, bin_of: Tensor, capacity: Sequence[int]
 
     The shared expert is the bin that always runs: one assignment decides shared and routed at once.
     The second step never lowers the captured energy; the first minimises another loss, so it may.
-    So a round that gains less than LEAST_GAIN is the last, and the best assignment is kept.
+    A round that gains less than LEAST_GAIN is undone, and is the last.
     energy [T, n], x [T, D], bin_of [n], capacity [1 + R] -> bin_of [n].
     """
     x, num_routed = x.float(), len(capacity) - 1
@@ -687,7 +688,7 @@ def convert(model: Decoder, calib_ids: Tensor | list[int], experts: Split | str 
     calib_ids   token ids, [B, T], or [T], which are cut into windows of length `window`
     experts     the split, such as "S3A1E8"; None: the method's default
     dense       layers that stay dense: numbers, or text like "0-7,24-29" or "none"; "auto": those
-                whose conversion costs most (joint), none (paper), the layers that are (in an MoE)
+                whose conversion costs most (joint), none (paper); in an MoE, its dense layers
     active      the share of all FFN neurons that runs for a token, for "auto" (joint); None:
                 ACTIVE, or more if the split runs more
     k_act       the k of ATopK (paper)
@@ -879,7 +880,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dense", default="auto", metavar="LAYERS", help=dense)
     add("--active", type=float, metavar="SHARE", help=f"neurons that run, for auto; else {ACTIVE}")
     add("--k-act", type=int, default=10, metavar="K", help="neurons that fire per token (paper)")
-    add("--calib-tokens", type=int, metavar="N", help="calibration tokens; by method if not given")
+    add("--calib-tokens", type=int, metavar="N", help="calibration tokens; by method and model")
     add("--eval-tokens", type=int, default=5 * 2048, metavar="N", help="first N tokens; 0: all")
     add("--window", type=int, default=2048, metavar="N", help="tokens per sequence")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of weights")

@@ -80,7 +80,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         slices = weight.view(8, -1, D).transpose(1, 2)  # [8, D, N / 8]
         y = torch.bmm(x.reshape(1, rows, D).expand(8, rows, D), slices)  # [8, rows, N / 8]
         y = y.transpose(0, 1).reshape(*x.shape[:-1], N)
-    elif few and x.dtype == torch.bfloat16 and rows == 1 and not compiling:
+    elif few and x.dtype == torch.bfloat16 and rows == 1:
         with temporarily(torch.backends.mkldnn, "enabled", False):
             return F.linear(x, weight, bias)
     else:

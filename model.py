@@ -358,7 +358,7 @@ def parse_eos(raw: dict) -> list[int]:
 
 def parse_rope(raw: dict, rope: dict) -> tuple[float, dict]:
     """rope_theta, and the numbers of ROPE_NUMBERS. transformers 5 writes `rope_parameters`, with
-    rope_theta in it. Before, it was `rope_scaling`, beside rope_theta; it counts if there are both.
+    rope_theta in it. Before, it was `rope_scaling`, beside rope_theta; that wins if both are there.
     """
     nested = any(isinstance(value, dict) for value in rope.values())
     require(not nested, "rope_parameters that differ from layer to layer are not implemented")
@@ -858,7 +858,8 @@ def load_model(source: str | Path | None = None, dtype: torch.dtype | str = torc
 
 def fold_constant_gates(model: Decoder):
     """Undo what `as_qwen2_moe` did: gates of weight 0 are sigmoid(0) = 1/2 for all tokens. Drop
-    them, and halve W_down of the shared experts; the outputs stay the same."""
+    them, and halve W_down of the shared experts; the outputs stay the same. All layers or none:
+    `as_qwen2_moe` wants them alike."""
     moes = [ffn for ffn in model.ffns if isinstance(ffn, MoE)]
     for moe in moes:
         ours = moe.spec.gated and moe.spec.weights == "renormalised" and not moe.spec.inner
@@ -997,9 +998,9 @@ def standard_name(name: str, kind: str) -> str:
 
 def export(model: Decoder) -> tuple[dict, dict[str, Tensor]]:
     """config.json and the parameters to save, in a form that other engines run, if there is one:
-    as the first model, if nothing was converted, or as a Qwen2-MoE (which llama.cpp and MLX, unlike
-    transformers and vLLM, run without norm_topk_prob). Else they are in our own form, and a line on
-    stderr says why."""
+    as the first model, if nothing was converted, or as a Qwen2-MoE (for transformers and vLLM;
+    llama.cpp and MLX ignore norm_topk_prob, and so compute something else). Else they are in our
+    own form, and a line on stderr says why."""
     c, state = replace(model.config, specs=model.specs), model.state_dict()
     # Gate scales and selection biases of 0 change nothing
     state = {name: w for name, w in state.items() if not name.endswith(TRAINED) or w.any()}
@@ -1079,8 +1080,7 @@ def check_output(out: str | Path, force: bool):
 
 def save_model(model: Decoder, tokenizer: Tokenizer, out: str | Path, force: bool = False):
     """Write the model in safetensors of up to 5 GB (all experts of a layer in one; with an index,
-    if there are several), config.json, tokenizer.json and the SMALL_FILES to the directory `out`,
-    or nothing.
+    if there are several), config.json, tokenizer.json and the SMALL_FILES to the directory `out`.
 
     The files are written to a scratch directory first. A new `out` appears by one rename. In one
     that exists, config.json is deleted first and written last, so that a half-replaced checkpoint
@@ -1131,7 +1131,7 @@ def write_files(model: Decoder, tokenizer: Tokenizer, out: Path):
     for file, content in model.config.files.items():
         (out / file).write_bytes(content)
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    raw = {key: value for key, value in raw.items() if key != "dtype"}  # newer name of the next
+    raw = {key: value for key, value in raw.items() if key != "dtype"}  # its name in transformers 5
     write_json(out / "config.json", raw | {"torch_dtype": dtype})
     tokenizer.save(str(out / "tokenizer.json"))
     for file in out.iterdir():

@@ -10,6 +10,8 @@ dense model, convert it, and let it teach the result. As in the README's table, 
     python ffn2moe.py --model my-dense --calib TEXT --experts S7A7E32 --active 0.5 --out my-moe
     python train.py --model my-moe --teacher my-dense --text TEXT --samples 1024 --out my-tuned
 
+The table has --dtype bfloat16 in all three. DENSE may be a GGUF file, such as that of the default
+model in ~/.cache/ffn2moe.
 By default the paper's gate scales and balance are off: they did not help on held-back text, and no
 Qwen2-MoE checkpoint holds them.
 """
