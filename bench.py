@@ -137,20 +137,22 @@ def mlp_scores(x: Tensor, norms: Tensor) -> nn.Module:
 def grid_layer(ffn: FFN, x: Tensor, split: Split, group: Callable, router: str, refit: bool) -> MoE:
     """One cell of the grid: a way to group neurons, a router, with or without refit."""
     bin_of, sample = group(ffn, x, split), sample_rows(x, SAMPLE_TOKENS)
+    routed = bin_of[bin_of > 0]
     if router == "representative":
-        moe = build_moe(ffn, bin_of, representative_router(ffn, sample, bin_of, split), split)
-        return refit_moe(ffn, moe, x) if refit else moe
-    h, routed = hidden(ffn, sample), bin_of[bin_of > 0]
-    if refit:  # which recovers what the shared neurons predict
-        energy = unpredicted_energy(h, ffn.down_proj, bin_of)
+        tensors = representative_router(ffn, sample, bin_of, split)
     else:
-        energy = contribution_energy(h, ffn.down_proj)[:, bin_of > 0]
-    moe = build_moe(ffn, bin_of, ridge_router(energy, sample, routed, split.routed), split)
-    if router == "MLP":
+        h = hidden(ffn, sample)
+        if refit:  # which recovers what the shared neurons predict
+            energy = unpredicted_energy(h, ffn.down_proj, bin_of)
+        else:
+            energy = contribution_energy(h, ffn.down_proj)[:, bin_of > 0]
+        tensors = ridge_router(energy, sample, routed, split.routed)
+    moe = build_moe(ffn, bin_of, tensors, split)
+    if router == "MLP":  # in the place of the ridge router
         mlp = mlp_scores(sample, expert_norms(energy, routed, split.routed))
         moe.scores = lambda rows: mlp(rows.float())
         mlp_parameters = sum(p.numel() for p in mlp.parameters())
-        moe.extra_parameters = mlp_parameters - moe.router_weight.numel()  # which it replaces
+        moe.extra_parameters = mlp_parameters - moe.router_weight.numel()
     return refit_moe(ffn, moe, x) if refit else moe
 
 def unified_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
@@ -638,7 +640,9 @@ def seeds_cell(done: dict, name: str, percent: float) -> str:
     values = [perplexity_of(done, draw, percent) for draw in draws]
     if None in values:
         return ""
-    return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    commits = {done["rows"][label(draw, percent)]["origin"]["commit"] for draw in draws}
+    mixed = ", of several commits" if len(commits) > 1 else ""
+    return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f}{mixed})"
 
 def quality_tables(done: dict) -> str:
     (text, *others), tokens = done["settings"]["eval"], done["settings"]["eval_tokens"]
