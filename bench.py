@@ -1126,13 +1126,12 @@ def plot_rates(rates: dict[tuple[int, int], Tensor], file: Path):
         figure.supylabel("neurons", fontsize=9)
 
 def plot_partition(ffn: FFN, x: Tensor, split: Split, file: Path):
-    """Where a token's energy is, by the router's first choice, before and after alternating."""
+    """Where a token's energy is, by the router's first choice, for two partitions."""
     R, x = split.routed, sample_rows(x, SAMPLE_TOKENS)
     energy = contribution_energy(hidden(ffn, x), ffn.down_proj)
-    after = joint_bins(ffn, x, split)
-    before = ffn2moe.first_bins(energy, x, after.bincount().tolist(), split.active)
     with picture(file, 7.6, 3.7, 1, 2) as axes:
-        for ax, when, bin_of in zip(axes, ("before", "after"), (before, after)):
+        for ax, name in zip(axes, ("random", "joint")):
+            bin_of = GROUPINGS[name](ffn, x, split)
             norms = expert_norms(energy, bin_of, R)
             scores = x @ ridge_router(energy, x, bin_of, R)["router_weight"].T
             chosen = scores.topk(split.active, dim=-1).indices
@@ -1145,7 +1144,7 @@ def plot_partition(ffn: FFN, x: Tensor, split: Split, file: Path):
             shown = mean[order][:, order].log2().clamp(-2, 2).cpu().numpy()
             image = ax.imshow(shown, cmap="RdBu_r", vmin=-2, vmax=2)
             ax.set_facecolor("#bbbbbb")  # of nan
-            ax.set_title(f"{when}: {captured:.0%} of the energy runs", fontsize=9)
+            ax.set_title(f"{name}: {captured:.0%} of the energy runs", fontsize=9)
             ax.set(xlabel="expert", xticks=[], yticks=[])
         axes[0].set_ylabel("tokens whose first choice is this expert")
         bar = axes[0].figure.colorbar(image, ax=axes, label="expert's energy / its mean")
