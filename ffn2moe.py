@@ -366,6 +366,12 @@ def running_bins(chosen: Tensor, num_routed: int, weights: Tensor | None = None)
     routed.scatter_(1, chosen, weights.float())
     return F.pad(routed, (1, 0), value=1.0)
 
+def energy_in_bins(energy: Tensor, scores: Tensor, active: int) -> Tensor:
+    """The energy that each neuron adds in each bin, if the top `active` experts of each token run:
+    energy [T, n], scores [T, R] -> gain [n, 1 + R]."""
+    runs = running_bins(scores.topk(active, dim=-1).indices, scores.shape[1])
+    return (runs.T @ energy).T  # energy.T @ runs would take 8 times as long
+
 def best_bins(gain: Tensor, capacity: Sequence[int]) -> Tensor:
     """The assignment that captures the most energy: gain [n, k] -> bin_of [n]."""
     return torch.from_numpy(balanced_assignment(-gain.cpu().numpy(), capacity)).to(gain.device)
@@ -384,9 +390,8 @@ def first_bins(energy: Tensor, x: Tensor, capacity: Sequence[int], active: int) 
     """The first assignment: each expert is for one of R clusters of tokens. A token's experts are
     those of the `active` nearest clusters, and neurons go where that captures the most energy.
     energy [T, n], x [T, D], capacity [1 + R] -> bin_of [n]."""
-    num_routed = len(capacity) - 1
-    chosen = token_clusters(x, num_routed).topk(active, dim=-1).indices
-    return best_bins((running_bins(chosen, num_routed).T @ energy).T, capacity)
+    cosines = token_clusters(x, len(capacity) - 1)
+    return best_bins(energy_in_bins(energy, cosines, active), capacity)
 
 def alternate(energy: Tensor, x: Tensor, bin_of: Tensor, capacity: Sequence[int], active: int,
               rounds: int) -> Tensor:  # fmt: skip
@@ -405,9 +410,7 @@ def alternate(energy: Tensor, x: Tensor, bin_of: Tensor, capacity: Sequence[int]
     best, most = bin_of, 0.0
     for _ in range(rounds + 1):  # each judges the assignment of the one before
         scores = x @ solve(x.T @ expert_norms(energy, bin_of, num_routed))  # [T, R]
-        runs = running_bins(scores.topk(active, dim=-1).indices, num_routed)
-        # What each neuron contributes in each bin; energy.T @ runs would take 8 times as long
-        gain = (runs.T @ energy).T  # [n, 1 + R]
+        gain = energy_in_bins(energy, scores, active)
         captured = gain.gather(1, bin_of[:, None]).sum(dtype=torch.float64).item()
         if captured <= (1 + LEAST_GAIN) * most:
             break

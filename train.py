@@ -12,6 +12,7 @@ dense model, convert it, and let it teach the result. As in the README's table, 
 
 The table has --dtype bfloat16 in all three. DENSE may be a GGUF file, such as that of the default
 model in ~/.cache/ffn2moe.
+
 By default the paper's gate scales and balance are off: they did not help on held-back text, and no
 Qwen2-MoE checkpoint holds them.
 """
