@@ -217,6 +217,18 @@ def test_the_tables_of_the_readme_are_those_of_the_results():
     text = (bench.RESULTS.parent / "README.md").read_text(encoding="utf-8")
     marked = dict(re.findall(r"<!-- (\w+) -->\n(.*?)<!-- end -->", text, re.DOTALL))
     assert marked == bench.readme_tables()
+    makers = {"quality": bench.quality_tables, "speed": bench.speed_tables,
+              "finetune": bench.finetune_tables}  # fmt: skip
+    all_tables = ""
+    for name, make in makers.items():
+        found = (bench.RESULTS / f"{name}.md").read_text(encoding="utf-8")
+        assert found.endswith(make(json.loads((bench.RESULTS / f"{name}.json").read_text())))
+        all_tables += found
+    # The text between the tables quotes no figure that is not in them.
+    prose = text[text.index("## What it shows") : text.index("### Measure again")]
+    prose = re.sub(r"<!-- \w+ -->.*?<!-- end -->", "", prose, flags=re.DOTALL)
+    quoted = re.findall(r"\d+\.\d+", prose)
+    assert len(quoted) > 5 and [one for one in quoted if one not in all_tables] == []
 
 def test_all_commands_run_in_order(monkeypatch):
     seen = []
