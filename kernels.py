@@ -348,12 +348,11 @@ def moe(y, x, gate_up, down, chosen, weights):
         t.requires_grad for t in (y, x, gate_up, down, weights)
     )
     (T, A), R = chosen.shape, len(down)
-    enough = R if A > 1 else 2 * R  # choices; measured, as SOME_TOKENS
     if torch.compiler.is_compiling() and T <= FEW_TOKENS:
         path = moe_few_tokens
     elif x.is_cpu and T == 1 and not trains:
         path = moe_one_token
-    elif x.is_cpu and T <= SOME_TOKENS and T * A >= enough and not trains:
+    elif x.is_cpu and T <= SOME_TOKENS and T * A >= R and not trains:
         path = moe_all_experts
     elif x.is_cuda and not trains and x.dtype != torch.float64 and has_triton():
         path = moe_triton

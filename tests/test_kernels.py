@@ -139,8 +139,8 @@ def test_which_path_is_taken(monkeypatch):
     for name in ("moe_grouped", "moe_one_token", "moe_all_experts", "moe_triton"):
         monkeypatch.setattr(kernels, name, lambda *_, name=name: name)
     assert path(1) == "moe_one_token"
-    assert path(3) == path(32) == path(12, active=1) == "moe_all_experts"  # of 6 experts
-    assert path(2) == path(33) == path(11, active=1) == path(100) == "moe_grouped"
+    assert path(3) == path(32) == path(6, active=1) == "moe_all_experts"  # of 6 experts
+    assert path(2) == path(33) == path(5, active=1) == path(100) == "moe_grouped"
     assert path(100, dtype=torch.bfloat16) == path(100, grad=True) == "moe_grouped"
     assert path(1, cuda=True) == path(100, cuda=True) == "moe_triton"
     assert path(100, cuda=True, dtype=torch.float64) == "moe_grouped"
