@@ -47,8 +47,8 @@ from ffn2moe import neuron_weights, paper_layer, partition_and_router, partition
 from ffn2moe import refit_moe, representative_neurons, ridge_router, running_bins, sample_rows
 from ffn2moe import unpredicted_energy
 from model import DEFAULT_MODEL, FFN, Decoder, MoE, MoESpec, Split
-from model import active_parameters, as_ids, check_writable, cut_windows, encode
-from model import has_bfloat16_units, load_model, load_text, make_ffn, perplexity, read_ids
+from model import active_parameters, as_ids, check_writable, checkpoint_parts, cut_windows
+from model import encode, has_bfloat16_units, load_model, load_text, make_ffn, perplexity, read_ids
 from model import read_json, refusing, require, run_command, sha256_of, split_spec, warn_if_same
 from model import write_json
 
@@ -67,7 +67,7 @@ def static_layer(ffn: FFN, x: Tensor, split: Split, refit=True, ridge=HIDDEN_RID
     if refit:
         runs = torch.zeros(q, device=x.device).index_fill(0, keep, 1.0)
         down = refit_down(ffn, x, lambda block: runs, ridge).to(down)
-    return FFN.of(torch.cat([ffn.gate_proj[keep], ffn.up_proj[keep]]), down[:, keep].contiguous())
+    return FFN(torch.cat([ffn.gate_proj[keep], ffn.up_proj[keep]]), down[:, keep].contiguous())
 
 # Three ways to group neurons, beside the joint one: bin_of [q]
 
@@ -100,7 +100,7 @@ def paper_bins(ffn: FFN, x: Tensor, split: Split) -> Tensor:
 def joint_bins(ffn: FFN, x: Tensor, split: Split) -> Tensor:
     return partition_and_router(ffn, x, split)[0]
 
-# Two routers, beside the ridge regression: from x [T, D] and the energy [T, n] of routed neurons
+# Two routers, beside the ridge regression
 
 def representative_router(ffn: FFN, x: Tensor, bin_of: Tensor, split: Split) -> dict[str, Tensor]:
     """The paper's router for any partition."""
@@ -210,7 +210,7 @@ def wina_layer(ffn: FFN, x: Tensor, split: Split, keep: float) -> Masked:
         running = neuron_weights(moe, rows.to(moe.down_proj))
         return running * atopk_markers(contribution_energy(h * running, down), n)
 
-    return Masked(FFN.of(ffn.gate_up_proj, down), weights, keep * split.share)
+    return Masked(FFN(ffn.gate_up_proj, down), weights, keep * split.share)
 
 # ---------------------------------------------------------------------------- 2. Quality: the rows
 
@@ -745,9 +745,9 @@ def faster(times: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def parse_spec(text: str, q: int) -> MoESpec:
     """What an FFN of q neurons becomes: "S3A3E8", or in two levels "S2A4E8+S3A3E8"."""
-    outer, _, inner = text.partition("+")
+    outer, plus, inner = text.partition("+")
     spec = split_spec(q, Split.parse(outer))
-    return split_spec(spec, Split.parse(inner)) if inner else spec
+    return split_spec(spec, Split.parse(inner)) if plus else spec
 
 def random_ffn(hidden_size: int, spec: int | MoESpec, dtype: torch.dtype, device: str) -> nn.Module:
     ffn = make_ffn(hidden_size, spec).to(device, dtype).eval().requires_grad_(False)
@@ -779,7 +779,7 @@ def transformers_layer(moe: MoE) -> nn.Module | None:
         from transformers.models.qwen2_moe import configuration_qwen2_moe, modeling_qwen2_moe
     except ImportError:
         return None
-    D, spec, shared = moe.down_proj.shape[1], moe.spec, moe.shared_expert
+    D, spec = moe.down_proj.shape[1], moe.spec
     config = configuration_qwen2_moe.Qwen2MoeConfig(
         hidden_size=D, num_experts=spec.num_experts, num_experts_per_tok=spec.active,
         moe_intermediate_size=spec.expert_size, shared_expert_intermediate_size=spec.shared_size,
@@ -787,15 +787,10 @@ def transformers_layer(moe: MoE) -> nn.Module | None:
     )  # fmt: skip
     layer = modeling_qwen2_moe.Qwen2MoeSparseMoeBlock(config)
     layer = layer.to(moe.down_proj).requires_grad_(False).eval()
-    weights = {
-        "gate.weight": moe.router_weight,
-        "shared_expert_gate.weight": torch.zeros(1, D),
-        "shared_expert.gate_proj.weight": shared.gate_proj,
-        "shared_expert.up_proj.weight": shared.up_proj,
-        "shared_expert.down_proj.weight": shared.down_proj,
-        "experts.gate_up_proj": moe.gate_up_proj,
-        "experts.down_proj": moe.down_proj,
-    }
+    weights = {"shared_expert_gate.weight": torch.zeros(1, D)}
+    for name, weight in moe.state_dict(prefix="mlp.").items():
+        for part, view in checkpoint_parts(name, weight, stacked=weight.dim() == 3).items():
+            weights[part.removeprefix("mlp.")] = view
     if layer.state_dict().keys() != weights.keys():  # version 4 has a tensor for each expert
         return None
     layer.load_state_dict(weights)
@@ -942,18 +937,24 @@ def speed(args: argparse.Namespace):
 def milliseconds(ms: float) -> str:
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
 
+def in_readme(row: dict) -> bool:
+    """Whether a row of results stands in a table of the README. Of speed, to be short, these do
+    not: FFNs with one token, prefills of several sequences, and two levels."""
+    key = row["key"]
+    if "percent" in key:
+        return key["name"] == "dense" or (key["name"] in README_ROWS and key["percent"] in SIZES)
+    several = key["what"] == "prefill" and key["batch"] > 1
+    return key["tokens"] > 1 and not several and "+" not in key["experts"]
+
 def speed_overview(done: dict) -> str:
-    """The table of the README: a line for each workload, a column for each split. Left out, to be
-    short: FFNs with one token, and prefills of several sequences."""
+    """The table of the README: a line for each workload, a column for each split."""
     lines = {}
-    for row in done["rows"].values():
+    for row in filter(in_readme, done["rows"].values()):
         key, line = row["key"], workload(row["key"])
         if key["device"] != "cpu":
             line += f", {row['origin']['machine']}"
-        left_out = key["tokens"] == 1 or (key["what"] == "prefill" and key["batch"] > 1)
-        if not left_out and "+" not in key["experts"]:  # one level
-            speedup = f"{row['speedup']:.2f}x of {row['bound']:.2f}x"
-            lines.setdefault(line, {})[key["experts"]] = speedup
+        speedup = f"{row['speedup']:.2f}x of {row['bound']:.2f}x"
+        lines.setdefault(line, {})[key["experts"]] = speedup
     return markdown("speedup", lines)
 
 def speed_tables(done: dict) -> str:
@@ -1189,10 +1190,6 @@ def figures(args: argparse.Namespace):
 
 # ---------------------------------------------------------------------- 8. README and command line
 
-def in_readme(row: dict) -> bool:
-    """Whether a row of results stands in a table of the README."""
-    name, percent = row["key"]["name"], row["key"].get("percent")
-    return percent is None or name == "dense" or (name in README_ROWS and percent in SIZES)
 
 def readme_tables() -> dict[str, str]:
     """The tables of the README, by the names in its markers, from the files in results/."""
@@ -1274,8 +1271,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace):
     """Refuse what is known to be impossible before anything is loaded."""
     check_writable(args.json)
-    for split in args.experts:
-        parse_spec(split, 0)  # refuses what is no split
     least = min(args.turns, *args.tokens, *args.batch)
     require(least > 0, "--turns, --tokens and --batch must be at least 1")
     require(max(args.batch) <= 2048, "--batch must be at most 2048")
@@ -1284,9 +1279,12 @@ def check_args(args: argparse.Namespace):
     require(has_rows or not args.only, "--only is for quality and finetune")
     require(len(args.dtype) == 1 or not has_rows, "only speed can take more than one --dtype")
     train.check_settings(train.make_settings(**recipe_of(args)))
-    for shape in args.shape:
+    for shape, split in product(args.shape, args.experts):
         known = re.fullmatch(r"smollm2-135m|[1-9]\d*x[1-9]\d*", shape)
         require(known, f"--shape {shape!r}: expected, for example, 576x1536 or smollm2-135m")
+        parse_spec(split, int(shape.partition("x")[2] or 0))  # refuses what does not divide
+        one_level = "splits in two levels are for FFNs alone: name no smollm2-135m in --shape"
+        require("x" in shape or "+" not in split, one_level)
 
 COMMANDS = {one.__name__: one for one in (default, quality, speed, finetune, figures, readme)}
 COMMANDS["all"] = everything

@@ -442,8 +442,8 @@ def partition_and_router(ffn: FFN, x: Tensor, split: Split,
     m = split.slice_size(ffn.down_proj.shape[1])
     x = sample_rows(x, SAMPLE_TOKENS)
     h = hidden(ffn, x)
-    check_finite(h, "hidden activations")
     energy = contribution_energy(h, ffn.down_proj)
+    check_finite(energy, "hidden activations")  # or their squares
     capacity = [split.shared * m] + [m] * split.routed
     bin_of = first_bins(energy, x, capacity, split.active)
     bin_of = alternate(energy, x, bin_of, capacity, split.active, rounds)
@@ -620,7 +620,7 @@ def convert_ffn(ffn: FFN | MoE, x: Tensor, convert_layer: Callable) -> MoE:
     for e, weights in enumerate(zip(ffn.gate_up_proj, ffn.down_proj)):
         own = x[(chosen == e).any(dim=-1)]
         enough = len(own) >= ffn.spec.expert_size
-        experts.append(convert_layer(FFN.of(*weights), own if enough else x))
+        experts.append(convert_layer(FFN(*weights), own if enough else x))
     inner = experts[0].spec
     with torch.device("meta"):
         moe = MoE(x.shape[1], split_spec(ffn.spec, inner.split, inner.router))
@@ -643,8 +643,9 @@ def kept_layers(model: Decoder, calib_ids: Tensor, split: Split, method: str,
         kept = frozenset() if is_dense else model.dense_layers
     else:
         kept = parse_layers(dense) if isinstance(dense, str) else frozenset(dense)
-    wrong = f"dense layers {format_layers(kept)}: of {len(layers)} layers, some must be converted"
-    require(kept < layers, wrong)
+    unknown = f"dense layers {format_layers(kept)}: the layers are 0 to {len(layers) - 1}"
+    require(kept <= layers, unknown)
+    require(kept < layers, "all layers are to stay dense: there is nothing to convert")
     for i in layers - kept:
         split_spec(model.specs[i], split)  # raises InputError for what it cannot split
     fits = choose or active is None

@@ -139,20 +139,17 @@ def moe_reference(y, x, gate_up, down, chosen, weights):
 # the cache. No buffer holds the output of all experts: above 32 MiB, glibc would map it anew for
 # each layer, and the page faults would cost as much as the products that fill it.
 
-def add_experts(y, x, run: Callable, num_routed: int, chosen, weights):
+def add_experts(y, x, run: Callable, num_routed: int, chosen, weights, step: int = 1):
     """y_t += run(e, x_t, weight[t, e]) for each token t and each expert e that it chose.
 
-    run(e, rows [n, D], weight [n, 1]) -> [n, D].
+    run(e, rows [n, D], weight [n, 1]) -> [n, D]. Numbers of rows are rounded up to multiples of
+    `step`, by the first rows of the next expert, and what comes out for those is dropped.
     """
     chose = torch.zeros(len(x), num_routed, dtype=torch.bool, device=x.device)
     chose.scatter_(1, chosen, True)
     per_expert = weights.new_zeros(len(x), num_routed).scatter(1, chosen, weights)  # [T, R]
     experts, tokens = chose.T.nonzero(as_tuple=True)  # in the order of the experts
     weights = per_expert[tokens, experts][:, None]
-    # oneDNN compiles a product for each number of bfloat16 rows that it has not met, which takes
-    # as long as the product. So numbers are rounded up to multiples of 16, by the first rows of the
-    # next expert, and what comes out for those is dropped.
-    step = 16 if x.is_cpu and x.element_size() == 2 else 1
     tokens, weights = F.pad(tokens, (0, step - 1)), F.pad(weights, (0, 0, 0, step - 1))
     first = 0
     for e, n in enumerate(chose.sum(dim=0).tolist()):
@@ -170,7 +167,10 @@ def moe_grouped(y, x, gate_up, down, chosen, weights):
     def run(e, rows, weight):
         return ffn(rows, gate_ups[e], downs[e], weight)
 
-    return add_experts(y, x, run, len(downs), chosen, weights)
+    # oneDNN compiles a product for each number of bfloat16 rows that it has not met, which takes
+    # as long as the product.
+    step = 16 if x.is_cpu and x.element_size() == 2 else 1
+    return add_experts(y, x, run, len(downs), chosen, weights, step)
 
 def moe_of_modules(y, x, experts: Sequence[Callable], chosen, weights):
     """The same with experts that are MoE layers themselves, [n, D] -> [n, D]: two levels."""

@@ -490,21 +490,13 @@ class Attention(nn.Module):
         return self.o_proj(attend(q, k, v).transpose(1, 2).reshape(B, T, -1))
 
 class FFN(nn.Module):
-    """The dense feed-forward block: F(x) = W_down h(x), with h(x) = silu(W_gate x) * (W_up x)."""
+    """The dense feed-forward block: F(x) = W_down h(x), with h(x) = silu(W_gate x) * (W_up x).
+    It is made of its weights [2q, D] (W_gate above W_up) and [D, q]."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int):
+    def __init__(self, gate_up_proj: Tensor, down_proj: Tensor):
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(2 * intermediate_size, hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(hidden_size, intermediate_size))
-
-    @classmethod
-    def of(cls, gate_up_proj: Tensor, down_proj: Tensor) -> "FFN":
-        """The FFN with the weights [2q, D] (W_gate above W_up) and [D, q]."""
-        with torch.device("meta"):
-            ffn = cls(*down_proj.shape)
-        ffn.gate_up_proj = nn.Parameter(gate_up_proj, requires_grad=False)
-        ffn.down_proj = nn.Parameter(down_proj, requires_grad=False)
-        return ffn
+        self.gate_up_proj = nn.Parameter(gate_up_proj, requires_grad=False)
+        self.down_proj = nn.Parameter(down_proj, requires_grad=False)
 
     @property
     def gate_proj(self) -> Tensor:
@@ -595,7 +587,9 @@ class MoE(nn.Module):
         return kernels.moe(y, x, self.gate_up_proj, self.down_proj, chosen, weights).view(shape)
 
 def make_ffn(hidden_size: int, spec: int | MoESpec) -> FFN | MoE:
-    return FFN(hidden_size, spec) if isinstance(spec, int) else MoE(hidden_size, spec)
+    if isinstance(spec, MoESpec):
+        return MoE(hidden_size, spec)
+    return FFN(torch.empty(2 * spec, hidden_size), torch.empty(hidden_size, spec))
 
 def spec_of(ffn: FFN | MoE) -> int | MoESpec:
     return ffn.down_proj.shape[1] if isinstance(ffn, FFN) else ffn.spec
@@ -758,6 +752,7 @@ def generate(model: Decoder, ids: Tensor | list[int], max_new_tokens: int, tempe
     room = model.config.max_position_embeddings - ids.shape[1]
     max_new_tokens = min(max_new_tokens, max(1, room + 1))  # the last one need not be run
     require(ids.numel(), "the prompt is empty")
+    require(temperature >= 0, "the temperature must not be negative")
     random = torch.Generator().manual_seed(seed)
     cache = model.new_cache(1, ids.shape[1] + max_new_tokens)
     new, done = [], 0  # done: tokens that are in the cache
@@ -825,7 +820,8 @@ def load_model(source: str | Path | None = None, dtype: torch.dtype | str = torc
                device: str = "cpu") -> tuple[Decoder, Tokenizer]:  # fmt: skip
     """Load a directory, a .gguf file, a hub id, or None, the default model -> (model, tokenizer).
 
-    Tensors are read one at a time and cast at once: the peak is the model in `dtype` and a tensor.
+    Tensors are read one at a time and cast at once: the peak is the model in `dtype`, and one of
+    its parameters more.
     Raises InputError for whatever is missing, malformed, or would run wrongly.
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -893,23 +889,18 @@ def read_parameter(name: str, parameter: Tensor, tensors: dict, dtype, device) -
     """Read a parameter of the shape of `parameter`, and take its tensors out of `tensors`."""
     stem, _, last = name.rpartition(".")
     stacked = parameter.dim() == 3 and f"{stem}.experts.{last}" in tensors
-    shapes = checkpoint_parts(name, parameter, stacked)
-    for part in shapes:
+    parts = []  # copies, because a tensor of the file's dtype is the mapped file itself
+    for part, view in checkpoint_parts(name, parameter, stacked).items():
         require(part in tensors, f"the checkpoint has no tensor {part!r}")
-    result, views = None, {}
-    for part, view in shapes.items():
         tensor = tensors.pop(part)()
         fits = tensor.shape == view.shape and tensor.is_floating_point()
         found = f"{list(tensor.shape)} {tensor.dtype}"
         require(fits, f"tensor {part!r} is {found}, and not {list(view.shape)} floats")
-        if result is None:  # only after one part was found: config.json may claim any size
-            result = torch.empty(parameter.shape, dtype=dtype, device=device)
-            views = checkpoint_parts(name, result, stacked)
-        views[part].copy_(tensor)
+        parts.append(tensor.to(device, dtype, copy=True))
         if dtype == torch.float16:
-            in_range = tensor.isinf().any() or not views[part].isinf().any()
+            in_range = tensor.isinf().any() or not parts[-1].isinf().any()
             require(in_range, f"tensor {part!r} is too large for float16: choose another dtype")
-    return result
+    return parts[0] if len(parts) == 1 else torch.cat(parts).view(parameter.shape)
 
 PARTS = {  # a parameter of ours -> the tensors of a checkpoint that lie above each other in it
     "gate_up_proj": ["gate_proj.weight", "up_proj.weight"], "down_proj": ["down_proj.weight"],
@@ -1381,13 +1372,10 @@ def manual_text(split: str) -> str:
     topic: topics quote each other, and evaluation text must never be calibration text."""
     from pydoc_data.topics import topics
 
-    names = sorted(topics)
-    test = names[2::3]
-    train = [name for name in names if name not in test]
-    first = {}  # the words of a paragraph -> the topic that has it first, and how it stands there
-    for name in train + test:
+    paragraphs = {"train": {}, "test": {}}  # words of a paragraph -> how it first stands there
+    for i, name in enumerate(sorted(topics)):
+        own = paragraphs["test" if i % 3 == 2 else "train"]
         for paragraph in topics[name].split("\n\n"):
-            first.setdefault(" ".join(paragraph.split()), (name, paragraph))
-    first.pop("", None)  # between blank lines
-    wanted = test if split == "test" else train
-    return "\n\n".join(paragraph for name, paragraph in first.values() if name in wanted)
+            own.setdefault(" ".join(paragraph.split()), paragraph)
+    seen = {"", *paragraphs["train"]} if split == "test" else {""}  # "": between blank lines
+    return "\n\n".join(text for words, text in paragraphs[split].items() if words not in seen)

@@ -32,7 +32,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 # isort: off
-from ffn2moe import METHODS, convert, sample_rows
+from ffn2moe import METHODS, calibration_windows, convert
 from model import TRAINED, Decoder, InputError, Linear, MoE, Split, check_output, check_writable
 from model import cut_windows, finite_or_none, load_model, perplexity, read_ids, refusing
 from model import replace_file, require, run_command, save_model, split_spec, warn_if_same
@@ -343,9 +343,8 @@ def run(args: argparse.Namespace):
     if args.model is None:
         result["dense"] = measure(model)
         teacher = teacher or copy.deepcopy(model)
-        windows = cut_windows(model, ids, 2048)
-        num_windows = METHODS["joint"].calib_tokens // windows.shape[1]
-        calib = sample_rows(windows, num_windows, settings.seed)
+        about = {"calib": args.text, "window": 2048, "calib_tokens": None, "seed": args.seed}
+        calib = calibration_windows(model, tokenizer, SimpleNamespace(method="joint", **about))
         convert(model, calib, progress=partial(tqdm, desc="converting", unit="layer"))
     result["before"] = measure(model)
     log = finetune(model, ids, settings, state_file, args.save_every, args.resume, teacher)

@@ -17,7 +17,7 @@ os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels.py, where triton is installed
 import ffn2moe
-from model import FFN, Decoder, InputError, parse_config
+from model import FFN, Decoder, InputError, make_ffn, parse_config
 
 torch.set_num_threads(1)  # the tensors are tiny
 # Outputs of the official code and WikiText-2, where present
@@ -73,7 +73,7 @@ def random_model(raw: dict, seed=0, dtype=torch.float32) -> Decoder:
 
 def random_ffn(hidden_size=16, intermediate_size=48, seed=0, dtype=torch.float64) -> FFN:
     torch.manual_seed(seed)
-    ffn = FFN(hidden_size, intermediate_size).to(dtype).requires_grad_(False)
+    ffn = make_ffn(hidden_size, intermediate_size).to(dtype)
     for p in ffn.parameters():
         p.uniform_(-1, 1).div_(p.shape[1] ** 0.5)
     return ffn

@@ -117,7 +117,7 @@ def test_wina_runs_the_largest_of_the_neurons_that_run(case, keep):
         downs = [moe.shared_expert.down_proj, *moe.down_proj[chosen[0]]]
         parts = []
         for gate_up, down, w in zip(gate_ups, downs, [1, *weights[0]], strict=True):
-            parts.append(w * contributions(FFN.of(gate_up, down), token[None])[0])
+            parts.append(w * contributions(FFN(gate_up, down), token[None])[0])
         parts = torch.cat(parts)  # of the 24 neurons that run, [24, D]
         largest = parts.norm(dim=1).argsort()[-round(24 * keep) :]
         assert torch.allclose(masked(token), parts[largest].sum(dim=0), atol=1e-5)

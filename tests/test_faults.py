@@ -24,13 +24,13 @@ import pytest
 import torch
 
 # isort: off
-from conftest import CONFIGS, LLAMA, MOES, random_model, refused, write_checkpoint
+from conftest import CONFIGS, LLAMA, MOES, random_model, write_checkpoint
 from test_model import IDS, LINEAR, TWO_LEVELS, fake_pip, make_gguf, native
 import ffn2moe
 import model as model_file
 import test_train
 import train
-from model import Decoder, InputError, check_output, encode, fetch_default_model, load_model
+from model import Decoder, InputError, encode, fetch_default_model, load_model
 from model import parse_config, refusing, run_command, save_model, spec_to_json, write_json
 
 resource = pytest.importorskip("resource", reason="drills need POSIX")
@@ -176,11 +176,11 @@ def load_all(file: Path, contents, source: Path):
             encode(tokenizer, "The cat")
         except InputError as error:
             assert str(error) and "\n" not in str(error), error
+            assert not re.search("MemoryError|allocat", str(error)), error  # nor for want of memory
             refused += 1
     assert refused > 20, refused
 
 SMALL = LLAMA | {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8}
-SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 @pytest.mark.parametrize("kind", ["gguf", "safetensors"])
 def test_a_damaged_file_is_refused_or_runs(kind, checkpoint, tmp_path, tokenizer):
@@ -254,10 +254,6 @@ def test_hostile_text(calib, evaluated, checkpoint, tmp_path):
     assert ffn2moe.main([f"--model={checkpoint}", *argv]) == 0
 
 # --- Directories and errors
-
-def test_an_out_that_is_a_dangling_link_is_refused_at_once(tmp_path):
-    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
-    refused("not a directory", check_output, tmp_path / "out", force=True)
 
 def test_the_traceback_is_shown_where_asked_for(monkeypatch, capsys):
     def broken():
