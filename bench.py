@@ -1242,7 +1242,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     splits = ["S7A7E32", "S10A10E32", "S6A4E16", "S3A3E8", "S2A2E8", "S3A1E8"]
     add = parser.add_argument
     add("command", choices=COMMANDS)
-    add("--model", metavar="SOURCE", help="as for ffn2moe.py; splits are chosen for the default")
+    add("--model", metavar="SOURCE", help="for quality, finetune, figures; as for ffn2moe.py")
     add("--calib", default="manual", metavar="TEXT", help="to calibrate or fine-tune on")
     add("--eval", nargs="+", default=["manual"], metavar="TEXT",
         help=f"evaluation texts; {HELD_BACK}: the end of the calibration text")  # fmt: skip
