@@ -1190,7 +1190,6 @@ def figures(args: argparse.Namespace):
 
 # ---------------------------------------------------------------------- 8. README and command line
 
-
 def readme_tables() -> dict[str, str]:
     """The tables of the README, by the names in its markers, from the files in results/."""
     makers = {"default": lambda done: f"```\n{done['table']}\n```\n", "speed": speed_overview,

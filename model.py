@@ -820,9 +820,8 @@ def load_model(source: str | Path | None = None, dtype: torch.dtype | str = torc
                device: str = "cpu") -> tuple[Decoder, Tokenizer]:  # fmt: skip
     """Load a directory, a .gguf file, a hub id, or None, the default model -> (model, tokenizer).
 
-    Tensors are read one at a time and cast at once: the peak is the model in `dtype`, and one of
-    its parameters more.
-    Raises InputError for whatever is missing, malformed, or would run wrongly.
+    Tensors are read one at a time and cast at once: the peak is the model in `dtype` and one of its
+    parameters more. Raises InputError for what is missing, malformed, or would run wrongly.
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     with refusing(f"device {str(device)!r} is not usable here"):
