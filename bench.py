@@ -563,13 +563,9 @@ def measure_rows(args: argparse.Namespace, rows: list[Row], done: dict):
         if is_evaluated(done, row, args):
             continue
         title, model.ffns = f"{n}/{len(rows)} {row.label}", dense_ffns
-        start = time.perf_counter()
         dense = convert_by_row(model, row, calib, args.seed, title) if row.layer else ()
-        result = {
-            "active_ffn": active_share(model, dense_ffn),
-            "dense_layers": ffn2moe.format_layers(dense),
-            "seconds": time.perf_counter() - start,
-        }
+        result = {"active_ffn": active_share(model, dense_ffn)}
+        result["dense_layers"] = ffn2moe.format_layers(dense)
         if row.timed:
             versions, ids = {"dense_": dense_ffns, "": model.ffns}, texts[0].windows[:1]
             for what, steps in (("prefill", 0), ("decode", 16)):
@@ -612,7 +608,6 @@ def details_table(done: dict) -> str:
             "split": r["key"]["experts"],
             "dense layers": r["dense_layers"],
             "active FFN": f"{r['active_ffn']:.1%}",
-            "seconds": f"{r['seconds']:.0f}",
             "KL to dense, nats": f"{r['texts'][text]['kl']:.3f}",
             "same top token": f"{r['texts'][text]['same_top']:.1%}",
             "perplexity": cell(done, row.name, row.percent),
@@ -1031,9 +1026,8 @@ def finetune(args: argparse.Namespace):
 
     def tune(model: Decoder, settings, teacher: Decoder | None) -> dict:
         """Fine-tune in place -> results."""
-        before, start = perplexity(model, eval_ids, args.window), time.perf_counter()
+        result = {"before": perplexity(model, eval_ids, args.window)}
         log = train.finetune(model, ids, settings, teacher=teacher)
-        result = {"before": before, "seconds": time.perf_counter() - start}
         result["after"] = perplexity(model, eval_ids, args.window)
         result["tokens"] = len(log["loss"]) * settings.batch * settings.length
         tenth = len(log["loss"]) // 10 + 1
@@ -1080,7 +1074,6 @@ def finetune_tables(done: dict) -> str:
             "tokens": f"{row['tokens']:,}",
             "perplexity": finetune_cell(done, row["key"]["name"], row["key"]["percent"]),
             "load, max / mean": " → ".join(f"{value:.2f}" for value in row["imbalance"] if value),
-            "seconds": f"{row['seconds']:.0f}",
             "commit": row["origin"]["commit"],
         }
     recipe = {name: done["settings"][name] for name in RECIPE}
