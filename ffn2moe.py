@@ -910,9 +910,9 @@ def check_args(args: argparse.Namespace):
         require(args.explain is None, "--explain makes no table that --json could write")
     warn_if_same(args.calib, args.eval)
 
-def calibration_windows(model: Decoder, tokenizer: Tokenizer, args: argparse.Namespace) -> Tensor:
-    """Random windows of the calibration text, as many as the method and the model need."""
-    windows = cut_windows(model, read_ids(model, tokenizer, args.calib, "train"), args.window)
+def calibration_windows(model: Decoder, ids: Tensor, args: argparse.Namespace) -> Tensor:
+    """Random windows of the calibration text [T], as many as the method and the model need."""
+    windows = cut_windows(model, ids, args.window)
     window, needed = windows.shape[1], 0
     for ffn in model.specs if args.method == "joint" else ():
         neurons = ffn
@@ -957,7 +957,8 @@ def run(args: argparse.Namespace) -> dict:
     versions = {}  # the FFNs before and after, measured in turns
     if args.experts is not None or describe(model.specs) == "dense":
         versions["dense"] = model.ffns
-        calib = calibration_windows(model, tokenizer, args)
+        calib_ids = read_ids(model, tokenizer, args.calib, "train")
+        calib = calibration_windows(model, calib_ids, args)
         start = time.perf_counter()
         convert(model, calib, args.experts, args.method, args.dense, args.active, args.k_act,
                 progress=partial(tqdm, desc="converting", unit="layer"))  # fmt: skip

@@ -343,8 +343,10 @@ def run(args: argparse.Namespace):
     if args.model is None:
         result["dense"] = measure(model)
         teacher = teacher or copy.deepcopy(model)
-        about = {"calib": args.text, "window": 2048, "calib_tokens": None, "seed": args.seed}
-        calib = calibration_windows(model, tokenizer, SimpleNamespace(method="joint", **about))
+        about = SimpleNamespace(
+            calib=args.text, method="joint", window=2048, calib_tokens=None, seed=args.seed
+        )
+        calib = calibration_windows(model, ids, about)
         convert(model, calib, progress=partial(tqdm, desc="converting", unit="layer"))
     result["before"] = measure(model)
     log = finetune(model, ids, settings, state_file, args.save_every, args.resume, teacher)

@@ -15,7 +15,7 @@ from tokenizers import processors
 from conftest import LLAMA, TEXT, kind_of, random_ids, random_model
 import bench
 import ffn2moe
-from model import MoESpec, encode, generate, load_model, make_ffn, perplexity
+from model import MoESpec, encode, generate, load_model, make_ffn, perplexity, read_ids
 
 @pytest.fixture
 def argv(checkpoint, text):
@@ -176,12 +176,13 @@ def test_help(command):
 def test_each_neuron_is_calibrated_on_enough_tokens(checkpoint, monkeypatch, capsys):
     """An expert that 2 of 8 tokens choose needs four times as many."""
     model, tokenizer = load_model(checkpoint)
+    ids = read_ids(model, tokenizer, "manual", "train")
     monkeypatch.setattr(ffn2moe.METHODS["joint"], "calib_tokens", 64)
     args = ffn2moe.parse_args(["--window", "64"])
     few = ffn2moe.parse_args(["--calib-tokens", "1000000"])
-    ffn2moe.calibration_windows(model, tokenizer, few)
+    ffn2moe.calibration_windows(model, ids, few)
     assert re.search(r"manual has only \d+ of 1000000 calibration", capsys.readouterr().err)
     for ffn, neurons in ((64, 64), (MoESpec(16, 8, 40, 2), 160), (MoESpec(200, 8, 40, 2), 200)):
         model.ffns = [make_ffn(32, spec) for spec in (64, ffn, 64)]
-        windows = ffn2moe.calibration_windows(model, tokenizer, args)
+        windows = ffn2moe.calibration_windows(model, ids, args)
         assert 0 < windows.numel() - 10 * neurons <= 64

@@ -72,6 +72,25 @@ def test_assignment_bears_costs_that_forbid_and_rejects_what_it_cannot_do():
 
 # --- Activation pattern, partition, router
 
+def test_partition_is_the_cheapest_and_complete():
+    """On 12 neurons all balanced partitions can be tried."""
+    torch.manual_seed(3)
+    markers = torch.rand(200, 12) < torch.linspace(0.9, 0.05, 12)
+    bin_of, representatives = ffn2moe.partition_neurons(markers, Split.parse("S1A1E4"))
+    shared, routed = ffn2moe.members(bin_of, 3)
+    order = markers.sum(0).argsort(descending=True, stable=True)
+    assert set(shared.tolist()) == set(order[:3].tolist()) and (bin_of[shared] == 0).all()
+    assert (bin_of[routed] == torch.tensor([[1], [2], [3]])).all()
+    assert sorted(shared.tolist() + routed.flatten().tolist()) == list(range(12))
+    rest, seeds = markers[:, order[3:]], markers[:, order[3:6]]
+    cost = (rest[:, :, None] != seeds[:, None, :]).sum(dim=0).numpy()  # [9, 3]
+    found = cost[np.arange(9), bin_of[order[3:]].numpy() - 1].sum()
+    assert found == brute_force_cost(cost, [3, 3, 3])
+    for group, representative in zip(routed, representatives, strict=True):
+        mean = markers[:, group].double().mean(1, keepdim=True)
+        far = (markers[:, group].double() - mean).abs().sum(dim=0)
+        assert far[group == representative].item() == pytest.approx(far.min().item())
+
 @pytest.mark.parametrize("name", ["small", "s3a3e8", "s2a2e16"])
 def test_official_fixtures(name):
     # The large ones are not in the repository.
@@ -161,6 +180,16 @@ def joint_case():
     ffn, x = random_ffn(dtype=torch.float32), torch.randn(400, 16)
     return ffn, x, ffn2moe.partition_and_router(ffn, x, SPLIT)[0]
 
+def test_a_few_huge_neurons_do_not_switch_ridge_off():
+    """Two of 40 neurons are huge for one token: the others are fitted as well as without it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 40, generator=generator)
+    y = x @ torch.randn(40, 8, generator=generator)
+    x[0, :2], y[0] = 1e5, 0
+    w = ffn2moe.ridge_solver(x.T @ x, 1e-3)(x.T @ y)
+    alone = torch.linalg.lstsq(x[1:, 2:].double(), y[1:].double()).solution
+    assert (w[2:].double() - alone).norm() / alone.norm() < 0.02
+
 def test_the_penalty_is_a_share_of_the_median_of_what_runs():
     """At the minimum, the gradient is zero; neurons that never run change nothing."""
     torch.manual_seed(0)
@@ -226,6 +255,7 @@ def test_alternation_captures_more_in_each_round_and_ends(monkeypatch):
     energies = [captured(one) for one in bins]
     assert energies == sorted(energies) and energies[-1] > energies[0]
     end = after(1000)
+    assert torch.equal(end, bins[-1])
     assert torch.equal(after(1000, end), end)  # nothing left to improve
     # If the assignment step made things worse, the assignment before it would be kept.
     monkeypatch.setattr(ffn2moe, "best_bins", lambda gain, c: best_bins(gain.max() - gain, c))
@@ -459,10 +489,13 @@ def test_whatever_ends_a_conversion_leaves_the_model_as_it_was():
     before, converted = model(ids), []
     for message, change in {
         "magic": {"method": "magic"},
+        "--active 75 is not": {"active": 75, "dense": "auto"},
         "no calibration tokens": {"calib_ids": ids[:0]},
         "vocabulary of 300": {"calib_ids": torch.full((1, 20), 300)},
+        "20 tokens": {"calib_ids": ids[0, :20]},
     }.items():
         refused(message, ffn2moe.convert, model, **({"calib_ids": ids, "dense": "none"} | change))
+        assert torch.equal(model(ids), before)
     with torch.inference_mode():
         refused("outside of torch.inference_mode", ffn2moe.convert, model, ids, dense="none")
 

@@ -25,7 +25,7 @@ from conftest import CONFIGS, LLAMA, MOES, TEXT, checkpoint_tensors, random_mode
 from conftest import refused, write_checkpoint
 import kernels
 import model as model_file
-from model import GGUF_NAMES, SMALL_FILES, WHEEL, WHEEL_MEMBER, Decoder, Split
+from model import GGUF_NAMES, SMALL_FILES, WHEEL, WHEEL_MEMBER, Decoder, MoESpec, Split
 from model import active_parameters, blockwise_attention, cut_windows, encode, export
 from model import fetch_default_model, generate, load_model, load_text, parse_config, perplexity
 from model import save_model, spec_to_json, split_spec
@@ -42,11 +42,18 @@ def native(*ffns, base="llama") -> dict:
 
 # --- Configuration
 
-def test_specs_count_neurons():
+def test_specs_count_neurons_and_split_twice():
     assert Split.parse("S3A2E8") == (3, 2, 8) and str(Split(3, 2, 8)) == "S3A2E8"
     assert Split(3, 2, 8).share == 5 / 8
+    assert MoESpec(16, 6, 8, 3) == LINEAR and LINEAR.split == (2, 3, 8) and LINEAR.down_scale == 3
+    assert (NEURONS.router, NEURONS.weights, NEURONS.down_scale) == ("neurons", "one", 1)
     assert replace(LINEAR, shared_size=15).split is None
+    # Two levels: the shared expert and each routed one, of 16 neurons, run 2 of their 4 slices.
+    assert TWO_LEVELS.expert_spec(16) == split_spec(16, Split(1, 1, 4), "neurons")
     assert TWO_LEVELS.expert_spec(0) == 0 and LINEAR.expert_spec(8) == 8
+    refused("cannot be split again", split_spec, TWO_LEVELS, Split(1, 1, 2), "linear")
+    refused("not divisible by E", split_spec, LINEAR, Split(1, 1, 3), "linear")
+    refused("not divisible by E", split_spec, 63, Split(1, 1, 2), "linear")
 
 def test_active_parameters_are_counted_layer_by_layer():
     model = random_model(LLAMA | native(64, LINEAR, TWO_LEVELS))
