@@ -41,7 +41,7 @@ from tqdm import tqdm
 import ffn2moe
 import kernels
 import train
-from ffn2moe import HIDDEN_RIDGE, SAMPLE_TOKENS, atopk_markers, balanced_assignment, build_moe
+from ffn2moe import HIDDEN_RIDGE, SAMPLE_TOKENS, atopk_markers, best_bins, build_moe
 from ffn2moe import contribution_energy, expert_norms, hidden, joint_layer, neuron_markers
 from ffn2moe import neuron_weights, paper_layer, partition_and_router, partition_neurons, refit_down
 from ffn2moe import refit_moe, representative_neurons, ridge_router, running_bins, sample_rows
@@ -86,8 +86,7 @@ def weight_bins(ffn: FFN, x: Tensor, split: Split) -> Tensor:
     capacity = [split.slice_size(len(rows))] * E
     centroids = sample_rows(rows, E)
     for _ in range(10):
-        cost = torch.cdist(rows, centroids).square()
-        cluster = torch.from_numpy(balanced_assignment(cost.cpu().numpy(), capacity)).to(x.device)
+        cluster = best_bins(-torch.cdist(rows, centroids).square(), capacity)
         centroids = torch.stack([rows[cluster == e].mean(dim=0) for e in range(E)])
     energy = contribution_energy(hidden(ffn, sample_rows(x, SAMPLE_TOKENS)), ffn.down_proj)
     of_cluster = torch.zeros(E, device=x.device).index_add_(0, cluster, energy.sum(dim=0))
@@ -185,8 +184,8 @@ def oracle_router_layer(ffn: FFN, x: Tensor, split: Split) -> MoE:
         h = hidden(ffn, rows.to(ffn.down_proj))  # which calibration may have in another dtype
         return expert_norms(contribution_energy(h, ffn.down_proj), moe.bin_of, split.routed)
 
-    scale = ffn2moe.ROUTER_SCALE / norms(sample_rows(x, SAMPLE_TOKENS)).max()
-    moe.scores = lambda rows: norms(rows) * scale
+    # Of each token alike, because a few huge ones would leave others too little precision
+    moe.scores = lambda rows: ffn2moe.ROUTER_SCALE * F.normalize(norms(rows), dim=1)
     return refit_moe(ffn, moe, x)
 
 def oracle_neurons_layer(ffn: FFN, x: Tensor, split: Split) -> Masked:
@@ -390,9 +389,9 @@ def describe_origin(rows: Iterable[dict]) -> str:
     """One line under a table that says where its rows come from."""
     commits = {}
     for row in rows:
-        of = row["origin"]
-        machine = f"{of['machine']}, {of['threads']} threads, torch {of['torch']}"
-        commit = of["commit"] + ("" if of["clean"] else " with changes")
+        about = row["origin"]
+        machine = f"{about['machine']}, {about['threads']} threads, torch {about['torch']}"
+        commit = about["commit"] + ("" if about["clean"] else " with changes")
         commits.setdefault(machine, set()).add(commit)
     places = [f"{name}, commit {', '.join(sorted(commits[name]))}" for name in sorted(commits)]
     return f"Measured on {'; and on '.join(places)}.\n"
@@ -460,8 +459,9 @@ def settings_of(args: argparse.Namespace, *more: str) -> dict:
     sha = hashlib.sha256("".join([load_text(args.calib, "train"), *texts]).encode())
     if args.model:  # the default one is verified at every use
         path = Path(args.model)
-        for weights in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
-            sha.update(sha256_of(weights).encode())
+        files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.json")]
+        for one in sorted(files):
+            sha.update(sha256_of(one).encode())
     return found | {"inputs_sha256": sha.hexdigest()[:16]}
 
 def load(args: argparse.Namespace) -> tuple[Decoder, Tokenizer, Tensor, dict[str, Tensor]]:
@@ -516,11 +516,8 @@ def convert_by_row(model: Decoder, row: Row, calib: Tensor, seed: int, title: st
     windows = sample_rows(calib, row.calib_windows, seed + row.seed)
     if len(windows) < row.calib_windows:
         print(f"warning: only {len(windows)} calibration windows", file=sys.stderr)
-    if row.dense == "auto":
-        dense = ffn2moe.choose_dense(model, windows, split, row.percent / 100)
-    else:
-        dense = ffn2moe.parse_layers(row.dense)
-    require(len(dense) < len(model.layers), f"{row.label}: this model has too few layers")
+    active = row.percent / 100 if row.dense == "auto" else None
+    dense = ffn2moe.kept_layers(model, windows, split, "joint", row.dense, active)
     bar = partial(tqdm, desc=f"{title}: convert", unit="layer")
     ffn2moe.replace_ffns(model, windows, lambda i, ffn, x: row.layer(ffn, x, split), dense, bar)
     return dense
@@ -585,15 +582,15 @@ def perplexity_of(done: dict, name: str, percent: float, text=None, key="perplex
     row = done["rows"].get(label(name, percent))
     return row["texts"].get(text or done["settings"]["eval"][0], {}).get(key) if row else None
 
-def cell(*of, **more) -> str:
-    value = perplexity_of(*of, **more)
+def cell(done: dict, name: str, percent: float, text=None, key="perplexity") -> str:
+    value = perplexity_of(done, name, percent, text, key)
     return "" if value is None else f"{value:.2f}"
 
-def sizes_table(done: dict, of: Callable, names: Iterable[str], percents: Iterable = SIZES) -> str:
-    """Methods against sizes, in each cell of(done, name, percent). The dense model has one size."""
+def sizes_table(done: dict, cell_of: Callable, names: list[str], percents=SIZES) -> str:
+    """Methods against sizes, with cell_of(done, name, percent). The dense model has one size."""
     lines = {}
     for name in ("dense", *names):
-        cells = {f"{p:g} %": of(done, name, 100 if name == "dense" else p) for p in percents}
+        cells = {f"{p:g} %": cell_of(done, name, 100 if name == "dense" else p) for p in percents}
         if any(cells.values()):
             lines[name] = cells
     return markdown("active FFN", lines) if lines else ""
@@ -750,7 +747,7 @@ def random_ffn(hidden_size: int, spec: int | MoESpec, dtype: torch.dtype, device
         weight.normal_().div_(weight.shape[-1] ** 0.5)
     return ffn
 
-PEERS = ("static", "plain", "grouped_mm", "transformers")  # the same layer by other means
+# Peers: the same layer by other means
 
 def plain_ffn(ffn: FFN, x: Tensor) -> Tensor:
     """The dense FFN as it is usually written."""
@@ -841,7 +838,7 @@ def speed_row(key: dict, times: dict, specs: list, parameters: list) -> dict:
         "bound": dense / (bare + (dense - bare) / ideal),
         "read_bound": dense / (bare + (dense - bare) / by_reading),
         "parameters": parameters,
-        "peers_ms": {name: medians[name] for name in PEERS if name in medians},
+        "peers_ms": {n: ms for n, ms in medians.items() if n not in ("dense", "MoE", "bare")},
     }
 
 @torch.inference_mode()
@@ -855,8 +852,8 @@ def ffn_speed(key: dict, turns: int) -> dict:
     x = torch.randn(tokens, D).to(device, dtype)
     width = round(neurons_read(spec, 1))
     layers, calls = {}, {}
-    for name, of in {"dense": q, "MoE": spec, "static": width}.items():
-        layers[name] = [random_ffn(D, of, dtype, device) for _ in range(num_copies)]
+    for name, its_spec in {"dense": q, "MoE": spec, "static": width}.items():
+        layers[name] = [random_ffn(D, its_spec, dtype, device) for _ in range(num_copies)]
         calls[name] = [partial(layer, x) for layer in layers[name]]
     if tokens == 1 and kernels.can_compile(device) and not spec.inner:
         torch.compiler.reset()
@@ -1186,8 +1183,8 @@ def figures(args: argparse.Namespace):
 def readme_tables() -> dict[str, str]:
     """The tables of the README, by the names in its markers, from the files in results/."""
     makers = {"default": lambda done: f"```\n{done['table']}\n```\n", "speed": speed_overview,
-              "quality": partial(sizes_table, of=cell, names=README_ROWS),
-              "finetune": partial(sizes_table, of=finetune_cell, names=MAIN)}  # fmt: skip
+              "quality": partial(sizes_table, cell_of=cell, names=README_ROWS),
+              "finetune": partial(sizes_table, cell_of=finetune_cell, names=MAIN)}  # fmt: skip
     tables = {}
     for name, make in makers.items():
         if (RESULTS / f"{name}.json").exists():
@@ -1274,7 +1271,7 @@ def check_args(args: argparse.Namespace):
     for shape, split in product(args.shape, args.experts):
         known = re.fullmatch(r"smollm2-135m|[1-9]\d*x[1-9]\d*", shape)
         require(known, f"--shape {shape!r}: expected, for example, 576x1536 or smollm2-135m")
-        parse_spec(split, int(shape.partition("x")[2] or 0))  # refuses what does not divide
+        parse_spec(split, int(shape.partition("x")[2] or 1536))  # refuses what does not divide
         one_level = "splits in two levels are for FFNs alone: name no smollm2-135m in --shape"
         require("x" in shape or "+" not in split, one_level)
 

@@ -96,7 +96,7 @@ def split_shared(rates: Tensor, split: Split) -> tuple[Tensor, Tensor]:
 
 # ----------------------------------------- 3. Routed experts: balanced k-means on the columns of M
 
-FAR = np.int64(2**60)  # the cost where there is no path; 2 * FAR excludes bins without room
+FAR = np.int64(2**60)  # the cost where there is no path
 
 def balanced_assignment(cost: np.ndarray, capacity: Sequence[int]) -> np.ndarray:
     """Put n items into k bins at the least total cost, exactly capacity[b] of them into bin b.
@@ -128,9 +128,9 @@ def balanced_assignment(cost: np.ndarray, capacity: Sequence[int]) -> np.ndarray
     bin_of = cost.argmin(axis=1)
     load = np.bincount(bin_of, minlength=k)
     move, mover = np.full((k, k), FAR), np.zeros((k, k), dtype=np.int64)  # the price, the item
-    chain = range(k)  # only the bins of the last chain have new moves; at first, all have
+    changed = range(k)  # bins whose moves have to be found anew: at first, all
     while (load > capacity).any():
-        for a in chain:
+        for a in changed:
             move[a] = FAR
             items = np.flatnonzero(bin_of == a)
             if len(items):
@@ -141,6 +141,7 @@ def balanced_assignment(cost: np.ndarray, capacity: Sequence[int]) -> np.ndarray
             bin_of[mover[giver, taker]] = taker
         load[chain[0]] -= 1
         load[chain[-1]] += 1
+        changed = chain
     return bin_of
 
 def add_prices(cost: np.ndarray, capacity: np.ndarray):
@@ -155,7 +156,8 @@ def add_prices(cost: np.ndarray, capacity: np.ndarray):
             next_best = np.delete(cost, b, axis=1).min(axis=1)
             offers = np.sort(next_best - cost[:, b])[::-1]  # highest first
             offers = np.concatenate(([offers[0] + 2], offers, [offers[-1] - 2]))
-            cost[:, b] += (offers[room] + offers[room + 1]) // 2  # offers[room] gets the last room
+            # offers[0] was added above, so offers[room] is the last one that gets room
+            cost[:, b] += (offers[room] + offers[room + 1]) // 2
 
 def cheapest_chain(move: np.ndarray, load: np.ndarray, capacity: np.ndarray) -> list[int]:
     """The cheapest chain of bins from one with too many items to one with room (Bellman-Ford)."""
@@ -167,22 +169,16 @@ def cheapest_chain(move: np.ndarray, load: np.ndarray, capacity: np.ndarray) -> 
         shortest, giver = via.min(axis=0), via.argmin(axis=0)
         better = shortest < distance
         distance[better], origin[better] = shortest[better], giver[better]
-    chain = [int(np.where(load < capacity, distance, 2 * FAR).argmin())]
+    last = np.where(load < capacity, distance, 2 * FAR).argmin()  # 2 * FAR: it has no room
+    chain = [int(last)]
     while origin[chain[0]] >= 0:
         chain.insert(0, int(origin[chain[0]]))
     return chain
 
 def l1_distances(markers: Tensor, centroids: Tensor) -> Tensor:
-    """L1 distance of each column M_i to each centroid c_e: [T, n], [T, R] -> float64 [n, R].
-
-    M is binary and c in [0, 1]: |1 - c| = 1 - c and |0 - c| = c. So the distance is one matrix
-    product, |M_i - c_e|_1 = sum_t M_i + sum_t c_e - 2 M_i . c_e.
-    """
-    sizes = markers.sum(dim=0)[:, None] + centroids.sum(dim=0, dtype=torch.float64)
-    overlap = torch.zeros_like(sizes)
-    for m, c in zip(markers.split(4096), centroids.split(4096)):  # in float64, all of M is large
-        overlap += m.double().T @ c.double()
-    return sizes - 2 * overlap
+    """L1 distance of each column M_i to each centroid c_e: [T, n], [T, R] -> float64 [n, R]."""
+    blocks = zip(markers.split(4096), centroids.split(4096))  # in float64, all of M is large
+    return sum(torch.cdist(m.double().T, c.double().T, p=1) for m, c in blocks)
 
 def group_routed(markers: Tensor, num_routed: int) -> Tensor:
     """Balanced k-means on the columns of markers [T, n], in falling order of rate -> expert [n].
@@ -270,19 +266,18 @@ def paper_layer(ffn: FFN, x: Tensor, split: Split, k_act: int = 10) -> MoE:
 # ------------------- 5. Joint method: router and partition found together, and W_down fitted again
 #
 # The paper groups neurons by when they fire. What counts is how much of the output is lost with the
-# neurons that do not run, and whether a router can predict it. Neuron i adds h_i(x_t) W_down[:, i]
-# to the output. The square of its length is its
-#
-#     energy    c[t, i]^2 = |h_i(x_t)|^2 |W_down[:, i]|^2.
-#
-# A sum of energies treats the outputs of neurons as orthogonal; the refit corrects some of it.
+# neurons that do not run (their energy), and whether a router can predict it. A sum of energies
+# treats the outputs of neurons as orthogonal; the refit corrects some of it.
 
 def hidden(ffn: FFN, x: Tensor) -> Tensor:
     """h(x) = silu(W_gate x) * (W_up x): x [T, D] -> float32 [T, q]."""
     return swiglu(F.linear(x, ffn.gate_up_proj)).float()
 
 def contribution_energy(h: Tensor, down: Tensor) -> Tensor:
-    """c[t, i]^2 = |h_i(x_t)|^2 |W_down[:, i]|^2: h [T, n], down [D, n] -> float32 [T, n]."""
+    """The energy of neuron i is the squared length of what it adds to the output, h_i W_down[:, i]:
+
+        c[t, i]^2 = |h_i(x_t)|^2 |W_down[:, i]|^2.    h [T, n], down [D, n] -> float32 [T, n]
+    """
     return (h * down.float().norm(dim=0)).square_()
 
 def sample_rows(rows: Tensor, n: int, seed: int = 0) -> Tensor:
@@ -430,7 +425,7 @@ def unpredicted_energy(h: Tensor, down: Tensor, bin_of: Tensor) -> Tensor:
     """
     h_shared, h_routed = h[:, bin_of == 0], h[:, bin_of > 0]
     solve = ridge_solver(h_shared.T @ h_shared, HIDDEN_RIDGE)
-    h_routed -= h_shared @ solve(h_shared.T @ h_routed)
+    h_routed -= h_shared @ solve(h_shared.T @ h_routed)  # indexed by a mask: a copy
     return contribution_energy(h_routed, down[:, bin_of > 0])
 
 @torch.no_grad()
@@ -450,7 +445,7 @@ def partition_and_router(ffn: FFN, x: Tensor, split: Split,
     # Once more among the routed neurons, by the energy that the shared ones cannot predict
     energy = unpredicted_energy(h, ffn.down_proj, bin_of)
     routed = bin_of > 0
-    capacity[0] = 0  # the shared expert is full
+    capacity[0] = 0  # no routed neuron becomes shared
     bin_of[routed] = alternate(energy, x, bin_of[routed], capacity, split.active, rounds)
     return bin_of, ridge_router(energy, x, bin_of[routed], split.routed)
 
@@ -568,7 +563,8 @@ def choose_dense(model: Decoder, calib_ids: Tensor, split: Split, active: float)
 
         sum over dense layers of (1 - s) q_i <= (active - s) sum over all layers of q_i.
     """
-    neurons, saved = model.specs, 1 - split.share  # all FFNs are dense
+    neurons = model.specs  # all FFNs are dense
+    saved = 1 - split.share
     if saved == 0:
         return frozenset()
     length = min(512, calib_ids.shape[1])
@@ -910,15 +906,19 @@ def check_args(args: argparse.Namespace):
         require(args.explain is None, "--explain makes no table that --json could write")
     warn_if_same(args.calib, args.eval)
 
+def neurons_to_fit(ffn: int | MoESpec) -> int:
+    """Neurons of the largest refit in an FFN or MoE, as if it saw all tokens: a routed expert sees
+    a share A / R of them."""
+    if isinstance(ffn, int):
+        return ffn
+    return max(ffn.shared_size, ffn.expert_size * ffn.num_experts // ffn.active)
+
 def calibration_windows(model: Decoder, ids: Tensor, args: argparse.Namespace) -> Tensor:
     """Random windows of the calibration text [T], as many as the method and the model need."""
     windows = cut_windows(model, ids, args.window)
-    window, needed = windows.shape[1], 0
-    for ffn in model.specs if args.method == "joint" else ():
-        neurons = ffn
-        if isinstance(ffn, MoESpec):  # whose experts see a share A / R of the tokens
-            neurons = max(ffn.shared_size, ffn.expert_size * ffn.num_experts // ffn.active)
-        needed = max(needed, TOKENS_PER_NEURON * neurons)
+    window, needed = windows.shape[1], 0  # needed: by the refit
+    if args.method == "joint":
+        needed = TOKENS_PER_NEURON * max(map(neurons_to_fit, model.specs))
     tokens = args.calib_tokens
     if tokens is None:
         tokens = max(METHODS[args.method].calib_tokens, needed + window)

@@ -6,11 +6,11 @@ each token t and each of the A experts e that the token chose,
 
     y_t += weight[t, e] F_e(x_t).
 
-The functions below all compute that, and `moe` at the end picks one of 2 to 4:
+The functions below all compute that, and `moe` at the end picks a path of 2 to 4:
 
 1. `moe_reference`   The definition, for tests: every expert runs on every token.
 2. `moe_grouped`     Many tokens: each expert runs once, on the rows of the tokens that chose it.
-3. `moe_few_tokens`  A few tokens under torch.compile: the weights of each choice are read once.
+3. `moe_compiled`    A few tokens under torch.compile: the weights of each choice are read once.
    `moe_all_experts` A few tokens on a CPU, without it: all experts run, in one batch.
    `moe_one_token`   One token on a CPU, without it.
 4. `moe_triton`      The products of all experts as two Triton kernels, for CUDA.
@@ -25,6 +25,7 @@ token. All but `moe_of_modules` take
 
 import functools
 import itertools
+import math
 import os
 import shutil
 import threading
@@ -42,9 +43,9 @@ try:
 except ImportError:
     triton = None
 
-SOME_TOKENS = 32  # up to so many, all experts in one batch are faster than one by one
+BATCHED_TOKENS = 32  # up to so many, all experts in one batch are faster than one by one
 FEW_TOKENS = 8  # up to so many, a product takes as long as reading its weights
-SCRATCH_BYTES = 24 * 2**20  # above 32 MiB, glibc maps buffers anew each time: page faults
+SCRATCH_BYTES = 24 * 2**20  # glibc maps buffers above 32 MiB anew each time: page faults
 SETTINGS_LOCK = threading.RLock()  # held while a setting of the whole process is changed
 
 def widened(x: Tensor) -> Tensor:
@@ -87,11 +88,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     return y if bias is None else y + bias
 
-def swiglu(both: Tensor) -> Tensor:
-    """silu(gate) * up: both [..., 2m] has gate and up side by side; overwritten -> [..., m]."""
+def plain_swiglu(both: Tensor) -> Tensor:
+    """silu(gate) * up: both [..., 2m] has gate and up side by side -> [..., m]."""
     gate, up = both.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+def swiglu(both: Tensor) -> Tensor:
+    """`plain_swiglu`, by what is fastest. It may overwrite `both`."""
     if both.requires_grad or torch.compiler.is_compiling():
-        return F.silu(gate) * up
+        return plain_swiglu(both)
+    gate, up = both.chunk(2, dim=-1)
     if both.is_cuda and has_triton() and len(both):
         return compiled_swiglu()(both.reshape(-1, both.shape[-1])).view(gate.shape)
     if both.numel() < 2**18 and gate.shape[-1] * gate.element_size() % 128:
@@ -102,8 +108,8 @@ def swiglu(both: Tensor) -> Tensor:
 
 @functools.cache
 def compiled_swiglu() -> Callable:
-    """`swiglu` in one pass over memory. Made on first use, because the import is slow."""
-    return torch.compile(swiglu, dynamic=True)
+    """`plain_swiglu` in one pass over memory. Made on first use, because the import is slow."""
+    return torch.compile(plain_swiglu, dynamic=True)
 
 def can_compile(device: str) -> bool:
     """Whether torch.compile has its compiler: for CUDA triton, for the CPU one for C++."""
@@ -153,7 +159,8 @@ def add_experts(y, x, run: Callable, num_routed: int, chosen, weights, step: int
     tokens, weights = F.pad(tokens, (0, step - 1)), F.pad(weights, (0, 0, 0, step - 1))
     first = 0
     for e, n in enumerate(chose.sum(dim=0).tolist()):
-        own, padded = slice(first, first + n), slice(first, first + n + -n % step)
+        rounded = math.ceil(n / step) * step
+        own, padded = slice(first, first + n), slice(first, first + rounded)
         if n:
             out = run(e, x.index_select(0, tokens[padded]), weights[padded])
             y = y.index_add_(0, tokens[own], out[:n].to(y.dtype))  # autocast may mix dtypes
@@ -188,7 +195,7 @@ def moe_of_modules(y, x, experts: Sequence[Callable], chosen, weights):
 # Without torch.compile, if the tokens choose nearly all experts between them, one batch of products
 # over all experts is the fastest.
 
-def moe_few_tokens(y, x, gate_up, down, chosen, weights):
+def moe_compiled(y, x, gate_up, down, chosen, weights):
     h = swiglu((gate_up[chosen] * widened(x)[:, None, None]).sum(-1))  # [T, A, m]
     h = h * weights[..., None]
     return y + (down[chosen] * h[:, :, None]).sum(-1).sum(1).to(y.dtype)
@@ -344,15 +351,14 @@ def moe_triton(y, x, gate_up, down, chosen, weights):
 
 def moe(y, x, gate_up, down, chosen, weights):
     """Add the routed experts to y, by the fastest path for the device and the number of tokens."""
-    trains = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (y, x, gate_up, down, weights)
-    )
+    tensors = (y, x, gate_up, down, weights)
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     (T, A), R = chosen.shape, len(down)
     if torch.compiler.is_compiling() and T <= FEW_TOKENS:
-        path = moe_few_tokens
+        path = moe_compiled
     elif x.is_cpu and T == 1 and not trains:
         path = moe_one_token
-    elif x.is_cpu and T <= SOME_TOKENS and T * A >= R and not trains:
+    elif x.is_cpu and T <= BATCHED_TOKENS and T * A >= R and not trains:
         path = moe_all_experts
     elif x.is_cuda and not trains and x.dtype != torch.float64 and has_triton():
         path = moe_triton

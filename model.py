@@ -356,20 +356,20 @@ def parse_eos(raw: dict) -> list[int]:
     require(usable, f"the configuration's eos_token_id = {str(eos)[:80]!r} is not a usable value")
     return ids
 
-def parse_rope(raw: dict, rope: dict) -> tuple[float, dict]:
+def parse_rope(full: dict, rope: dict) -> tuple[float, dict]:
     """rope_theta, and the numbers of ROPE_NUMBERS. transformers 5 writes `rope_parameters`, with
     rope_theta in it. Before, it was `rope_scaling`, beside rope_theta; that wins if both are there.
     """
     nested = any(isinstance(value, dict) for value in rope.values())
     require(not nested, "rope_parameters that differ from layer to layer are not implemented")
-    theta = config_value(raw | rope, "rope_theta", float)
+    theta = config_value(full | rope, "rope_theta", float)
     kind = rope.get("rope_type", rope.get("type", "default"))
     require(kind in list(ROPE_NUMBERS), f"rope_type {kind!r} is not implemented")
     if kind == "default":
         return theta, {}
     numbers = {key: config_value(rope, key, float) for key in ROPE_NUMBERS[kind]}
     if kind == "llama3":  # beside the object, else in it, else max_position_embeddings
-        places = {CONTEXT: raw["max_position_embeddings"]} | rope | raw
+        places = {CONTEXT: full["max_position_embeddings"]} | rope | full
         numbers[CONTEXT] = int(config_value(places, CONTEXT, float))  # as transformers wants it
     return theta, {"rope_type": kind, **numbers}
 
@@ -899,7 +899,8 @@ def read_parameter(name: str, parameter: Tensor, tensors: dict, dtype, device) -
         if dtype == torch.float16:
             in_range = tensor.isinf().any() or not parts[-1].isinf().any()
             require(in_range, f"tensor {part!r} is too large for float16: choose another dtype")
-    return parts[0] if len(parts) == 1 else torch.cat(parts).view(parameter.shape)
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return joined.view(parameter.shape)
 
 PARTS = {  # a parameter of ours -> the tensors of a checkpoint that lie above each other in it
     "gate_up_proj": ["gate_proj.weight", "up_proj.weight"], "down_proj": ["down_proj.weight"],
@@ -998,7 +999,7 @@ def export(model: Decoder) -> tuple[dict, dict[str, Tensor]]:
     if not trained and parse_config(c.raw).specs == c.specs:
         return c.raw, state
     moes = [spec for spec in c.specs if isinstance(spec, MoESpec)]
-    first = moes[0] if moes else None
+    moe = moes[0] if moes else None
     foreign_attention = c.qk_norm or c.o_bias or c.head_dim * c.num_heads != c.hidden_size
     widths = {spec for spec in c.specs if isinstance(spec, int)}
     obstacles = {
@@ -1007,14 +1008,14 @@ def export(model: Decoder) -> tuple[dict, dict[str, Tensor]]:
         "gate scales or selection biases were trained (by --scale-rate, --bias-step)": trained,
         "it is a mixture in two levels": any(moe.inner for moe in moes),
         "its MoE layers differ": len(set(moes)) > 1,
-        "it was no dense model at first": not first or first.gated or not first.shared_size,
-        "the weights of its experts do not sum to 1": first and first.weights != "renormalised",
+        "it was no dense model at first": not moe or moe.gated or not moe.shared_size,
+        "the weights of its experts do not sum to 1": moe and moe.weights != "renormalised",
         "its dense FFNs differ in width": widths - {c.intermediate_size},
         "its attention is not Qwen2's": foreign_attention,
     }  # fmt: skip
     why = next((why for why, true in obstacles.items() if true), None)
     if why is None:
-        return as_qwen2_moe(c, first, state)
+        return as_qwen2_moe(c, moe, state)
     note = "this model has no Qwen2-MoE form, which other engines run, only our own"
     print(f"note: {note}: {why}", file=sys.stderr)
     about = {"model_type": "ffn2moe", "base_model_type": c.raw["model_type"]}

@@ -32,10 +32,10 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 # isort: off
-from ffn2moe import METHODS, calibration_windows, convert
+import ffn2moe
 from model import TRAINED, Decoder, InputError, Linear, MoE, Split, check_output, check_writable
 from model import cut_windows, finite_or_none, load_model, perplexity, read_ids, refusing
-from model import replace_file, require, run_command, save_model, split_spec, warn_if_same
+from model import replace_file, require, run_command, save_model, warn_if_same
 from model import write_json
 
 SETTINGS = {  # each is a flag of the command line: name -> (default, help)
@@ -213,7 +213,7 @@ def finetune(model: Decoder, ids: Tensor, settings: SimpleNamespace, state_file:
     again (`merge`).
     """
     batches = make_batches(model, ids, settings)
-    run = identify(settings, ids, [model, teacher])
+    identity = identify(settings, ids, [model, teacher])
     start, log = 0, {"loss": [], "imbalance": []}
     moes = moe_layers(model)
     try:
@@ -222,7 +222,7 @@ def finetune(model: Decoder, ids: Tensor, settings: SimpleNamespace, state_file:
         adam = torch.optim.Adam([{"params": lora_weights}, {"params": scales}], betas=(0.9, 0.95))
         tensors = trained + [moe.router_bias for moe in moes if moe.router_bias is not None]
         if resume:
-            start, log = load_state(state_file, run, tensors, adam)
+            start, log = load_state(state_file, identity, tensors, adam)
         model.train()
         progress = tqdm(range(start, len(batches)), "fine-tuning", len(batches), initial=start)
         for step in progress:
@@ -234,7 +234,7 @@ def finetune(model: Decoder, ids: Tensor, settings: SimpleNamespace, state_file:
             finite = loss.isfinite() and norm.isfinite()
             require(finite, f"step {step}: loss {loss}, gradient {norm}; try a smaller --rate")
             if state_file and (step % save_every == 0 or step == len(batches) - 1):
-                save_state(state_file, run, step, log, tensors, adam)  # before its update
+                save_state(state_file, identity, step, log, tensors, adam)  # before its update
             log["loss"].append(loss.item())
             log["imbalance"].append(balance(moes, settings.bias_step))
             adam.step()
@@ -256,17 +256,18 @@ def identify(settings: SimpleNamespace, ids: Tensor, models: list[Decoder | None
             sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return vars(settings) | {"rate": None, "sha256": sha.hexdigest()}
 
-def save_state(file: Path, run: dict, step: int, log: dict, tensors: list[Tensor], adam):
-    state = {"run": run, "step": step, "log": log, "tensors": tensors, "adam": adam.state_dict()}
+def save_state(file: Path, identity: dict, step: int, log: dict, tensors: list[Tensor], adam):
+    state = {"run": identity, "step": step, "log": log, "tensors": tensors}
+    state["adam"] = adam.state_dict()
     with refusing(f"could not write {file}"):
         replace_file(file, partial(torch.save, state))
 
-def load_state(file: Path, run: dict, tensors: list[Tensor], adam) -> tuple[int, dict]:
+def load_state(file: Path, identity: dict, tensors: list[Tensor], adam) -> tuple[int, dict]:
     """Restore tensors and optimizer -> the step to go on with, and the log so far."""
     other = f"{file} is of a run with other settings, another model or another text"
     with refusing(f"{file} cannot be resumed from"):
         state = torch.load(file, map_location="cpu", weights_only=True)
-        require(state["run"] == run, other)
+        require(state["run"] == identity, other)
         for tensor, value in zip(tensors, state["tensors"], strict=True):
             tensor.data.copy_(value.data)
         adam.load_state_dict(state["adam"])
@@ -316,8 +317,8 @@ def check_args(args: argparse.Namespace, state_file: Path):
     if args.json is not None:
         check_writable(args.json)
     check_output(args.out, args.force)
-    split = Split.parse(METHODS["joint"].experts)  # where the model is converted here
-    useless = args.router and not args.scale_rate and split_spec(split.total, split).weights_are_one
+    converts_to = Split.parse(ffn2moe.METHODS["joint"].experts)
+    useless = args.router and not args.scale_rate and converts_to.active == 1
     require(args.model or not useless, NO_GRADIENT)
     warn_if_same(args.text, args.eval)
     require(state_file.exists() or not args.resume, f"there is no {state_file} to resume from")
@@ -343,11 +344,9 @@ def run(args: argparse.Namespace):
     if args.model is None:
         result["dense"] = measure(model)
         teacher = teacher or copy.deepcopy(model)
-        about = SimpleNamespace(
-            calib=args.text, method="joint", window=2048, calib_tokens=None, seed=args.seed
-        )
-        calib = calibration_windows(model, ids, about)
-        convert(model, calib, progress=partial(tqdm, desc="converting", unit="layer"))
+        about = ffn2moe.parse_args([f"--calib={args.text}", f"--seed={args.seed}"])
+        calib = ffn2moe.calibration_windows(model, ids, about)
+        ffn2moe.convert(model, calib, progress=partial(tqdm, desc="converting", unit="layer"))
     result["before"] = measure(model)
     log = finetune(model, ids, settings, state_file, args.save_every, args.resume, teacher)
     save_model(model, tokenizer, args.out, args.force)

@@ -264,6 +264,7 @@ def test_bad_flags_end_in_one_sentence(capsys):
         "speed --turns 0": "must be at least 1",
         "speed --tokens 1 0": "must be at least 1",
         "speed --shape 576": "--shape '576'",
+        "speed --shape smollm2-135m --experts S1A1E7": "not divisible by E = 7",
         f"speed --json {bench.RESULTS}/default.json": "holds no rows",
     }.items():
         assert bench.main(flags.split()) == 2
@@ -353,9 +354,9 @@ def test_a_run_that_is_cut_off_goes_on_from_its_rows(checkpoint, text, tmp_path,
     assert (tmp_path / "w.png").read_bytes()[:4] == b"\x89PNG"
     for extra in (["--seed", "1"], ["--only", "magic"], ["--eval", str(text), str(text)]):
         assert bench.main([*argv, *extra]) == 2
-    for changed in (texts[1], checkpoint / "model.safetensors"):
+    for changed in (texts[1], checkpoint / "model.safetensors", checkpoint / "config.json"):
         before = changed.read_bytes()
-        changed.write_bytes(before + b"more")
+        changed.write_bytes(before + b"\n")
         assert bench.main(argv) == 2
         changed.write_bytes(before)
     file.write_text("{")

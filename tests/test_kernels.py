@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TO_RUN = "pip install triton==3.9.0 (beside the requirements), then pytest tests/test_kernels.py"
 NEEDS_TRITON = pytest.mark.skipif(kernels.triton is None, reason=f"needs triton: {TO_RUN}")
 TRITON = pytest.param("moe_triton", marks=NEEDS_TRITON)
-PATHS = ["moe_reference", "moe_grouped", "moe", "moe_few_tokens", "moe_all_experts", TRITON]
+PATHS = ["moe_reference", "moe_grouped", "moe", "moe_compiled", "moe_all_experts", TRITON]
 
 def random_layer(T, D, m, R, A, routing="random", dtype=torch.float32):
     """y, x, gate_up, down, chosen, weights. Skewed: all tokens choose the last A experts."""
@@ -119,6 +119,20 @@ def test_gradients_of_few_rows_in_float32(rows):
     expected = torch.autograd.grad(F.linear(*double).sin().sum(), double)
     for a, b in zip(found, expected, strict=True):
         assert torch.allclose(a.double(), b, atol=1e-4)
+
+def test_swiglu_on_a_gpu_where_nothing_is_compiled(monkeypatch):
+    """As with TORCH_COMPILE_DISABLE=1: torch.compile then returns the function itself."""
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(kernels, "has_triton", lambda: True)
+    kernels.compiled_swiglu.cache_clear()
+    both = torch.randn(5, 12)
+    expected = F.silu(both[:, :6]) * both[:, 6:]
+    assert torch.equal(kernels.swiglu(both.clone().as_subclass(OnGPU)), expected)
+    kernels.compiled_swiglu.cache_clear()
 
 def test_autocast():
     x, gate_up, down = torch.randn(40, 16), torch.randn(4, 12, 16), torch.randn(4, 16, 6)

@@ -232,6 +232,11 @@ def test_first_and_last_tokens(checkpoint, tokenizer):
     model, tokenizer = load_model(checkpoint)
     assert encode(tokenizer, "The cat<end>") == [a, *plain] and encode(tokenizer, "") == [a]
     assert (model.config.eos_ids, model.config.first_ids) == ([7, 299], [a])
+    # As in transformers 5.24, only tokenizer.json says what comes before a text
+    for adds in ("true", "false"):
+        about = f'{{"add_bos_token": {adds}, "bos_token": "b", "tokenizer_class": "LlamaTokenizer"}}'
+        (checkpoint / "tokenizer_config.json").write_text(about)
+        assert load_model(checkpoint)[0].config.first_ids == [a]
     letters = Tokenizer(models.BPE({"C": 0, "G": 1, "<s>": 2, "<dna>": 3}, []))  # no "a", two first
     letters.post_processor = processors.TemplateProcessing(
         single="<s> <dna> $A", special_tokens=[("<s>", 2), ("<dna>", 3)]
@@ -248,9 +253,12 @@ def test_first_and_last_tokens(checkpoint, tokenizer):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_save_and_load_bit_for_bit(name, dtype, tmp_path, tokenizer):
-    ours = native(NEURONS, LINEAR, TWO_LEVELS, base=CONFIGS[name]["model_type"])
-    for raw in (CONFIGS[name], CONFIGS[name] | ours):
-        model, out = random_model(raw, dtype=dtype), tmp_path / f"new/{len(raw)}"
+    base, halves = CONFIGS[name]["model_type"], Split(1, 1, 2)  # one routed expert
+    ours = native(NEURONS, LINEAR, TWO_LEVELS, base=base)
+    one = native(split_spec(64, halves), split_spec(64, halves, "neurons"),
+                 split_spec(LINEAR, halves), base=base)  # fmt: skip
+    for i, raw in enumerate((CONFIGS[name], CONFIGS[name] | ours, CONFIGS[name] | one)):
+        model, out = random_model(raw, dtype=dtype), tmp_path / f"new/{i}"
         save_model(model, tokenizer, out)
         with safe_open(out / "model.safetensors", "pt") as file:  # as Hugging Face names them
             assert {n.split(".")[0] for n in file.keys()} <= {"model", "lm_head"}  # noqa: SIM118
