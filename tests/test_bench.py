@@ -126,6 +126,12 @@ def test_oracles_know_more_than_routers(case, monkeypatch):
     ffn, x = case
     oracle = bench.oracle_router_layer(ffn, x, SPLIT)
     assert error(oracle, ffn, x) < error(ffn2moe.joint_layer(ffn, x, SPLIT), ffn, x)
+    # One huge token does not blur the others
+    huge = torch.cat([1e4 * x[:1], x[1:]])
+    oracle = bench.oracle_router_layer(ffn, huge, SPLIT)
+    energy = contributions(ffn, x[1:]).square().sum(dim=2)  # [T, q]
+    norms = ffn2moe.expert_norms(energy, oracle.bin_of, SPLIT.routed)
+    assert torch.equal(oracle.route(x[1:])[0], norms.topk(SPLIT.active).indices)
     neurons = bench.oracle_neurons_layer(ffn, x, SPLIT)
     parts = contributions(ffn, x)
     largest = parts.norm(dim=2).topk(24).indices[:, :, None].expand(-1, -1, 16)
