@@ -459,9 +459,11 @@ def settings_of(args: argparse.Namespace, *more: str) -> dict:
     sha = hashlib.sha256("".join([load_text(args.calib, "train"), *texts]).encode())
     if args.model:  # the default one is verified at every use
         path = Path(args.model)
-        files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.json")]
-        for one in sorted(files):
-            sha.update(sha256_of(one).encode())
+        files = [path] if path.is_file() else []
+        for pattern in ("*.safetensors", "config.json", "tokenizer.json"):
+            files += sorted(path.glob(pattern))
+        for file in files:
+            sha.update(sha256_of(file).encode())
     return found | {"inputs_sha256": sha.hexdigest()[:16]}
 
 def load(args: argparse.Namespace) -> tuple[Decoder, Tokenizer, Tensor, dict[str, Tensor]]:
@@ -517,6 +519,7 @@ def convert_by_row(model: Decoder, row: Row, calib: Tensor, seed: int, title: st
     if len(windows) < row.calib_windows:
         print(f"warning: only {len(windows)} calibration windows", file=sys.stderr)
     active = row.percent / 100 if row.dense == "auto" else None
+    # As for joint, whatever the method: rows may leave the layers dense that joint would
     dense = ffn2moe.kept_layers(model, windows, split, "joint", row.dense, active)
     bar = partial(tqdm, desc=f"{title}: convert", unit="layer")
     ffn2moe.replace_ffns(model, windows, lambda i, ffn, x: row.layer(ffn, x, split), dense, bar)
@@ -1271,7 +1274,7 @@ def check_args(args: argparse.Namespace):
     for shape, split in product(args.shape, args.experts):
         known = re.fullmatch(r"smollm2-135m|[1-9]\d*x[1-9]\d*", shape)
         require(known, f"--shape {shape!r}: expected, for example, 576x1536 or smollm2-135m")
-        parse_spec(split, int(shape.partition("x")[2] or 1536))  # refuses what does not divide
+        parse_spec(split, int(shape.partition("x")[2] or 1536))  # refuses what cannot be cut
         one_level = "splits in two levels are for FFNs alone: name no smollm2-135m in --shape"
         require("x" in shape or "+" not in split, one_level)
 

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import ffn2moe
 from model import TRAINED, Decoder, InputError, Linear, MoE, Split, check_output, check_writable
 from model import cut_windows, finite_or_none, load_model, perplexity, read_ids, refusing
-from model import replace_file, require, run_command, save_model, warn_if_same
+from model import replace_file, require, run_command, save_model, split_spec, warn_if_same
 from model import write_json
 
 SETTINGS = {  # each is a flag of the command line: name -> (default, help)
@@ -317,8 +317,8 @@ def check_args(args: argparse.Namespace, state_file: Path):
     if args.json is not None:
         check_writable(args.json)
     check_output(args.out, args.force)
-    converts_to = Split.parse(ffn2moe.METHODS["joint"].experts)
-    useless = args.router and not args.scale_rate and converts_to.active == 1
+    split = Split.parse(ffn2moe.METHODS["joint"].experts)  # where the model is converted here
+    useless = args.router and not args.scale_rate and split_spec(split.total, split).weights_are_one
     require(args.model or not useless, NO_GRADIENT)
     warn_if_same(args.text, args.eval)
     require(state_file.exists() or not args.resume, f"there is no {state_file} to resume from")

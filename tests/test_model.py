@@ -233,9 +233,9 @@ def test_first_and_last_tokens(checkpoint, tokenizer):
     assert encode(tokenizer, "The cat<end>") == [a, *plain] and encode(tokenizer, "") == [a]
     assert (model.config.eos_ids, model.config.first_ids) == ([7, 299], [a])
     # As in transformers 5.24, only tokenizer.json says what comes before a text
-    for adds in ("true", "false"):
-        about = f'{{"add_bos_token": {adds}, "bos_token": "b", "tokenizer_class": "LlamaTokenizer"}}'
-        (checkpoint / "tokenizer_config.json").write_text(about)
+    for adds in (True, False):
+        about = {"add_bos_token": adds, "bos_token": "b", "tokenizer_class": "LlamaTokenizer"}
+        (checkpoint / "tokenizer_config.json").write_text(json.dumps(about))
         assert load_model(checkpoint)[0].config.first_ids == [a]
     letters = Tokenizer(models.BPE({"C": 0, "G": 1, "<s>": 2, "<dna>": 3}, []))  # no "a", two first
     letters.post_processor = processors.TemplateProcessing(
